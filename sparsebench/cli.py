@@ -1,0 +1,183 @@
+"""The command `sparsebench`: Hydra composes, everything wrong with the configuration is said at once, runs are isolated.
+
+No torch here before it is needed, so that --help, --cfg, completion and the answer from a finished record are instant.
+Each run is a forked child: whatever kills it, the parent still writes its record and goes on with the next.
+
+Exit codes: 0 finished; 1 a run failed; 2 the configuration is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from filelock import FileLock
+from hydra._internal.utils import get_args_parser
+
+from sparsebench import config, env, record
+
+log = logging.getLogger("sparsebench")
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].addFilter(scrubbing)
+    for name in ("accelerate", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    arguments = get_args_parser().parse_args()
+    asks_only = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    if not asks_only:
+        try:
+            planned = config.compose_all(arguments.overrides, arguments.multirun, arguments.config_dir)
+            for configuration in planned:
+                check(configuration)
+        except config.ConfigError as error:
+            for line in error.problems:
+                print(f"error: {line}", file=sys.stderr)
+            sys.exit(WRONG)
+    outcomes: list[int] = []
+    app = hydra.main(version_base="1.3", config_path=f"pkg://{config.CONFIG_MODULE}", config_name="config")
+    app(lambda composed: outcomes.append(task(config.to_dict(composed))))()
+    sys.exit(max(outcomes, default=OK))
+
+
+def check(configuration: dict) -> None:
+    """Raise ConfigError where the configuration can't run. One that has run before is known to be good."""
+    if finished(configuration) is None:
+        config.build_settings(configuration)
+
+
+def location(configuration: dict) -> tuple[Path, str]:
+    """(folder of the run, its full identity)."""
+    identity = config.identity(configuration, env.machine())
+    names = [str(configuration[group].get("name")) for group in ("model", "method")]
+    return Path(configuration["output_dir"], *names, identity[:10]), identity
+
+
+def finished(configuration: dict) -> dict | None:
+    """The record of this very run if it finished before and `force` is off."""
+    if configuration["force"]:
+        return None
+    found = record.read(location(configuration)[0] / "result.json")
+    return found if found and found["status"] == "finished" else None
+
+
+def task(configuration: dict) -> int:
+    """One run: answer from its record, or do it in a child process. Returns the exit code."""
+    folder, identity = location(configuration)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            found = finished(configuration)
+            if found is None:
+                found = isolated(configuration, folder, identity)
+            else:
+                log.info("finished before; force=true runs it again")
+    except OSError as error:
+        print(f"error: output_dir={configuration['output_dir']}: {error}", file=sys.stderr)
+        return FAILED
+    from sparsebench import report  # noqa: PLC0415  (rich)
+
+    report.show(found, folder / "result.json")
+    return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
+
+
+def isolated(configuration: dict, folder: Path, identity: str) -> dict:
+    """Run in a forked child and return the record it left, or one made here if it died without."""
+    from sparsebench import run  # noqa: F401, PLC0415  (imported before the fork, so that every child of a sweep has it)
+
+    path = folder / "result.json"
+    path.unlink(missing_ok=True)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=child_main, args=(configuration, folder, identity), name="sparsebench-run")
+    child.start()
+    try:
+        child.join()
+    except KeyboardInterrupt:
+        child.join(timeout=20)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    found = record.read(path)
+    if found is None:
+        code = child.exitcode
+        signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        message = f"the run's process ended without a record: {signalled}{hint}"
+        name = f"{configuration['model']['name']}/{configuration['method']['name']}"
+        failed = record.Record(identity, name, configuration, status="failed")
+        failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
+        record.write(failed, path)
+        found = record.read(path)
+    return found
+
+
+def child_main(configuration: dict, folder: Path, identity: str) -> None:
+    """The child's life: log file, tracker, run, record. Exits with the run's code."""
+    from sparsebench import run, tracking  # noqa: PLC0415
+
+    die_with_parent()
+    name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
+    handler = logging.FileHandler(folder / "run.log", mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    handler.addFilter(scrubbing)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    found = record.Record(identity, name, configuration)
+    tracker = tracking.NullTracker()
+    code = FAILED
+    try:
+        tracker = tracking.start(configuration["wandb"], name, folder, configuration)
+        run.timed_run(configuration, found, folder, tracker.log)
+        found.status, code = "finished", OK
+    except BaseException as error:
+        found.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        found.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
+        logging.getLogger("sparsebench.run").debug("failed", exc_info=True)
+        with open(folder / "run.log", "a") as file:
+            file.write(record.scrub(traceback.format_exc()))
+    record.write(found, folder / "result.json")
+    tracker.finish(record.read(folder / "result.json"))
+    logging.shutdown()
+    os._exit(code)
+
+
+def explain(error: BaseException) -> str:
+    """What happened, in one line for the user."""
+    text = record.scrub(" ".join(str(error).split()))
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory: {text or 'the process could not allocate more'}"
+    if isinstance(error, (ValueError, FloatingPointError, ArithmeticError, OSError)) and text:
+        return text
+    return f"{kind}: {text}" if text else kind
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
+    import threading  # noqa: PLC0415
+
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def scrubbing(entry: logging.LogRecord) -> bool:
+    """A logging filter that takes secrets out of messages."""
+    entry.msg, entry.args = record.scrub(entry.getMessage()), None
+    return True

@@ -1,0 +1,404 @@
+"""From YAML to checked objects: composition, all errors at once, and the identity of a run.
+
+Nothing here imports torch: `--help`, `--cfg job`, completion and the answer from a finished record stay instant.
+The classes named by `_target_` are imported only by `build`, after the composition itself was found sound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_MODULE = "sparsebench.conf"
+GROUPS = ("dataset", "model", "method", "hardware", "experiment")
+# Keys that say where and whether to write, not what is computed: they are no part of a run's identity.
+NOT_IDENTITY = ("output_dir", "force", "fail_fast", "wandb", "save_model")
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one line per problem, all problems of the run together."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+def setting(*, choices=None, ge=None, gt=None, le=None, lt=None, pattern=None, pattern_text=None) -> Any:
+    """A dataclass field whose allowed values are stated beside it and checked by `build`.
+
+    `choices`, the bounds and `pattern` (a full-match regular expression, described by `pattern_text`) apply to the
+    value, or to each element of a list.
+    """
+    return field(
+        metadata={"choices": choices, "ge": ge, "gt": gt, "le": le, "lt": lt, "pattern": pattern, "text": pattern_text}
+    )
+
+
+NAME_PATTERN = {"pattern": r"[A-Za-z0-9][A-Za-z0-9._-]*", "pattern_text": "a name of letters, digits, '.', '_' and '-'"}
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What is evaluated on the held-out split."""
+
+    test_sequences: int | None = setting(gt=0)
+    dev_sequences: int | None = setting(gt=0)
+    batch_size: int = setting(gt=0)
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """How latency is measured (the engine itself is a property of the hardware target)."""
+
+    latency: bool
+    samples: int = setting(ge=30)
+    warmup: int = setting(ge=3)
+    context: int = setting(gt=0)
+    prompt: int = setting(gt=1)
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    """Weights & Biases: `offline` needs no account and no network."""
+
+    mode: str = setting(choices=("offline", "online", "disabled"))
+    project: str
+    entity: str | None
+    group: str | None
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
+
+    seed: int = setting(ge=0, lt=2**32)
+    output_dir: str
+    force: bool
+    fail_fast: bool
+    dataset: Any
+    model: Any
+    method: Any
+    hardware: Any
+    eval: Evaluation
+    measure: Measurement
+    wandb: Tracking
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking one node
+
+
+def expected(hint: Any, meta: dict) -> str:
+    """Words for what a field accepts, e.g. `a number in [0, 1)`, `one of none, half, p99, all`."""
+    hints = [h for h in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)) if h is not NoneType]
+    base = hints[0] if hints else hint
+    if get_origin(base) is list:
+        text = "a list, each element " + expected(get_args(base)[0], meta)
+    elif meta.get("choices"):
+        text = "one of " + ", ".join(str(c) for c in meta["choices"])
+    elif meta.get("pattern"):
+        text = meta["text"]
+    else:
+        text = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}.get(
+            get_origin(base) or base, "a value"
+        )
+        low = meta.get("ge") if meta.get("ge") is not None else meta.get("gt")
+        high = meta.get("le") if meta.get("le") is not None else meta.get("lt")
+        if low is not None and high is not None:
+            text += f" in {'[' if meta.get('ge') is not None else '('}{low}, {high}{']' if meta.get('le') is not None else ')'}"
+        elif low is not None:
+            text += f" {'>=' if meta.get('ge') is not None else '>'} {low}"
+        elif high is not None:
+            text += f" {'<=' if meta.get('le') is not None else '<'} {high}"
+    return text + (" or null" if NoneType in get_args(hint) else "")
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; raises ValueError where it is of another type. No silent truncation."""
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return None
+        problems = []
+        for option in (h for h in get_args(hint) if h is not NoneType):
+            try:
+                return convert(value, option)
+            except ValueError as problem:
+                problems.append(problem)
+        raise problems[0]
+    if hint is Any:
+        return value
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError("not a list")
+        return [convert(v, get_args(hint)[0]) for v in value]
+    kind = get_origin(hint) or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"not {kind.__name__}")
+    return value
+
+
+def in_bounds(value: Any, meta: dict) -> bool:
+    if isinstance(value, list):
+        return all(in_bounds(v, meta) for v in value)
+    if value is None:
+        return True
+    if meta.get("choices") is not None and value not in meta["choices"]:
+        return False
+    if meta.get("pattern") is not None and not re.fullmatch(meta["pattern"], str(value)):
+        return False
+    checks = {"ge": lambda a, b: a >= b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b, "lt": lambda a, b: a < b}
+    return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
+
+
+def build(node: dict, key: str, problems: list[str], cls: type | None = None) -> Any:
+    """The object a config node describes, or None with lines added to `problems`.
+
+    `cls` defaults to the class that `_target_` names; its dataclass fields are exactly the keys allowed.
+    """
+    prefix = f"{key}." if key else ""
+    if not isinstance(node, dict):
+        problems.append(f"{key} must be a mapping of settings, got {node!r}")
+        return None
+    if cls is None:
+        target = str(node.get("_target_"))
+        try:
+            module, _, name = target.rpartition(".")
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            problems.append(f"{prefix}_target_ must name a class that can be imported, got {target!r} ({error})")
+            return None
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    found = len(problems)
+    for name in node:
+        if name not in fields and name != "_target_":
+            problems.append(unknown_key(f"{prefix}{name}", fields))
+    values = {}
+    for name, spec in fields.items():
+        full, hint, meta = f"{prefix}{name}", hints[name], spec.metadata
+        if name not in node:
+            if spec.default is MISSING and spec.default_factory is MISSING:
+                problems.append(f"{full} is missing: it must be {expected(hint, meta)}")
+            continue
+        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        if node[name] is not None and (nested or hint is Any):
+            values[name] = build(node[name], full, problems, nested[0] if nested else None)
+            continue
+        try:
+            values[name] = convert(node[name], hint)
+        except ValueError:
+            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+            continue
+        if not in_bounds(values[name], meta):
+            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+    if len(problems) > found:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:  # a check across fields, in the class's __post_init__; one line per problem
+        problems.extend(f"{prefix}{line}" for line in str(error).splitlines())
+        return None
+
+
+def unknown_key(full: str, allowed) -> str:
+    """The line for a key that does not exist, with the nearest allowed one first."""
+    name = full.rpartition(".")[2]
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{full} is not a known key{hint}; allowed: {', '.join(sorted(allowed))}"
+
+
+def build_settings(config: dict) -> Settings:
+    """The checked settings of one run.
+
+    Raises ConfigError with every problem found: in each node, and in how the nodes fit together.
+    """
+    problems: list[str] = []
+    settings = build(config, "", problems, Settings)
+    if settings is not None:
+        problems += mismatches(settings)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def mismatches(settings: Settings) -> list[str]:
+    """Combinations that can't work, as far as they can be told before a model is loaded."""
+    model, dataset, method = settings.model, settings.dataset, settings.method
+    problems = []
+    if dataset.kind != model.kind:
+        problems.append(
+            f"dataset must hold {model.kind} data for model={model.name}, got {dataset.name} ({dataset.kind} data)"
+        )
+    if model.kind not in method.kinds:
+        problems.append(
+            f"method={method.name} takes models of kind {', '.join(method.kinds)}, got model={model.name} ({model.kind})"
+        )
+    for part in (model, dataset, method, settings.hardware):
+        problems += part.problems(settings)
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composition
+
+
+def to_dict(config) -> dict:
+    """The composed configuration as plain Python (interpolations resolved), without Hydra's own node."""
+    with open_dict(config):
+        config = config.copy()
+        config.pop("hydra", None)
+        config.pop("experiment", None)
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | None = None) -> list[dict]:
+    """Every configuration that the command-line `overrides` describe: one, or with `sweep` one per combination.
+
+    Raises ConfigError naming every unknown option of a group, unknown key and unreadable override at once.
+    """
+    problems: list[str] = []
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException:
+            problems.append(f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m")
+    if config_dir:
+        parsed += OverridesParser.create().parse_overrides([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"])
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        choices = [alternatives(override, sweep, problems) for override in parsed]
+        groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
+        values = [o for o in parsed if not is_group(o)]
+        problems += unknown_options(parsed, choices)
+        if not problems:
+            for combination in itertools.product(*groups):
+                problems += unknown_keys(list(combination), values)
+        if problems:
+            raise ConfigError(problems)
+        try:
+            return [to_dict(compose("config", overrides=list(c))) for c in itertools.product(*choices)]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def is_group(override: Override) -> bool:
+    return override.key_or_group.split("@")[0] in GROUPS
+
+
+def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[str]:
+    """The single-run forms of one override. An interval (a sweeper's own) is represented by its lower end."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    if not sweep:
+        problems.append(f"{override.input_line!r} lists several values: add -m to sweep over them")
+        return []
+    key = override.get_key_element()
+    if override.is_interval_sweep():
+        return [f"{key}={override.value().start}"]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    problems = []
+    for override, options in zip(parsed, choices, strict=True):
+        if not is_group(override):
+            continue
+        group = override.key_or_group.split("@")[0]
+        known = loader.get_group_options(group)
+        for option in options:
+            name = option.partition("=")[2]
+            if name not in known and name not in ("null", "") and not loader.get_group_options(f"{group}/{name}"):
+                if "/" in name and name.rpartition("/")[2] in loader.get_group_options(f"{group}/{name.rpartition('/')[0]}"):
+                    continue
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                problems.append(f"{group} must be one of {', '.join(sorted(known))}{hint}, got {name!r}")
+    return problems
+
+
+def unknown_keys(groups: list[str], values: list[Override]) -> list[str]:
+    """Keys of `values` that the configuration chosen by `groups` does not have."""
+    try:
+        config = to_dict(compose("config", overrides=groups))
+    except (HydraException, OmegaConfBaseException) as error:
+        return [" ".join(str(error).split())]
+    problems = []
+    for override in values:
+        key = override.key_or_group
+        if override.is_add() or override.is_delete() or key.split(".")[0].split("/")[0] == "hydra":
+            continue
+        node: Any = config
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(node, dict) or part not in node:
+                allowed = node if isinstance(node, dict) else ()
+                problems.append(unknown_key(".".join(parts[: depth + 1]), [k for k in allowed if k != "_target_"]))
+                break
+            node = node[part]
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
+
+
+def canonical(value: Any) -> Any:
+    """The same for values that mean the same: 1 and 1.0, key order."""
+    if isinstance(value, dict):
+        return {str(k): canonical(value[k]) for k in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of any JSON-like content in canonical form."""
+    return hashlib.sha256(json.dumps(canonical(content), sort_keys=True).encode()).hexdigest()
+
+
+def local_files(config: Any) -> dict[str, list]:
+    """Size and modification time of the files that `path` and `histograms` keys point to: other content, other run."""
+    found = {}
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("path", "histograms") and isinstance(value, str) and Path(value).exists():
+                root = Path(value)
+                files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+                found[value] = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+            else:
+                found.update(local_files(value))
+    return found
+
+
+def identity(config: dict, machine: dict) -> str:
+    """The hash that names a run: everything that affects its numbers, nothing that does not.
+
+    `machine` is `env.machine()`: the device and the versions of the packages that compute. Machine and local input
+    files are part of it, since a number measured elsewhere or on other data is another number.
+    """
+    content = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+    return digest({"config": content, "machine": machine, "files": local_files(content)})

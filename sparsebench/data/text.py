@@ -1,0 +1,311 @@
+"""Text for language models: documents from a source, split into fit, dev and test, cut into windows of tokens.
+
+fit is for training and calibration, dev for choices (thresholds, early decisions), test is only ever scored. A
+document belongs to one split; documents with equal content are kept once, so no text stands in two splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.json
+import pyarrow.parquet
+import torch
+
+from sparsebench import hub
+from sparsebench.config import NAME_PATTERN, setting
+
+SPLITS = ("fit", "dev", "test")
+TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+ARTICLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # WikiText's article headings
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: where it came from and its text."""
+
+    key: str
+    text: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Split:
+    """Documents of one split and, once a tokenizer is set, their windows of tokens.
+
+    Tokens are made only as far as they are asked for. The order of fit documents depends on the seed (which rows
+    calibrate), that of dev and test never changes.
+    """
+
+    def __init__(self, name: str, documents: list[Document], sequence_length: int, bos: str, seed: int):
+        order = seed if name == "fit" else 0
+        self.name, self.sequence_length, self.bos = name, sequence_length, bos
+        self.documents = sorted(documents, key=lambda d: hashlib.sha256(f"{order}:{d.key}".encode()).digest())
+        self.tokenizer: Any = None
+        self._tokens: list[int] = []
+        self._used = 0  # documents turned into tokens so far
+
+    def sequences(self, limit: int | None = None) -> torch.Tensor:
+        """The first `limit` windows (None = all), int64 [N, sequence_length]; N is less where the text is short."""
+        body = self.sequence_length - (1 if self.bos == "window" else 0)
+        while self._used < len(self.documents) and (limit is None or len(self._tokens) < limit * body):
+            batch = self.documents[self._used : self._used + 16]
+            encoded = self.tokenizer([d.text for d in batch], add_special_tokens=False, return_attention_mask=False)
+            for ids in encoded["input_ids"]:
+                self._tokens += ([self.tokenizer.bos_token_id] if self.bos == "document" else []) + ids
+            self._used += len(batch)
+        count = len(self._tokens) // body
+        count = count if limit is None else min(count, limit)
+        if count == 0:
+            raise ValueError(
+                f"dataset: the {self.name} split holds {len(self._tokens)} tokens, fewer than one sequence of "
+                f"dataset.sequence_length={self.sequence_length}"
+            )
+        windows = torch.tensor(self._tokens[: count * body]).view(count, body)
+        if self.bos == "window":
+            windows = torch.cat([torch.full((count, 1), self.tokenizer.bos_token_id), windows], dim=1)
+        return windows
+
+    def describe(self) -> dict:
+        """For the record: how much of the split was used, and a fingerprint of the documents."""
+        prints = hashlib.sha256("".join(sorted(d.fingerprint for d in self.documents)).encode()).hexdigest()
+        return {
+            "documents": len(self.documents),
+            "documents_tokenised": self._used,
+            "characters": sum(len(d.text) for d in self.documents),
+            "fingerprint": prints,
+        }
+
+
+@dataclass
+class TextData:
+    """The three splits of one data set."""
+
+    fit: Split
+    dev: Split
+    test: Split
+    info: dict
+    kind = "language"
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        for split in (self.fit, self.dev, self.test):
+            split.tokenizer = tokenizer
+
+    def check_disjoint(self) -> None:
+        """Prove that no document stands in two splits. Raises ValueError naming one that does."""
+        seen: dict[str, str] = {}
+        for split in (self.fit, self.dev, self.test):
+            for document in split.documents:
+                other = seen.setdefault(document.fingerprint, split.name)
+                if other != split.name:
+                    raise ValueError(f"dataset: {document.key} of {split.name} has the same text as one of {other}")
+
+    def describe(self) -> dict:
+        splits = {s.name: s.describe() for s in (self.fit, self.dev, self.test)}
+        return {**self.info, **splits, "disjoint": True}
+
+
+@dataclass(kw_only=True)
+class Text:
+    """A text data set; `source` says how documents are found."""
+
+    name: str = setting(**NAME_PATTERN)
+    source: str = setting(choices=("pystdlib", "wikitext", "hub", "files"))
+    path: str | None
+    revision: str | None
+    sequence_length: int = setting(ge=8)
+    bos: str = setting(choices=("none", "document", "window"))
+    hub_id: str | None
+    hub_config: str | None
+    hub_files: str | None
+    text_field: str
+    max_documents: int | None = setting(gt=0)
+    kind = "language"
+
+    def problems(self, settings: Any) -> list[str]:
+        if self.path is not None and not Path(self.path).exists():
+            return [f"dataset.path must be an existing file or folder, got {self.path!r}"]
+        if self.source == "files" and self.path is None:
+            return [f"dataset.path must name a text, jsonl or parquet file for dataset={self.name}, got null"]
+        if self.source in ("wikitext", "hub") and self.path is None and not hub.dataset_ready(self.hub_id):
+            return [
+                f"dataset={self.name}: {self.hub_id} is not in the local Hub cache and the Hub can't be reached; set "
+                f"dataset.path=<{'folder with valid.txt and test.txt' if self.source == 'wikitext' else 'local file'}>"
+            ]
+        return []
+
+    def load(self, seed: int) -> TextData:
+        """Read and split the documents; equal documents are kept once (the first in fit, dev, test order).
+
+        Raises ValueError where a file is not text or a split stays empty.
+        """
+        found = getattr(self, f"from_{self.source}")()
+        splits, seen, repeated = {}, set(), 0
+        for name in SPLITS:
+            unique = []
+            for document in found[name]:
+                if document.fingerprint in seen or not document.text.strip():
+                    repeated += 1
+                    continue
+                seen.add(document.fingerprint)
+                unique.append(document)
+            if not unique:
+                raise ValueError(f"dataset={self.name}: no text for the {name} split in {self.path or self.source}")
+            splits[name] = Split(name, unique, self.sequence_length, self.bos, seed)
+        info = {
+            "name": self.name,
+            "revision": self.revision or self.hub_config,
+            "source": self.path or self.hub_id or self.source,
+            "sequence_length": self.sequence_length,
+            "stride": self.sequence_length,
+            "bos": self.bos,
+            "repeated_documents_left_out": repeated,
+            "split_rule": SPLIT_RULES[self.source],
+        }
+        return TextData(**splits, info=info)
+
+    def from_pystdlib(self) -> dict[str, list[Document]]:
+        """The running Python's standard library (or the one in `path`), tests left out; split by a hash of the path."""
+        root = Path(self.path or sysconfig.get_path("stdlib"))
+        found: dict[str, list[Document]] = {name: [] for name in SPLITS}
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(f for f in folders if f not in TEST_FOLDERS)
+            for name in sorted(n for n in names if n.endswith(".py")):
+                file = Path(folder, name)
+                key = file.relative_to(root).as_posix()
+                share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
+                split = "fit" if share < 90 else "dev" if share < 95 else "test"
+                found[split].append(Document(key, file.read_text(encoding="utf-8", errors="replace")))
+        return found
+
+    def from_wikitext(self) -> dict[str, list[Document]]:
+        """WikiText articles. Where there is no training text (only valid and test), dev is the last tenth of valid."""
+        if self.path is None:
+            rows = {n: "".join(hub.dataset_rows(self, n)) for n in ("train", "validation", "test")}
+            texts = {"fit": rows["train"], "dev": rows["validation"], "test": rows["test"]}
+        else:
+            folder = Path(self.path)
+            files = {n: next((folder / f for f in names if (folder / f).exists()), None) for n, names in WIKI_FILES.items()}
+            missing = [WIKI_FILES[n][0] for n in ("dev", "test") if files[n] is None]
+            if missing:
+                raise ValueError(f"dataset.path={self.path} must hold {' and '.join(missing)}")
+            texts = {n: read_text(f) for n, f in files.items() if f is not None}
+        found = {n: articles(t, n) for n, t in texts.items()}
+        if "fit" not in found:
+            cut = max(1, len(found["dev"]) * 9 // 10)
+            found["fit"], found["dev"] = found["dev"][:cut], found["dev"][cut:]
+        return found
+
+    def from_hub(self) -> dict[str, list[Document]]:
+        """A data set of the Hub (or the same rows in a local file): fit from `train`, dev and test from `validation`.
+
+        A set with `train` only is cut by position: the first 80 % fit, then 10 % dev and 10 % test.
+        """
+        if self.path is not None:
+            return self.from_files()
+        splits = hub.dataset_splits(self)
+        train = as_documents(hub.dataset_rows(self, "train", self.max_documents), "train")
+        if "validation" not in splits:
+            return by_position(train)
+        held_out = as_documents(hub.dataset_rows(self, "validation", self.max_documents), "validation")
+        return {"fit": train, "dev": held_out[: len(held_out) // 2], "test": held_out[len(held_out) // 2 :]}
+
+    def from_files(self) -> dict[str, list[Document]]:
+        """A text, jsonl or parquet file, or a folder of such; cut by position: 80 % fit, 10 % dev, 10 % test."""
+        path = Path(self.path)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        documents: list[Document] = []
+        for file in files:
+            if file.suffix in (".parquet", ".jsonl", ".json"):
+                texts = table_rows(file, self.text_field)
+            else:
+                texts = chunks(read_text(file))
+            documents += [Document(f"{file.name}:{i}", text) for i, text in enumerate(texts)]
+        return by_position(documents[: self.max_documents])
+
+
+WIKI_FILES = {
+    "fit": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
+    "dev": ("valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
+    "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
+}
+SPLIT_RULES = {
+    "pystdlib": "sha256(file path) mod 100: below 90 fit, below 95 dev, else test",
+    "wikitext": "the set's own splits; without train.txt, the first nine tenths of valid's articles are fit, the rest dev",
+    "hub": "train is fit, validation is halved into dev and test; train alone is cut 80/10/10 by position",
+    "files": "by position: first 80 % fit, next 10 % dev, last 10 % test",
+}
+
+
+def as_documents(texts: Iterable[str], prefix: str) -> list[Document]:
+    return [Document(f"{prefix}:{i}", text) for i, text in enumerate(texts)]
+
+
+def by_position(documents: list[Document]) -> dict[str, list[Document]]:
+    """80/10/10 in order, with at least one document in each where there are three."""
+    n = len(documents)
+    if n < 3:
+        raise ValueError(f"dataset: {n} document(s) can't be split into fit, dev and test; at least 3 are needed")
+    tenth = max(1, n // 10)
+    return {
+        "fit": documents[: n - 2 * tenth],
+        "dev": documents[n - 2 * tenth : n - tenth],
+        "test": documents[n - tenth :],
+    }
+
+
+def read_text(file: Path) -> str:
+    """The file as text. Raises ValueError for an empty or binary file."""
+    content = file.read_bytes()
+    if b"\0" in content[:65536]:
+        raise ValueError(f"dataset.path: {file} is a binary file, not text")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"dataset.path: {file} is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise ValueError(f"dataset.path: {file} holds no text")
+    return text
+
+
+def table_rows(file: Path, text_field: str) -> list[str]:
+    """The text field of a jsonl or parquet file's rows. Raises ValueError where it can't be read or has no such field."""
+    try:
+        table = pyarrow.parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.json.read_json(file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"dataset.path: {file} can't be read as {file.suffix[1:]}: {error}".splitlines()[0]) from error
+    if text_field not in table.column_names:
+        raise ValueError(f"dataset.text_field must be one of {', '.join(table.column_names)}, got {text_field!r}")
+    return [str(value) for value in table[text_field].to_pylist() if value is not None]
+
+
+def chunks(text: str, size: int = 4096) -> list[str]:
+    """Consecutive pieces of about `size` characters (less for a short text, so that there are some thirty), cut between
+    paragraphs where there are enough of them and between lines otherwise. Joined again they are the text."""
+    size = min(size, max(1, len(text) // 30))
+    pieces = re.split(r"(?<=\n\n)", text)
+    if len(pieces) < 30:
+        pieces = text.splitlines(keepends=True)
+    found, current = [], ""
+    for piece in pieces:
+        current += piece
+        if len(current) >= size:
+            found.append(current)
+            current = ""
+    return found + [current] * bool(current.strip())
+
+
+def articles(text: str, split: str) -> list[Document]:
+    """WikiText's articles: from one top-level heading to the next."""
+    starts = [m.start() for m in ARTICLE.finditer(text)] or [0]
+    ends = [*starts[1:], len(text)]
+    return [Document(f"{split}:{i}", text[a:b]) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]

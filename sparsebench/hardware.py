@@ -1,0 +1,88 @@
+"""A hardware target: which device, dtype, threads and kernel, set in one place and read back.
+
+A new target is one YAML in conf/hardware/; it needs a file in kernels/ only if it has a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from sparsebench import env, kernels
+from sparsebench.config import NAME_PATTERN, setting
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Hardware:
+    """Settings of a target; after `prepare` also what was found: `torch_device`, `torch_dtype`, `kernel_name`."""
+
+    name: str = setting(**NAME_PATTERN)
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+    requires: str | None
+    dtype: str = setting(choices=("auto", *DTYPES))
+    threads: int | None = setting(gt=0)
+    kernel: str = setting(choices=("auto", *kernels.names()))
+    compile: bool | None
+    peak_bandwidth_gbs: float | None = setting(gt=0)
+    peak_tflops: float | None = setting(gt=0)
+    torch_device: torch.device = field(init=False, default=torch.device("cpu"))
+    torch_dtype: torch.dtype = field(init=False, default=torch.float32)
+    kernel_name: str = field(init=False, default="masked_dense")
+
+    @property
+    def found_device(self) -> str:
+        """`cpu` or `cuda`: what `auto` stands for on this machine."""
+        if self.device == "auto":
+            return "cuda" if env.gpu_names() else "cpu"
+        return self.device
+
+    def problems(self, settings: Any) -> list[str]:
+        gpus = env.gpu_names()
+        found = []
+        if self.device == "cuda" and not gpus:
+            found.append("hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found")
+        elif self.requires and not any(self.requires in gpu for gpu in gpus):
+            found.append(f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}")
+        if self.kernel != "auto":
+            device = kernels.device_of(self.kernel)
+            if device not in (None, self.found_device):
+                found.append(f"hardware.kernel={self.kernel} runs on {device}, got device {self.found_device}")
+        cores = psutil.cpu_count()
+        if self.threads and cores and self.threads > cores:
+            found.append(f"hardware.threads must be at most the {cores} cores of this machine, got {self.threads}")
+        return found
+
+    def prepare(self) -> None:
+        """Set threads, device, dtype and kernel for this process."""
+        self.torch_device = torch.device(self.found_device)
+        automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
+        self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
+        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+        torch.set_num_threads(self.threads or cores)
+        self.kernel_name = kernels.best(self.torch_device.type) if self.kernel == "auto" else self.kernel
+        kernels.load(self.kernel_name).prepare(torch.get_num_threads())
+
+    @property
+    def skips(self) -> bool:
+        """Whether the kernel really skips work (masked-dense only simulates it)."""
+        return kernels.load(self.kernel_name).SKIPS
+
+    @property
+    def compiled(self) -> bool:
+        """Whether decode runs through torch.compile and CUDA graphs."""
+        return self.torch_device.type == "cuda" if self.compile is None else self.compile
+
+    def read_back(self) -> dict:
+        """What is in force now, for the record."""
+        return {
+            "device": str(self.torch_device),
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "kernel": self.kernel_name,
+            "compile": self.compiled,
+        }

@@ -1,0 +1,37 @@
+"""The reference: dense products of masked inputs. Exact, any device, any shape; nothing is skipped."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+RANK = 0
+SKIPS = False
+
+
+def prepare(threads: int) -> None:
+    """Nothing to set up: torch's own threads are used."""
+
+
+def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return None
+
+
+def kept(x: torch.Tensor, threshold: torch.Tensor | float, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Which entries stay: |x| * c > t, strictly. x [..., n], scale c [n]; returns bool [..., n]."""
+    return (x.abs() if scale is None else x.abs() * scale) > threshold
+
+
+def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None):
+    """y = W (x where kept) + low-rank image of the dropped part + b.
+
+    x [..., n]; weight [m, n]; bias [m]; either `keep` [..., n] bool or `threshold` with an optional `scale` [n];
+    low_rank (A [n, r], B [r, m]) or None. Returns [..., m].
+    """
+    if keep is None:
+        keep = kept(x, threshold, scale)
+    y = F.linear(torch.where(keep, x, 0), weight, bias)
+    if low_rank is not None:
+        a, b = low_rank
+        y = y + (torch.where(keep, 0, x) @ a) @ b
+    return y

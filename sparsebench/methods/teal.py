@@ -1,0 +1,195 @@
+"""TEAL: magnitude thresholding of the input of every projection, no training (arXiv 2408.14690, section 4).
+
+Keep x_i iff |x_i| > t with P(|x_i| <= t) = p on calibration text. q, k, v share one tensor, gate and up another; under
+uniform allocation they share the mask. Embedding and head stay dense. Greedy allocation is section 4.3.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from sparsebench import allocate, calibrate
+from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.methods import Work
+from sparsebench.models.sites import GROUP_OF, Block, find_blocks
+from sparsebench.modules.input_sparse import PROMPT_POLICIES, InputSparseLinear, replace
+from sparsebench.state import State
+
+# Tensor names of the official repository's histogram files, by group.
+OFFICIAL = {
+    "attn_in": ("self_attn", "h1"),
+    "attn_out": ("self_attn", "h2"),
+    "mlp_in": ("mlp", "h1"),
+    "mlp_mid": ("mlp", "h2"),
+}
+
+
+@dataclass(kw_only=True)
+class Teal:
+    """Settings of TEAL; `sparsity`, `prompt` and `threshold_rule` can be changed without calibrating again."""
+
+    name: str = setting(**NAME_PATTERN)
+    sparsity: float = setting(ge=0, lt=1)
+    allocation: str = setting(choices=("uniform", "greedy"))
+    prompt: str = setting(choices=PROMPT_POLICIES)
+    threshold_rule: str = setting(choices=("abs", "signed-hist"))
+    calibration_tokens: int = setting(gt=0)
+    histograms: str | None
+    greedy: allocate.Greedy
+    kinds: ClassVar = ("language",)
+    operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule")
+
+    def __post_init__(self):
+        if self.threshold_rule == "signed-hist" and self.histograms is None:
+            raise ValueError(
+                "threshold_rule=signed-hist needs method.histograms=<folder>: calibration here counts |x| directly"
+            )
+        if self.histograms is not None and not (Path(self.histograms) / "histograms").is_dir():
+            raise ValueError(
+                f"histograms must be a folder with histograms/layer-N/{{mlp,self_attn}}/histograms.pt, got {self.histograms!r}"
+            )
+        if self.allocation == "greedy" and self.sparsity > self.greedy.stop:
+            raise ValueError(f"sparsity must be at most method.greedy.stop={self.greedy.stop}, got {self.sparsity}")
+
+    @property
+    def requested(self) -> float:
+        return self.sparsity
+
+    def problems(self, settings: Any) -> list[str]:
+        return []
+
+    def fit(self, loaded, data, work: Work) -> State:
+        """Histograms of |x| for the four tensors of each block and, for greedy, its table of sparsities per block.
+
+        Tensors: `hist.<layer>.<group>` int64 counts with their first bin in info; `table.<layer>.*` for greedy.
+        """
+        blocks = find_blocks(loaded.module)
+        if self.histograms is not None:
+            return self.imported(Path(self.histograms), blocks)
+        length = data.fit.sequence_length
+        sequences = data.fit.sequences(max(1, self.calibration_tokens // length))
+        histograms = {
+            (b.index, group): calibrate.AbsHistogram(work.hardware.torch_device)
+            for b in blocks
+            for group in dict.fromkeys(s.group for s in b.sites.values())
+        }
+        first = {(b.index, s.group): s.path for b in reversed(blocks) for s in reversed(list(b.sites.values()))}
+        observers = {first[key]: histogram.add for key, histogram in histograms.items()}
+        calibrate.observe(loaded.module, sequences, observers, work.batch_size)
+        state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
+        for (layer, group), histogram in histograms.items():
+            name = f"hist.{layer}.{group}"
+            state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
+        if self.allocation == "greedy":
+            tables = allocate.greedy(
+                loaded.module,
+                blocks,
+                sequences,
+                lambda layer, role, p: self.threshold(state, layer, GROUP_OF[role], p),
+                self.greedy,
+                batch_size=work.batch_size,
+                progress=lambda done, total: work.log({"fit/greedy_blocks_done": done, "fit/greedy_blocks": total}),
+            )
+            for block, table in zip(blocks, tables, strict=True):
+                keep_table(state, block.index, table)
+        return state
+
+    def imported(self, folder: Path, blocks: list[Block]) -> State:
+        """The state from histograms and lookup tables in the official repository's layout (no code in them is run)."""
+        state = State(info={"kind": "imported", "tokens": 0, "source": str(folder)})
+        missing = [b.index for b in blocks if not (folder / "histograms" / f"layer-{b.index}").is_dir()]
+        if missing:
+            raise ValueError(
+                f"method.histograms: no layer-{missing[0]} in {folder / 'histograms'} ({len(missing)} of {len(blocks)} "
+                f"layers missing); model.num_layers=N uses the first N blocks only"
+            )
+        for block in blocks:
+            for group, (part, tensor) in OFFICIAL.items():
+                file = folder / "histograms" / f"layer-{block.index}" / part / "histograms.pt"
+                content = torch.load(file, weights_only=True, map_location="cpu")
+                name = f"signed.{block.index}.{group}"
+                state.tensors[f"{name}.counts"] = content[tensor].double()
+                state.tensors[f"{name}.centers"] = content[f"{tensor}_centers"].double()
+            if self.allocation == "greedy":
+                table = folder / "lookup" / f"layer-{block.index}" / "results.csv"
+                keep_table(state, block.index, read_lookup(table, list(block.sites)))
+        return state
+
+    def threshold(self, state: State, layer: int, group: str, p: float) -> float:
+        """t for target sparsity p of one tensor; 0 for p = 0."""
+        if p == 0:
+            return 0.0
+        name = f"hist.{layer}.{group}"
+        if name in state.tensors:
+            return calibrate.quantile(state.info["first_bin"][name], state.tensors[name], p)
+        counts = state.tensors[f"signed.{layer}.{group}.counts"]
+        centers = state.tensors[f"signed.{layer}.{group}.centers"]
+        if self.threshold_rule == "signed-hist":
+            return signed_quantile(centers, counts, (1 + p) / 2)
+        order = centers.abs().argsort()
+        cumulative = counts[order].cumsum(0)
+        index = min(int(torch.searchsorted(cumulative, p * float(cumulative[-1]))), len(order) - 1)
+        return float(centers.abs()[order[index]])
+
+    def apply(self, module, state: State, work: Work):
+        """Replace every projection whose sparsity is above 0 by an input-sparse one."""
+        for block in find_blocks(module):
+            shares = dict.fromkeys(block.sites, self.sparsity)
+            if self.allocation == "greedy":
+                shares = table_of(state, block.index).nearest(self.sparsity)
+            for role, site in block.sites.items():
+                if shares[role] == 0:
+                    continue
+                threshold = self.threshold(state, block.index, site.group, min(shares[role], 1.0))
+                linear = module.get_submodule(site.path)
+                sparse = InputSparseLinear(
+                    linear, site.name, threshold, prompt=self.prompt, kernel=work.hardware.kernel_name
+                )
+                replace(module, site.path, sparse)
+        return module
+
+
+def signed_quantile(centers: torch.Tensor, counts: torch.Tensor, q: float) -> float:
+    """Quantile q of a signed histogram, linear between bin centres: what the official code computes with q = (1+p)/2.
+
+    Right only for a distribution symmetric about 0; beyond |x|-sparsity of about 98 % it lies in the catch-all bins.
+    """
+    cumulative = counts.cumsum(0)
+    target = q * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, target))
+    if index in (0, len(counts)):
+        return float(centers[min(index, len(counts) - 1)])
+    low, high = float(cumulative[index - 1]), float(cumulative[index])
+    return float(centers[index - 1] + (target - low) / (high - low) * (centers[index] - centers[index - 1]))
+
+
+def keep_table(state: State, layer: int, table: allocate.Table) -> None:
+    state.info.setdefault("roles", table.roles)
+    for name in ("effective", "greedy_error", "uniform_error", "sparsity"):
+        state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
+
+
+def table_of(state: State, layer: int) -> allocate.Table:
+    names = ("effective", "greedy_error", "uniform_error", "sparsity")
+    return allocate.Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in names))
+
+
+def read_lookup(file: Path, roles: list[str]) -> allocate.Table:
+    """A lookup table of the official repository (results.csv). Raises ValueError where columns are missing."""
+    try:
+        with file.open(newline="") as lines:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+        columns = [
+            [row["Effective Sparsity"] for row in rows],
+            [row["Activation Error"] for row in rows],
+            [row["Baseline Error"] for row in rows],
+            [[row[role] for role in roles] for row in rows],
+        ]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"method.histograms: {file} is no lookup table of the official layout ({error})") from error
+    return allocate.Table(roles, *map(torch.tensor, columns))

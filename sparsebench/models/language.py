@@ -1,0 +1,128 @@
+"""Causal language models of transformers: shipped, from a folder, from the Hub, random for timing, or trained here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import sparsebench
+from sparsebench import hub
+from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.methods import Work
+from sparsebench.models import scratch
+from sparsebench.models.sites import find_blocks
+from sparsebench.train import Training
+
+transformers.utils.logging.disable_progress_bar()
+
+log = logging.getLogger(__name__)
+ASSETS = Path(sparsebench.__file__).parent / "assets"
+
+
+@dataclass
+class Loaded:
+    """A model ready to use: eval mode, on the device, parameters frozen."""
+
+    module: nn.Module
+    tokenizer: Any
+    info: dict  # for the record: name, num_parameters, source, ...
+
+
+@dataclass(kw_only=True)
+class CausalLM:
+    """A decoder of transformers whose blocks have a known structure (models/sites.py)."""
+
+    name: str = setting(**NAME_PATTERN)
+    path: str | None
+    revision: str | None
+    weights: str = setting(choices=("pretrained", "random", "scratch"))
+    num_layers: int | None = setting(gt=0)
+    trust_remote_code: bool
+    architecture: dict | None
+    train: Training | None
+    kind = "language"
+
+    @property
+    def location(self) -> str:
+        """Folder or Hub id; `builtin:<name>` is a folder shipped with the package."""
+        if self.path is None:
+            return ""
+        return str(ASSETS / self.path.removeprefix("builtin:")) if self.path.startswith("builtin:") else self.path
+
+    def problems(self, settings: Any) -> list[str]:
+        if self.weights == "scratch" and (self.train is None or self.architecture is None):
+            return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
+        if self.weights != "pretrained" == "random" and self.architecture is not None:
+            depth = self.architecture.get("num_hidden_layers")
+            if self.num_layers and depth and self.num_layers > depth:
+                return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
+            return []
+        if self.path is None:
+            return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
+        problem = hub.model_problem(self.location, "model.path")
+        return [problem] if problem else []
+
+    def config(self) -> transformers.PretrainedConfig:
+        """The architecture, cut to `num_layers` blocks where asked."""
+        if self.weights == "random" and self.architecture is not None:
+            fields = dict(self.architecture)
+            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
+        if self.num_layers:
+            if self.num_layers > config.num_hidden_layers:
+                raise ValueError(
+                    f"model.num_layers must be at most {config.num_hidden_layers} for {self.name}, got {self.num_layers}"
+                )
+            config.num_hidden_layers = self.num_layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[: self.num_layers]
+        return config
+
+    def source(self) -> dict:
+        return {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": not hub.reachable(),
+        }
+
+    def load(self, work: Work, data) -> Loaded:
+        """The model on the target's device in its dtype. Raises ValueError where its structure is unknown."""
+        hardware, config, location = work.hardware, self.config(), self.location
+        if self.weights == "scratch":
+            location = str(scratch.trained(self, config, work, data))
+        if self.weights == "random":
+            torch.manual_seed(work.seed)
+            with torch.device(hardware.torch_device):
+                module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
+        else:
+            module = transformers.AutoModelForCausalLM.from_pretrained(
+                location, config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source()
+            ).to(hardware.torch_device)
+        tokens_from = location
+        if self.weights == "random" and hub.model_problem(location, "") is not None:
+            tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, **self.source())
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"model: the tokenizer of {tokens_from} has {len(tokenizer)} tokens, the model {config.vocab_size}")
+        module.eval().requires_grad_(False)
+        blocks = find_blocks(module)
+        sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
+        info = {
+            "name": self.name,
+            "num_parameters": sum(p.numel() for p in module.parameters()),
+            "source": sources[self.weights],
+            "revision": self.revision,
+            "architecture": type(module).__name__,
+            "num_layers": len(blocks),
+            "sites": list(blocks[0].sites),
+            "tokenizer": "llama-tiny (stand-in)" if tokens_from != location else "its own",
+            "trust_remote_code": self.trust_remote_code,
+        }
+        return Loaded(module, tokenizer, info)

@@ -1,0 +1,113 @@
+"""Input-sparse linear: y = W (x where |x| c > t) + b, the module behind every method that drops input channels.
+
+The weight is stored once, transposed in memory (one input channel is contiguous) so that decode can skip the dropped
+channels; it keeps the shape [m, n] and dense products over many tokens read it just as fast that way round.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsebench import kernels
+from sparsebench.kernels import masked_dense
+from sparsebench.macs import Cost
+from sparsebench.sparsity import Counter, SiteSparsity
+
+PROMPT_POLICIES = ("none", "half", "last10", "p99", "all")
+
+
+def dense_prefix(policy: str, tokens: int) -> int:
+    """How many leading tokens of a call with `tokens` positions stay dense. One-token calls are always sparse.
+
+    none: all stay dense; half: the last T//2 are sparse; last10: the last T - int(0.9 T) (R-Sparse's release);
+    p99: the last int(0.99 T); all: every token is sparse. (TEAL, official code, `--prefill`; R-Sparse, prefill_ratio.)
+    """
+    if tokens == 1:
+        return 0
+    sparse = {
+        "none": 0,
+        "half": tokens // 2,
+        "last10": tokens - int(0.9 * tokens),
+        "p99": int(0.99 * tokens),
+        "all": tokens,
+    }
+    return tokens - sparse[policy]
+
+
+class InputSparseLinear(nn.Module):
+    """A linear map that drops input channels per token.
+
+    Args:
+        linear: the map to replace (nn.Linear or transformers' Conv1D); its weight is taken over, not copied twice.
+        site: name in records, e.g. `3.gate`.
+        threshold: keep x_i iff |x_i| c_i > threshold (strictly).
+        scale: c [n], e.g. column norms; None = 1.
+        prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
+        low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None.
+        kernel: backend for one-token calls.
+    """
+
+    def __init__(self, linear, site, threshold, *, scale=None, prompt="all", low_rank=None, kernel="masked_dense"):
+        super().__init__()
+        transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()
+        self.weight = nn.Parameter(transposed.contiguous().t(), requires_grad=False)  # [m, n], n outermost in memory
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
+        device = self.weight.device
+        self.register_buffer("threshold", torch.tensor(float(threshold), device=device), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
+            self.register_buffer(name, factor, persistent=False)
+        self.site, self.prompt, self.kernel_name = site, prompt, kernel
+        self.counter: Counter | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return self.weight.numel()
+
+    @property
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.low_rank_a is None else (self.low_rank_a, self.low_rank_b)
+
+    def new_counter(self) -> Counter:
+        return Counter(self.weight.shape[1], self.weight.device)
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        """bool, the shape of x [..., n]."""
+        return masked_dense.kept(x, self.threshold, self.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        if tokens == 1 and self.counter is None:
+            return kernels.load(self.kernel_name).input_sparse_linear(
+                x, self.weight, self.bias, threshold=self.threshold, scale=self.scale, low_rank=self.low_rank
+            )
+        dense = dense_prefix(self.prompt, tokens)
+        if dense == tokens and self.counter is None:
+            return F.linear(x, self.weight, self.bias)
+        keep = self.keep(x)
+        if self.counter is not None:
+            self.counter.add(keep.unsqueeze(-2) if x.dim() <= 2 else keep, dense)
+        if dense:
+            keep[..., :dense, :] = True
+        return masked_dense.input_sparse_linear(x, self.weight, self.bias, keep=keep, low_rank=self.low_rank)
+
+    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+        """MACs and weight bytes of one decoded token, dense and as measured."""
+        m, n = self.weight.shape
+        share = 1 - measured[name].sparsity_of_sparse_tokens
+        rank = self.low_rank_a.shape[1] if self.low_rank_a is not None else 0
+        extra, element = rank * (m + n), self.weight.element_size()
+        return {name: Cost(m * n, share * m * n, extra, m * n * element, (share * m * n + extra) * element)}
+
+    def extra_repr(self) -> str:
+        m, n = self.weight.shape
+        return f"{self.site}, {n}->{m}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` in the place that `path` names."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,96 @@
+"""The record of one run: fixed keys, written atomically, never read half-written.
+
+`record.schema.json` beside this file is the contract (JSON Schema); the README explains each key in words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+@dataclass
+class Record:
+    """One run. A section is None until the run has got that far; a failed run keeps what it had."""
+
+    config_hash: str
+    name: str
+    config: dict
+    status: str = "running"  # finished | failed | interrupted, once written
+    error: dict | None = None  # {type, message, traceback}
+    started_at: str = ""  # ISO 8601, UTC
+    seconds: float = 0.0
+    env: dict | None = None
+    model: dict | None = None
+    dataset: dict | None = None
+    fit: dict | None = None
+    quality: dict | None = None
+    sparsity: dict | None = None
+    macs: dict | None = None
+    bytes: dict | None = None
+    latency: dict | None = None
+    memory: dict | None = None
+    extra: dict = field(default_factory=dict)  # a method's own findings (search history, training curves, ...)
+    schema_version: int = SCHEMA_VERSION
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready: NaN and infinities become null, paths and scalars of other libraries become text and numbers."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def scrub(text: str) -> str:
+    """`text` without the values of secret environment variables."""
+    for name in SECRETS:
+        secret = os.environ.get(name)
+        if secret and len(secret) >= 6:
+            text = text.replace(secret, f"<{name}>")
+    return text
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write so that `path` holds either what it held before or all of `content`, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write(record: Record, path: Path) -> None:
+    """Write `record` as JSON at `path`, atomically and free of secrets."""
+    write_atomic(path, scrub(json.dumps(plain(asdict(record)), indent=1, allow_nan=False)).encode())
+
+
+def read(path: Path) -> dict | None:
+    """The record at `path`, or None where there is none or where it can't be one (truncated, foreign, other version)."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        return None
+    return content if content.get("status") in ("finished", "failed", "interrupted") else None

@@ -1,0 +1,253 @@
+"""One training loop for everything that trains: base models, methods that change the model, controls.
+
+Built on accelerate (mixed precision, accumulation, one process or many through `accelerate launch` / `torchrun`). The
+order of the data, the learning rate and a penalty's coefficient are pure functions of (seed, step), so a checkpoint is
+weights, optimiser and random state, and a run killed at any moment and started again ends as one never killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from sparsebench.config import setting
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Settings of the loop. batch_size is global: per device and pass, micro_batch sequences; the rest accumulates."""
+
+    steps: int = setting(gt=0)
+    batch_size: int = setting(gt=0)
+    micro_batch: int = setting(gt=0)
+    optimizer: str = setting(choices=("adamw", "sgd"))
+    lr: float = setting(gt=0)
+    min_lr: float = setting(ge=0)
+    schedule: str = setting(choices=("cosine", "linear", "constant"))
+    warmup: int = setting(ge=0)
+    betas: list[float] = setting(ge=0, lt=1)
+    momentum: float = setting(ge=0, lt=1)
+    weight_decay: float = setting(ge=0)
+    clip: float | None = setting(gt=0)
+    precision: str = setting(choices=("auto", "no", "bf16", "fp16"))
+    checkpoint_every: int = setting(gt=0)
+    log_every: int = setting(gt=0)
+
+    def __post_init__(self):
+        problems = []
+        if self.batch_size % self.micro_batch:
+            problems.append(f"micro_batch must divide batch_size={self.batch_size}, got {self.micro_batch}")
+        if self.warmup >= self.steps:
+            problems.append(f"warmup must be below steps={self.steps}, got {self.warmup}")
+        if len(self.betas) != 2:
+            problems.append(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (counted from 0): linear warm-up, then the schedule down to min_lr."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        fall = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+        return self.min_lr + (self.lr - self.min_lr) * fall[self.schedule]
+
+
+class Penalty(Protocol):
+    """A term added to the loss: it watches the model (hooks of its own) and is read after every forward pass."""
+
+    def coefficient(self, step: int) -> float:
+        """lambda of a step."""
+
+    def value(self) -> torch.Tensor:
+        """The penalty of the last forward pass, with its graph; forgets that pass."""
+
+    def stats(self) -> dict[str, float]:
+        """What to log beside it, e.g. the share of zeros per site since last asked."""
+
+
+class Diverged(FloatingPointError):
+    """The loss left the path: not finite, or far above where it started. The last good checkpoint is kept."""
+
+
+@dataclass
+class History:
+    """Rows logged on the way, the last step and the time of this process's part."""
+
+    rows: list[dict] = field(default_factory=list)
+    steps: int = 0
+    resumed_at: int = 0
+    seconds: float = 0.0
+
+
+def next_token_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token over windows [B, T]."""
+    logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def order(rows: int, seed: int, epoch: int) -> torch.Tensor:
+    """The permutation of one epoch: a function of seed and epoch only."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+class Order:
+    """Row indices of any global position, without state: position p stands in epoch p // rows."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch, self.permutation = rows, seed, -1, torch.empty(0)
+
+    def __call__(self, start: int, count: int) -> torch.Tensor:
+        found = []
+        for position in range(start, start + count):
+            epoch, place = divmod(position, self.rows)
+            if epoch != self.epoch:
+                self.epoch, self.permutation = epoch, order(self.rows, self.seed, epoch)
+            found.append(int(self.permutation[place]))
+        return torch.tensor(found)
+
+
+def optimiser(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """AdamW or SGD; vectors (norms, biases) are not decayed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas))
+
+
+def train(
+    module: nn.Module,
+    rows: torch.Tensor,
+    settings: Training,
+    *,
+    folder: Path,
+    seed: int,
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
+    penalty: Penalty | None = None,
+    after_step: Callable[[int], None] | None = None,
+    track: Callable[[dict], None] = lambda row: None,
+    label: str = "train",
+) -> History:
+    """Train `module` in place on `rows` [N, ...] and return the history; resumes by itself from `folder`.
+
+    loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `after_step(step)` runs
+    after each optimiser step (e.g. to re-apply weight masks). Raises Diverged, naming the step.
+    """
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+    share, remainder = divmod(settings.batch_size, settings.micro_batch * accelerator.num_processes)
+    if remainder:
+        raise ValueError(
+            f"train.batch_size={settings.batch_size} must be a multiple of train.micro_batch={settings.micro_batch} "
+            f"times {accelerator.num_processes} processes"
+        )
+    torch.manual_seed(seed + accelerator.process_index)
+    module.train()
+    wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
+    pick, history = Order(len(rows), seed), History()
+    start = history.resumed_at = resume(accelerator, folder)
+    first_loss = None
+    clock, since, tokens = time.perf_counter(), time.perf_counter(), 0
+    for step in range(start, settings.steps):
+        rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(2, device=accelerator.device)  # task loss and penalty, means over the global batch
+        indices = pick(step * settings.batch_size, settings.batch_size)
+        mine = indices[accelerator.process_index :: accelerator.num_processes].split(settings.micro_batch)
+        for i, part in enumerate(mine):
+            batch = rows[part].to(accelerator.device)
+            with nullcontext() if i == share - 1 else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    task = loss(wrapped, batch)
+                term = penalty.value() if penalty else task.new_zeros(())
+                accelerator.backward((task + scale * term if scale else task) / share)
+            sums += torch.stack([task.detach().float(), term.detach().float()]) / share
+            tokens += batch.numel() * accelerator.num_processes
+        total, extra = accelerator.reduce(sums, "mean").tolist()
+        if settings.clip is not None:
+            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+        first_loss = total if first_loss is None else first_loss
+        if not math.isfinite(total) or total > 3 * first_loss + 1:
+            raise Diverged(f"{label}: the loss is {total:.4g} at step {step} (it was {first_loss:.4g} at first); last checkpoint kept")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step(step)
+        history.steps = step + 1
+        if history.steps % settings.log_every == 0 or history.steps == settings.steps:
+            speed = tokens / (time.perf_counter() - since)
+            eta = (settings.steps - history.steps) * (time.perf_counter() - clock) / (history.steps - start)
+            row = {f"{label}/step": history.steps, f"{label}/loss": total, f"{label}/lr": rate, f"{label}/tokens_per_s": speed}
+            if penalty is not None:
+                row |= {f"{label}/penalty": extra, f"{label}/lambda": scale}
+                row |= {f"{label}/{k}": v for k, v in penalty.stats().items()}
+            history.rows.append(row)
+            if accelerator.is_main_process:
+                track(row)
+                log.info(
+                    "%s %d/%d loss %.4f lr %.2e%s %.3g tokens/s ETA %s", label, history.steps, settings.steps, total, rate,
+                    f" penalty {extra:.4g} lambda {scale:.3g}" if penalty else "", speed, clock_text(eta),
+                )  # fmt: skip
+            since, tokens = time.perf_counter(), 0
+        if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
+            checkpoint(accelerator, folder, history.steps)
+    history.seconds = time.perf_counter() - clock
+    accelerator.wait_for_everyone()
+    trained = accelerator.unwrap_model(wrapped)
+    if trained is not module:
+        module.load_state_dict(accelerator.get_state_dict(wrapped))
+    module.eval()
+    accelerator.free_memory()
+    return history
+
+
+def clock_text(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Write step's checkpoint beside the old one, then make it the only one: a kill at any moment leaves a whole one."""
+    partial, final = folder / f".step-{step}.partial", folder / f"step-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        partial.rename(final)
+        for old in folder.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, folder: Path) -> int:
+    """Load the newest whole checkpoint in `folder`; the step to go on from, 0 where there is none."""
+    steps = sorted(int(p.name.partition("-")[2]) for p in folder.glob("step-*")) if folder.is_dir() else []
+    if not steps:
+        return 0
+    accelerator.load_state(str(folder / f"step-{steps[-1]}"))
+    log.info("resumed at step %d from %s", steps[-1], folder)
+    return steps[-1]
