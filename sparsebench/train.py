@@ -11,8 +11,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from sparsebench.config import setting
@@ -43,6 +44,7 @@ class Training:
     momentum: float = setting(ge=0, lt=1)
     weight_decay: float = setting(ge=0)
     clip: float | None = setting(gt=0)
+    dropout: float = setting(ge=0, lt=1)
     precision: str = setting(choices=("auto", "no", "bf16", "fp16"))
     checkpoint_every: int = setting(gt=0)
     log_every: int = setting(gt=0)
@@ -133,6 +135,21 @@ def optimiser(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas))
 
 
+@contextmanager
+def dropping(module: nn.Module, share: float) -> Iterator[None]:
+    """Dropout on the input of every linear map while the context lasts (embedding and norms untouched)."""
+    hooks = [
+        linear.register_forward_pre_hook(lambda m, args: (F.dropout(args[0], share, training=m.training), *args[1:]))
+        for linear in module.modules()
+        if share and isinstance(linear, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def train(
     module: nn.Module,
     rows: torch.Tensor,
@@ -153,8 +170,9 @@ def train(
     """
     on_cpu = next(module.parameters()).device.type == "cpu"
     precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
+    AcceleratorState._reset_state()  # an earlier training of this process may have used another precision
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
-    share, remainder = divmod(settings.batch_size, settings.micro_batch * accelerator.num_processes)
+    accumulate, remainder = divmod(settings.batch_size, settings.micro_batch * accelerator.num_processes)
     if remainder:
         raise ValueError(
             f"train.batch_size={settings.batch_size} must be a multiple of train.micro_batch={settings.micro_batch} "
@@ -165,65 +183,74 @@ def train(
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
     pick, history = Order(len(rows), seed), History()
     start = history.resumed_at = resume(accelerator, folder)
-    first_loss = None
-    clock, since, tokens = time.perf_counter(), time.perf_counter(), 0
-    for step in range(start, settings.steps):
-        rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums = torch.zeros(2, device=accelerator.device)  # task loss and penalty, means over the global batch
+    first_loss, begun = math.inf, time.perf_counter()
+    since, tokens = begun, 0
+
+    def gradients(step: int, scale: float) -> tuple[float, float]:
+        """Add up one step's gradients; (task loss, penalty), means over the global batch."""
+        nonlocal tokens
+        sums = torch.zeros(2, device=accelerator.device)
         indices = pick(step * settings.batch_size, settings.batch_size)
         mine = indices[accelerator.process_index :: accelerator.num_processes].split(settings.micro_batch)
         for i, part in enumerate(mine):
             batch = rows[part].to(accelerator.device)
-            with nullcontext() if i == share - 1 else accelerator.no_sync(wrapped):
+            with nullcontext() if i == accumulate - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     task = loss(wrapped, batch)
                 term = penalty.value() if penalty else task.new_zeros(())
-                accelerator.backward((task + scale * term if scale else task) / share)
-            sums += torch.stack([task.detach().float(), term.detach().float()]) / share
+                accelerator.backward((task + scale * term if scale else task) / accumulate)
+            sums += torch.stack([task.detach().float(), term.detach().float()]) / accumulate
             tokens += batch.numel() * accelerator.num_processes
-        total, extra = accelerator.reduce(sums, "mean").tolist()
-        if settings.clip is not None:
-            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-        first_loss = total if first_loss is None else first_loss
-        if not math.isfinite(total) or total > 3 * first_loss + 1:
-            raise Diverged(f"{label}: the loss is {total:.4g} at step {step} (it was {first_loss:.4g} at first); last checkpoint kept")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if after_step is not None:
-            after_step(step)
-        history.steps = step + 1
-        if history.steps % settings.log_every == 0 or history.steps == settings.steps:
-            speed = tokens / (time.perf_counter() - since)
-            eta = (settings.steps - history.steps) * (time.perf_counter() - clock) / (history.steps - start)
-            row = {f"{label}/step": history.steps, f"{label}/loss": total, f"{label}/lr": rate, f"{label}/tokens_per_s": speed}
-            if penalty is not None:
-                row |= {f"{label}/penalty": extra, f"{label}/lambda": scale}
-                row |= {f"{label}/{k}": v for k, v in penalty.stats().items()}
-            history.rows.append(row)
-            if accelerator.is_main_process:
-                track(row)
-                log.info(
-                    "%s %d/%d loss %.4f lr %.2e%s %.3g tokens/s ETA %s", label, history.steps, settings.steps, total, rate,
-                    f" penalty {extra:.4g} lambda {scale:.3g}" if penalty else "", speed, clock_text(eta),
-                )  # fmt: skip
-            since, tokens = time.perf_counter(), 0
-        if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
-            checkpoint(accelerator, folder, history.steps)
-    history.seconds = time.perf_counter() - clock
+        return tuple(accelerator.reduce(sums, "mean").tolist())
+
+    with dropping(module, settings.dropout):
+        for step in range(start, settings.steps):
+            rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total, extra = gradients(step, scale)
+            first_loss = min(first_loss, total) if step == start else first_loss
+            if not math.isfinite(total) or total > 3 * first_loss + 1:
+                raise Diverged(
+                    f"{label}: the loss is {total:.4g} at step {step}, {first_loss:.4g} at first; last checkpoint kept"
+                )
+            if settings.clip is not None:
+                accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if after_step is not None:
+                after_step(step)
+            history.steps = step + 1
+            if history.steps % settings.log_every == 0 or history.steps == settings.steps:
+                now = time.perf_counter()
+                row = {"step": history.steps, "loss": total, "lr": rate, "tokens_per_s": tokens / (now - since)}
+                if penalty is not None:
+                    row |= {"penalty": extra, "lambda": scale, **penalty.stats()}
+                row["eta_s"] = (settings.steps - history.steps) * (now - begun) / (history.steps - start)
+                history.rows.append({f"{label}/{k}": v for k, v in row.items()})
+                if accelerator.is_main_process:
+                    track(history.rows[-1])
+                    log.info("%s %s", label, progress(row, settings.steps))
+                since, tokens = now, 0
+            if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
+                checkpoint(accelerator, folder, history.steps)
+    history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
-    trained = accelerator.unwrap_model(wrapped)
-    if trained is not module:
+    if wrapped is not module:
         module.load_state_dict(accelerator.get_state_dict(wrapped))
     module.eval()
     accelerator.free_memory()
     return history
 
 
-def clock_text(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+def progress(row: dict, steps: int) -> str:
+    """A row of history as one line for people."""
+    minutes, seconds = divmod(int(row["eta_s"]), 60)
+    penalty = f" penalty {row['penalty']:.4g} lambda {row['lambda']:.3g}" if "penalty" in row else ""
+    return (
+        f"{row['step']}/{steps} loss {row['loss']:.4f}{penalty} lr {row['lr']:.2e} {row['tokens_per_s']:.3g} tokens/s "
+        f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    )
 
 
 def checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:

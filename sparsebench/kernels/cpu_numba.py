@@ -195,10 +195,9 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     problem = unsupported(x, weight)
     if problem:
         raise ValueError(problem)
-    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = whole = x.reshape(-1, x.shape[-1]).float()
     if keep is not None:
-        rows = torch.where(keep.reshape(rows.shape), rows, 0)
-        threshold = 0.0
+        rows, threshold = torch.where(keep.reshape(rows.shape), rows, 0), 0.0
     n = rows.shape[1]
     index, values = np.empty(n + 1, np.int64), np.empty((rows.shape[0], n + 1), np.float32)
     scales = NO_SCALE if scale is None else scale.float().numpy()
@@ -210,5 +209,5 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     if low_rank is not None:
         a, b = low_rank
         kept = torch.zeros_like(rows).index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
-        y = y + ((rows - kept).to(x.dtype).view(x.shape) @ a) @ b
+        y = y + ((whole - kept).to(x.dtype).view(x.shape) @ a) @ b
     return y

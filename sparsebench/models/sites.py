@@ -70,7 +70,8 @@ class Block:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """A linear map, or a sparse module that stands in the place of one."""
+    return isinstance(module, (nn.Linear, Conv1D)) or getattr(module, "is_linear_map", False)
 
 
 def shape(module: nn.Module) -> tuple[int, int]:

@@ -50,6 +50,8 @@ class InputSparseLinear(nn.Module):
         kernel: backend for one-token calls.
     """
 
+    is_linear_map = True
+
     def __init__(self, linear, site, threshold, *, scale=None, prompt="all", low_rank=None, kernel="masked_dense"):
         super().__init__()
         transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()

@@ -1,0 +1,521 @@
+// One decode step of a Llama-type model at batch 1, dense or sparse, as five kernels a layer (cuda_fused.py launches them).
+//
+//   embed                         residual = embedding[token]
+//   gather  NORM       q, k, v    norm, threshold and compaction in front of the product, no kernel of their own
+//   attend                        rotary embedding, cache append, attention; one partial result per split of the context
+//   gather  ATTENTION  o          merges the splits in front; adds into the residual
+//   gather  NORM       gate, up
+//   gather  SWIGLU     down       silu(gate) * up in front; adds into the residual
+//   rows    head                  final norm, logits, argmax; the last CTA writes the next token and advances the position
+//
+// gather reads the weights of kept input channels only. W is stored [n, m]: one input channel is contiguous. A CTA takes
+// TILE outputs and one of several equal shares of the channels, and compacts the kept channels of its share into shared
+// memory, so no list of indices goes through memory. A warp reads TILE outputs of one channel with 16-byte loads, LOADS
+// channels in flight; warps are summed in shared memory, CTAs by fp32 atomics. Sums that several CTAs add into start at
+// zero: each is cleared by a kernel between its last reader and its next writer.
+//
+// Compile-time: BF16 (else fp16), WARPS, LOADS, WIDE (16-byte loads per lane and channel), HEAD_DIM, GROUP (query heads
+// per key-value head), SPLITS (of the context). EMULATE builds the same code for a CPU, for tests. Sizes must be
+// multiples of 8.
+
+#ifndef EMULATE
+typedef unsigned int u32;
+typedef unsigned short u16;
+#define SHARED extern __shared__ __align__(16) unsigned char shared[];
+#define ENTRY extern "C" __global__ void __launch_bounds__(WARPS * 32)
+
+// 16 bytes of a weight, or zeros. Streamed once, so kept out of L1; predicated instead of branched around, so that the
+// compiler issues a whole batch of loads before it waits for the first.
+__device__ __forceinline__ uint4 load_weight(const void* p, bool wanted) {
+    uint4 r;
+    asm volatile(
+        "{ .reg .pred q; setp.ne.b32 q, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+        "  @q ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w) : "l"(p), "r"((int)wanted));
+    return r;
+}
+// The same without a register: into shared memory, waited for by group. It keeps LOADS rows in flight whatever the
+// compiler thinks of register pressure (it serialised plain loads).
+__device__ __forceinline__ void copy_weight(uint4* to, const void* from, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+__device__ __forceinline__ void add4(float* p, float4 v) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+#else
+    atomicAdd(p, v.x), atomicAdd(p + 1, v.y), atomicAdd(p + 2, v.z), atomicAdd(p + 3, v.w);
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ u16 float_to_half(float f) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+__device__ __forceinline__ u16 float_to_bf16(float f) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+#endif
+
+#define FULL 0xffffffffu
+#define THREADS (WARPS * 32)
+#define TILE (256 * WIDE)
+
+#ifdef BF16
+__device__ __forceinline__ float widen(u16 h) { return __uint_as_float((u32)h << 16); }
+__device__ __forceinline__ u16 narrow(float f) { return float_to_bf16(f); }
+#else
+__device__ __forceinline__ float widen(u16 h) { return half_to_float(h); }
+__device__ __forceinline__ u16 narrow(float f) { return float_to_half(f); }
+#endif
+
+__device__ __forceinline__ void widen8(uint4 w, float* out) {
+    const u32 q[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = widen((u16)(q[i] & 0xffff));
+        out[2 * i + 1] = widen((u16)(q[i] >> 16));
+    }
+}
+__device__ __forceinline__ void axpy8(float* sum, uint4 w, float x) {
+    float v[8];
+    widen8(w, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[i] += x * v[i];
+}
+__device__ __forceinline__ float silu(float g) { return g / (1.0f + __expf(-g)); }
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(FULL, v, d);
+    return v;
+}
+
+// Sum of `v` over the CTA, for every thread. `scratch` holds WARPS floats.
+__device__ float block_sum(float v, float* scratch) {
+    v = warp_sum(v);
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = v;
+    __syncthreads();
+    float total = 0;
+    for (int w = 0; w < WARPS; w++) total += scratch[w];
+    __syncthreads();
+    return total;
+}
+
+// 1 / rms of x[n] (RMSNorm).
+__device__ float inverse_rms(const float* x, int n, float eps, float* scratch) {
+    float sum = 0;
+    for (int i = threadIdx.x * 4; i < n; i += THREADS * 4) {
+        float4 v = *(const float4*)(x + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    return rsqrtf(block_sum(sum, scratch) / n + eps);
+}
+
+enum { PLAIN = 0, NORM = 1, SWIGLU = 2, ATTENTION = 3, HALF = 4 };
+
+struct Gather {
+    const u16* weight[3];    // each [n, m]
+    float* out[3];           // each [m], added into
+    const float* scale[3];   // c [n] of |x| c > t, or null
+    const float* threshold;  // [parts]; below 0 keeps everything
+    int m[3];
+    int parts, n, complement;  // complement: take the dropped channels (low-rank remainder)
+    const float* input;      // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF)
+    const float* second;     // [n]: up (SWIGLU); softmax maxima and weights of the splits (ATTENTION)
+    const u16* norm;         // [n]: weight of the norm (NORM)
+    float eps;
+    float* zero;             // cleared here for a later kernel
+    int zero_count;
+    u16* result;             // or null: where the last CTA of a tile puts the finished outputs [m] (one part only);
+    const u16* bias;         // it then clears `out` and `arrived` for the next call
+    u32* arrived;            // [tiles]
+};
+
+template <int MODE>
+__device__ __forceinline__ float input_value(const Gather& a, int i, float inverse) {
+    if (MODE == NORM) return a.input[i] * inverse * widen(a.norm[i]);
+    if (MODE == SWIGLU) return silu(a.input[i]) * a.second[i];
+    if (MODE == HALF) return widen(((const u16*)a.input)[i]);
+    if (MODE == PLAIN) return a.input[i];
+    const int head = i / HEAD_DIM;
+    float top = -1e30f, weight = 0, mixed = 0, high[SPLITS], share[SPLITS], part[SPLITS];
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+        high[s] = a.second[(head * SPLITS + s) * 2], share[s] = a.second[(head * SPLITS + s) * 2 + 1];
+        part[s] = a.input[(head * SPLITS + s) * HEAD_DIM + i % HEAD_DIM];
+    }
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) top = fmaxf(top, high[s]);
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+        const float fade = __expf(high[s] - top);
+        weight += share[s] * fade, mixed += part[s] * fade;
+    }
+    return mixed / weight;
+}
+
+// Grid: (tiles of all parts, shares of the channels).
+template <int MODE>
+__device__ void gather(const Gather& a) {
+    constexpr int ITEMS = MODE == ATTENTION ? 1 : 8;  // channels a thread looks at together
+    constexpr int CHUNK = ITEMS * THREADS;
+    SHARED
+    uint4* ring = (uint4*)shared;                   // [LOADS][WIDE][THREADS]: a thread reads what it copied itself
+    float* sums = (float*)shared;                   // [WARPS][TILE], when the ring is done with
+    float* value = (float*)(ring + LOADS * WIDE * THREADS);  // [CHUNK] (the host reserves 8 * THREADS)
+    u16* index = (u16*)(value + CHUNK);             // [CHUNK], relative to the chunk
+    int* count = (int*)(index + CHUNK);
+    float* scratch = (float*)(count + 4);           // [WARPS]
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    wait_for_previous();
+    let_next_start();
+    const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+    for (int i = cta * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * gridDim.y * THREADS) a.zero[i] = 0;
+    int tile = blockIdx.x, part = 0;
+    while (tile >= (a.m[part] + TILE - 1) / TILE) tile -= (a.m[part++] + TILE - 1) / TILE;
+    const int m = a.m[part], column = tile * TILE + lane * 8;
+    const float threshold = a.threshold[part];
+    const float* scale = a.scale[part];
+    const int first = (int)((long)a.n * blockIdx.y / gridDim.y), last = (int)((long)a.n * (blockIdx.y + 1) / gridDim.y);
+    const float inverse = MODE == NORM ? inverse_rms(a.input, a.n, a.eps, scratch) : 0.0f;
+    float sum[8 * WIDE];
+#pragma unroll
+    for (int i = 0; i < 8 * WIDE; i++) sum[i] = 0;
+    for (int chunk = first; chunk < last; chunk += CHUNK) {
+        const int size = min(CHUNK, last - chunk);
+        if (threadIdx.x == 0) *count = 0;
+        __syncthreads();
+        float x[ITEMS];
+        u32 kept[ITEMS];
+        int total = 0;
+#pragma unroll
+        for (int t = 0; t < ITEMS; t++) {  // all loads first, then one place in the list per warp
+            const int i = t * THREADS + threadIdx.x;
+            x[t] = i < size ? input_value<MODE>(a, chunk + i, inverse) : 0.0f;
+        }
+#pragma unroll
+        for (int t = 0; t < ITEMS; t++) {
+            const int i = t * THREADS + threadIdx.x;
+            const float magnitude = fabsf(x[t]) * (scale && i < size ? scale[chunk + i] : 1.0f);
+            kept[t] = __ballot_sync(FULL, i < size && (magnitude > threshold) != (bool)a.complement);
+            total += __popc(kept[t]);
+        }
+        int place = 0;
+        if (lane == 0 && total) place = atomicAdd(count, total);
+        place = __shfl_sync(FULL, place, 0);
+#pragma unroll
+        for (int t = 0; t < ITEMS; t++) {
+            if (kept[t] >> lane & 1) {
+                const int at = place + __popc(kept[t] & ((1u << lane) - 1));
+                index[at] = (u16)(t * THREADS + threadIdx.x), value[at] = x[t];
+            }
+            place += __popc(kept[t]);
+        }
+        __syncthreads();
+        const int n = *count;
+        const u16* rows = a.weight[part] + (long)chunk * m + column;
+        const int mine = n > warp ? (n - warp + WARPS - 1) / WARPS : 0;  // channels of this warp: warp, warp + WARPS, ...
+        auto fetch = [&](int t) {
+            const bool wanted = t < mine;
+            const u16* row = rows + (long)(wanted ? index[warp + t * WARPS] : 0) * m;
+#pragma unroll
+            for (int d = 0; d < WIDE; d++)
+                copy_weight(ring + ((t % LOADS) * WIDE + d) * THREADS + threadIdx.x, row + d * 256, wanted && column + d * 256 < m);
+            close_group();
+        };
+#pragma unroll
+        for (int t = 0; t < LOADS; t++) fetch(t);
+        for (int t = 0; t < mine; t++) {
+            wait_group<LOADS - 1>();
+            const float v = value[warp + t * WARPS];
+#pragma unroll
+            for (int d = 0; d < WIDE; d++) axpy8(sum + 8 * d, ring[((t % LOADS) * WIDE + d) * THREADS + threadIdx.x], v);
+            fetch(t + LOADS);
+        }
+        wait_group<0>();
+        __syncthreads();
+    }
+#pragma unroll
+    for (int d = 0; d < WIDE; d++) {
+        float4* mine = (float4*)(sums + warp * TILE + d * 256 + lane * 8);
+        mine[0] = make_float4(sum[8 * d], sum[8 * d + 1], sum[8 * d + 2], sum[8 * d + 3]);
+        mine[1] = make_float4(sum[8 * d + 4], sum[8 * d + 5], sum[8 * d + 6], sum[8 * d + 7]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILE / 4; i += THREADS) {
+        if (tile * TILE + i * 4 >= m) continue;
+        float4 whole = ((float4*)sums)[i];
+        for (int w = 1; w < WARPS; w++) {
+            const float4 other = ((float4*)(sums + w * TILE))[i];
+            whole.x += other.x, whole.y += other.y, whole.z += other.z, whole.w += other.w;
+        }
+        add4(a.out[part] + tile * TILE + i * 4, whole);
+    }
+    if (!a.result) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *count = atomicAdd(a.arrived + tile, 1u) == gridDim.y - 1;
+    __syncthreads();
+    if (!*count) return;
+    __threadfence();
+    for (int i = tile * TILE + threadIdx.x; i < min(m, (tile + 1) * TILE); i += THREADS) {
+        a.result[i] = narrow(__ldcg(a.out[0] + i) + (a.bias ? widen(a.bias[i]) : 0.0f));
+        a.out[0][i] = 0;
+    }
+    if (threadIdx.x == 0) a.arrived[tile] = 0;
+}
+
+ENTRY gather_plain(Gather a) { gather<PLAIN>(a); }
+ENTRY gather_norm(Gather a) { gather<NORM>(a); }
+ENTRY gather_swiglu(Gather a) { gather<SWIGLU>(a); }
+ENTRY gather_attention(Gather a) { gather<ATTENTION>(a); }
+ENTRY gather_half(Gather a) { gather<HALF>(a); }
+
+ENTRY embed(const u16* table, const int* token, float* residual, int n) {
+    wait_for_previous();
+    let_next_start();
+    const u16* row = table + (long)*token * n;
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < n; i += gridDim.x * THREADS) residual[i] = widen(row[i]);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Attention of one new token over the context. CTA (kv head, split). A position is read by HEAD_DIM / 8 lanes (a team),
+// 16 bytes each; a team keeps its own running softmax, teams are merged by shuffles and in shared memory, and the
+// splits in front of the output projection (gather, ATTENTION).
+
+#define TEAM (HEAD_DIM / 8)
+#define TEAMS (THREADS / TEAM)
+
+struct Attend {
+    const float *q, *k, *v;           // sums of the projections: [heads * HEAD_DIM], [kv heads * HEAD_DIM] twice
+    const u16 *q_bias, *k_bias, *v_bias;  // or null
+    const float *cosine, *sine;       // [positions, HEAD_DIM], as transformers' rotary embedding gives them
+    u16 *keys, *values;               // cache [kv heads, positions, HEAD_DIM]
+    const int* position;              // of the new token
+    float* partial;                   // [heads, SPLITS, HEAD_DIM]
+    float* softmax;                   // [heads, SPLITS, 2]: maximum, sum of weights
+    int positions, window;            // window > 0: only the last `window` positions are seen
+    float scaling;
+};
+
+__device__ __forceinline__ float biased(const float* x, const u16* bias, int i) { return x[i] + (bias ? widen(bias[i]) : 0.0f); }
+
+// Rotary embedding of element d of one head (rotate_half convention).
+__device__ __forceinline__ float rotated(const float* x, const u16* bias, int head, int d, const float* c, const float* s) {
+    const int other = d < HEAD_DIM / 2 ? d + HEAD_DIM / 2 : d - HEAD_DIM / 2;
+    const float turned = biased(x, bias, head * HEAD_DIM + other) * (d < HEAD_DIM / 2 ? -1.0f : 1.0f);
+    return biased(x, bias, head * HEAD_DIM + d) * c[d] + turned * s[d];
+}
+
+ENTRY attend(Attend a) {
+    SHARED
+    float* query = (float*)shared;                       // [GROUP][HEAD_DIM], scaled
+    float* merged = query + GROUP * HEAD_DIM;            // [WARPS][GROUP][HEAD_DIM + 2]
+    const int head = blockIdx.x, split = blockIdx.y;
+    const int team = threadIdx.x / TEAM, lane = threadIdx.x % TEAM, d = lane * 8, warp = threadIdx.x >> 5;
+    wait_for_previous();
+    let_next_start();
+    const int now = *a.position;
+    const float *c = a.cosine + (long)now * HEAD_DIM, *s = a.sine + (long)now * HEAD_DIM;
+    u16* keys = a.keys + (long)head * a.positions * HEAD_DIM;
+    u16* values = a.values + (long)head * a.positions * HEAD_DIM;
+    const int begin = a.window > 0 ? max(0, now + 1 - a.window) : 0;
+    const int length = now + 1 - begin;
+    const int first = begin + (int)((long)length * split / SPLITS), last = begin + (int)((long)length * (split + 1) / SPLITS);
+    const int rounds = (last - first + TEAMS - 1) / TEAMS;  // the same for all lanes: shuffles need whole warps
+    uint4 next_key = make_uint4(0, 0, 0, 0), next_value = next_key;
+    if (first + team < min(last, now)) {  // on its way while the query is turned
+        next_key = *(const uint4*)(keys + (long)(first + team) * HEAD_DIM + d);
+        next_value = *(const uint4*)(values + (long)(first + team) * HEAD_DIM + d);
+    }
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS)
+        query[i] = rotated(a.q, a.q_bias, head * GROUP + i / HEAD_DIM, i % HEAD_DIM, c, s) * a.scaling;
+    __syncthreads();
+    float top[GROUP], weight[GROUP], sum[GROUP][8];
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+        top[g] = -1e30f, weight[g] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[g][i] = 0;
+    }
+    for (int round = 0; round < rounds; round++) {
+        const int p = first + round * TEAMS + team;
+        float key[8], value[8];
+        widen8(next_key, key), widen8(next_value, value);
+        if (p + TEAMS < min(last, now)) {
+            next_key = *(const uint4*)(keys + (long)(p + TEAMS) * HEAD_DIM + d);
+            next_value = *(const uint4*)(values + (long)(p + TEAMS) * HEAD_DIM + d);
+        }
+        if (p == now && p < last) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const u16 new_key = narrow(rotated(a.k, a.k_bias, head, d + i, c, s));
+                const u16 new_value = narrow(biased(a.v, a.v_bias, head * HEAD_DIM + d + i));
+                keys[(long)now * HEAD_DIM + d + i] = new_key, values[(long)now * HEAD_DIM + d + i] = new_value;
+                key[i] = widen(new_key), value[i] = widen(new_value);
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            float score = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) score += key[i] * query[g * HEAD_DIM + d + i];
+#pragma unroll
+            for (int step = TEAM / 2; step; step >>= 1) score += __shfl_xor_sync(FULL, score, step);
+            if (p >= last) continue;
+            const float higher = fmaxf(top[g], score), fade = __expf(top[g] - higher), share = __expf(score - higher);
+            weight[g] = weight[g] * fade + share, top[g] = higher;
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[g][i] = sum[g][i] * fade + share * value[i];
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+#pragma unroll
+        for (int step = TEAM; step < 32; step <<= 1) {  // teams of a warp
+            const float other = __shfl_xor_sync(FULL, top[g], step), higher = fmaxf(top[g], other);
+            const float fade = __expf(top[g] - higher), share = __expf(other - higher);
+            weight[g] = weight[g] * fade + __shfl_xor_sync(FULL, weight[g], step) * share, top[g] = higher;
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[g][i] = sum[g][i] * fade + __shfl_xor_sync(FULL, sum[g][i], step) * share;
+        }
+        float* mine = merged + (warp * GROUP + g) * (HEAD_DIM + 2);
+        if ((threadIdx.x & 31) < TEAM)
+#pragma unroll
+            for (int i = 0; i < 8; i++) mine[d + i] = sum[g][i];
+        if ((threadIdx.x & 31) == 0) mine[HEAD_DIM] = top[g], mine[HEAD_DIM + 1] = weight[g];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {  // warps of the CTA
+        const int g = i / HEAD_DIM;
+        float higher = -1e30f, total = 0, mixed = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) higher = fmaxf(higher, merged[(w * GROUP + g) * (HEAD_DIM + 2) + HEAD_DIM]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float* other = merged + (w * GROUP + g) * (HEAD_DIM + 2);
+            const float share = __expf(other[HEAD_DIM] - higher);
+            total += other[HEAD_DIM + 1] * share, mixed += other[i % HEAD_DIM] * share;
+        }
+        const int slot = (head * GROUP + g) * SPLITS + split;
+        a.partial[slot * HEAD_DIM + i % HEAD_DIM] = mixed;
+        if (i % HEAD_DIM == 0) a.softmax[slot * 2] = higher, a.softmax[slot * 2 + 1] = total;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// rows: out[j] = W[j, :] . norm(input) for rows j of W [m, n] (row contiguous); with `gate`, only where gate[j] > limit.
+// One warp per row. With `token`, also the argmax of all rows: the next token, and the position advances.
+
+struct Rows {
+    const u16* weight;      // [m, n]
+    const float* input;     // residual [n]
+    const u16* norm;        // or null: the input as it is
+    const float* gate;      // [m] or null
+    float* out;             // [m]
+    float eps, limit;
+    int m, n;
+    int *token, *position;  // or null
+    float* best;            // [CTAs]
+    int* best_row;          // [CTAs]
+    u32* arrived;
+    float* zero;
+    int zero_count;
+};
+
+// 16-byte loads of one piece (256 * LOADS columns) of row j; zeros outside, and for rows that `gate` leaves out.
+__device__ __forceinline__ void load_piece(const Rows& a, int j, int piece, int lane, uint4* w) {
+    const bool wanted = j < a.m && (!a.gate || a.gate[j] > a.limit);
+#pragma unroll
+    for (int l = 0; l < LOADS; l++) {
+        const int i = (piece * LOADS + l) * 256 + lane * 8;
+        w[l] = load_weight(a.weight + (long)j * a.n + i, wanted && i < a.n);
+    }
+}
+
+ENTRY rows(Rows a) {
+    SHARED
+    float* x = (float*)shared;           // [n]
+    float* scratch = x + a.n;            // [WARPS]
+    float* best = scratch + WARPS;       // [WARPS]
+    int* best_row = (int*)(best + WARPS);
+    int* is_last = best_row + WARPS;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    wait_for_previous();
+    let_next_start();
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * THREADS) a.zero[i] = 0;
+    const float inverse = a.norm ? inverse_rms(a.input, a.n, a.eps, scratch) : 1.0f;
+    for (int i = threadIdx.x; i < a.n; i += THREADS) x[i] = a.input[i] * inverse * (a.norm ? widen(a.norm[i]) : 1.0f);
+    __syncthreads();
+    float highest = -1e30f, sum = 0;
+    int highest_row = 0;
+    const int pieces = (a.n + 256 * LOADS - 1) / (256 * LOADS), stride = gridDim.x * WARPS;
+    int j = blockIdx.x * WARPS + warp, piece = 0;
+    uint4 w[LOADS], ahead[LOADS];
+    load_piece(a, j, piece, lane, ahead);
+    while (j < a.m) {
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) w[l] = ahead[l];
+        const int start = piece * 256 * LOADS + lane * 8, row = j;
+        const bool finished = ++piece == pieces;
+        if (finished) piece = 0, j += stride;
+        load_piece(a, j, piece, lane, ahead);  // the next piece is on its way while this one is summed
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const int i = start + l * 256;
+            if (i >= a.n) continue;
+            float v[8];
+            widen8(w[l], v);
+            const float4 low = *(const float4*)(x + i), high = *(const float4*)(x + i + 4);
+            sum += v[0] * low.x + v[1] * low.y + v[2] * low.z + v[3] * low.w;
+            sum += v[4] * high.x + v[5] * high.y + v[6] * high.z + v[7] * high.w;
+        }
+        if (!finished) continue;
+        sum = warp_sum(sum);
+        if (lane == 0) a.out[row] = sum;
+        if (sum > highest) highest = sum, highest_row = row;
+        sum = 0;
+    }
+    if (!a.token) return;
+    if (lane == 0) best[warp] = highest, best_row[warp] = highest_row;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int w = 1; w < WARPS; w++)
+            if (best[w] > best[0] || (best[w] == best[0] && best_row[w] < best_row[0])) best[0] = best[w], best_row[0] = best_row[w];
+        a.best[blockIdx.x] = best[0], a.best_row[blockIdx.x] = best_row[0];
+        __threadfence();
+        *is_last = atomicAdd(a.arrived, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!*is_last || threadIdx.x != 0) return;
+    __threadfence();
+    float value = -1e30f;
+    int row = 0;
+    for (int b = 0; b < (int)gridDim.x; b++) {
+        const float v = __ldcg(a.best + b);
+        const int r = __ldcg(a.best_row + b);
+        if (v > value || (v == value && r < row)) value = v, row = r;
+    }
+    *a.token = row;
+    *a.position += 1;
+    *a.arrived = 0;
+}

@@ -1,0 +1,16 @@
+// The kernels of sparsebench/kernels/decode.cu as a shared library for the CPU: one function per kernel.
+#include "cuda_on_cpu.h"
+#include DECODE_CU
+
+extern "C" {
+void run_gather_plain(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_plain(*a); }); }
+void run_gather_norm(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_norm(*a); }); }
+void run_gather_swiglu(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_swiglu(*a); }); }
+void run_gather_attention(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_attention(*a); }); }
+void run_gather_half(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_half(*a); }); }
+void run_attend(int gx, int gy, int bytes, const Attend* a) { launch(gx, gy, THREADS, bytes, [=] { attend(*a); }); }
+void run_rows(int gx, int gy, int bytes, const Rows* a) { launch(gx, gy, THREADS, bytes, [=] { rows(*a); }); }
+void run_embed(int gx, int gy, int bytes, const u16* table, const int* token, float* residual, int n) {
+    launch(gx, gy, THREADS, bytes, [=] { embed(table, token, residual, n); });
+}
+}

@@ -1,0 +1,121 @@
+"""Every YAML composes and has exactly the fields of its class; identities; the list of all keys is a decision."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sparsebench.conf
+from sparsebench import config
+
+CONF = Path(sparsebench.conf.__path__[0])
+FILES = sorted(p for group in config.GROUPS for p in (CONF / group).rglob("*.yaml"))
+KEYS = Path(__file__).with_name("config_keys.txt")
+
+
+def choice(file: Path) -> str:
+    group, _, name = file.relative_to(CONF).with_suffix("").as_posix().partition("/")
+    return f"{group}={name}"
+
+
+def test_all_yaml_files_are_covered():
+    assert len(FILES) == len(list(CONF.rglob("*.yaml"))) - 1  # all but config.yaml itself
+    assert len(FILES) >= 20
+
+
+@pytest.mark.parametrize("file", FILES, ids=choice)
+def test_composes(file):
+    assert config.compose_all([choice(file)])
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "experiment" not in f.parts], ids=choice)
+def test_yaml_keys_are_the_fields_of_the_class(file):
+    content = yaml.safe_load(file.read_text())
+    content.pop("defaults", None)
+    module, _, name = content.pop("_target_").rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    assert set(content) == {f.name for f in dataclasses.fields(cls) if f.init}
+
+
+@pytest.mark.parametrize("file", FILES, ids=choice)
+def test_starts_with_a_comment_that_says_what_it_is_for(file):
+    assert file.read_text().startswith("# ")
+
+
+def test_keys_changed_on_purpose():
+    """tests/config_keys.txt lists every key of the default configuration and of each group; a new key is a visible change."""
+
+    def walk(prefix, node):
+        for key, value in sorted(node.items()):
+            if isinstance(value, dict) and key not in ("architecture", "hydra"):
+                yield from walk(f"{prefix}{key}.", value)
+            else:
+                yield f"{prefix}{key}"
+
+    found = set()
+    for file in [*FILES, CONF / "config.yaml"]:
+        content = yaml.safe_load(file.read_text())
+        content.pop("defaults", None)
+        group = file.parent.name + "." if file.parent != CONF and "experiment" not in file.parts else ""
+        found |= set(walk(group, content))
+    assert sorted(found) == KEYS.read_text().split(), "update tests/config_keys.txt if the change is meant"
+
+
+def test_a_model_names_its_data_and_an_explicit_choice_wins():
+    assert config.compose_all(["model=llama2-7b"])[0]["dataset"]["name"] == "wikitext2"
+    assert config.compose_all(["model=llama2-7b", "dataset=c4"])[0]["dataset"]["name"] == "c4"
+    assert config.compose_all(["dataset=c4", "model=llama2-7b"])[0]["dataset"]["name"] == "c4"
+
+
+def test_all_problems_are_said_together():
+    with pytest.raises(config.ConfigError) as error:
+        config.compose_all(["method=taal", "model=lama", "dataset=pystdlib", "seed=x,1"])
+    assert len(error.value.problems) == 3
+    with pytest.raises(config.ConfigError) as error:
+        config.compose_all(["method.sparsty=0.5", "evaluate.batch_size=3", "seed=3"])
+    assert error.value.problems[0].startswith("method.sparsty is not a known key (did you mean sparsity?); allowed: ")
+    assert error.value.problems[1].startswith("evaluate is not a known key (did you mean eval?)")
+    with pytest.raises(config.ConfigError) as error:
+        config.build_settings(config.compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.batch_size=0.5"])[0])
+    assert error.value.problems == [
+        "seed must be a whole number in [0, 4294967296), got -1",
+        "method.sparsity must be a number in [0, 1), got 1.5",
+        "hardware.threads must be a whole number > 0 or null, got 'two'",
+        "eval.batch_size must be a whole number > 0, got 0.5",
+    ]
+
+
+def test_sweeps_expand_to_every_combination():
+    found = config.compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
+    assert {(c["method"]["sparsity"], c["seed"]) for c in found} == {(s, i) for s in (0.25, 0.5) for i in range(3)}
+
+
+MACHINE = {"cpu": "a", "gpus": [], "versions": {"torch": "1"}}
+
+
+def identity(*overrides, machine=MACHINE):
+    return config.identity(config.compose_all(list(overrides))[0], machine)
+
+
+def test_identity_is_what_affects_the_numbers():
+    base = identity()
+    assert identity("method.sparsity=0.50") == base and identity("seed=0") == base
+    assert identity("output_dir=elsewhere", "force=true", "wandb.mode=disabled") == base
+    others = {identity("method.sparsity=0.4"), identity("seed=1"), identity("measure.samples=31"), identity("hardware=cpu")}
+    others |= {identity(machine={**MACHINE, "cpu": "b"}), identity(machine={**MACHINE, "versions": {"torch": "2"}})}
+    assert len(others | {base}) == 7
+
+
+def test_identity_follows_the_content_of_local_files(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    before = identity("dataset=text", f"dataset.path={file}")
+    file.write_text("two, longer")
+    assert identity("dataset=text", f"dataset.path={file}") != before
+
+
+def test_canonical_form():
+    assert config.digest({"a": 1, "b": [1.0, True]}) == config.digest({"b": [1, True], "a": 1.0})
+    assert config.digest({"a": True}) != config.digest({"a": 1})

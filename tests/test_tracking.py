@@ -1,0 +1,79 @@
+"""The W&B mirror: the offline file read back holds the config, the history, the figures and the per-site table."""
+
+import json
+
+import pytest
+
+from sparsebench import record, tracking
+from tests.conftest import record_of
+
+SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.test_sequences=8", "measure.context=8",
+         "measure.prompt=8", "measure.samples=30", "measure.warmup=3")  # fmt: skip
+
+
+def read_back(folder):
+    """Config, history rows and summary of the one offline run below `folder`."""
+    from wandb.proto import wandb_internal_pb2 as messages
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    config, history, summary = {}, [], {}
+    while (content := store.scan_data()) is not None:
+        entry = messages.Record()
+        entry.ParseFromString(content)
+        for item in entry.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+        if entry.HasField("history"):
+            history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in entry.history.item})
+        for item in entry.summary.update:
+            summary[".".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    return config, history, summary
+
+
+def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_path):
+    process = sparsebench("model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL)
+    assert process.returncode == 0, process.stderr
+    found = record_of(process, tmp_path)
+    (folder,) = (tmp_path / "outputs" / "hf" / "teal").iterdir()
+    config, history, summary = read_back(folder)
+    assert config["method"]["sparsity"] == 0.5 and config["model"]["name"] == "hf"
+    assert any("per_site" in row for row in history)
+    assert summary["quality/perplexity/sparse"] == pytest.approx(found["quality"]["perplexity"]["sparse"])
+    assert summary["macs/sparse"] == pytest.approx(found["macs"]["sparse"])
+    assert summary["flops/sparse"] == pytest.approx(2 * found["macs"]["sparse"])
+    assert summary["latency/decode/speedup"] == pytest.approx(found["latency"]["decode"]["speedup"])
+
+
+def test_disabled_writes_nothing(sparsebench, model_folder, text_file, tmp_path):
+    arguments = ("model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL)
+    assert sparsebench(*arguments, "wandb.mode=disabled", "measure.latency=false").returncode == 0
+    assert not list(tmp_path.rglob("*wandb*"))
+
+
+def test_unreachable_server_does_not_lose_the_run(sparsebench, model_folder, text_file, tmp_path):
+    process = sparsebench(
+        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL,
+        "wandb.mode=online", "measure.latency=false",
+        env={"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": ""},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert record_of(process, tmp_path)["status"] == "finished"
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert b"01234567890123456789" not in written
+
+
+def test_summary_has_flops_and_no_samples():
+    flat = tracking.summary({"macs": {"dense": 10, "unit": "x"}, "latency": {"decode": {"dense": {"median_ms": 1.0, "samples_ms": [1.0]}}}})
+    assert flat == {"macs/dense": 10, "macs/unit": "x", "flops/dense": 20, "latency/decode/dense/median_ms": 1.0}
+
+
+def test_a_tracker_that_breaks_is_only_a_warning(caplog):
+    class Broken:
+        def log(self, row):
+            raise RuntimeError("lost")
+
+    tracking.WandbTracker(Broken()).log({"a": 1})
+    assert "lost" in caplog.text
+    assert record.SECRETS
