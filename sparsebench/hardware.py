@@ -14,6 +14,7 @@ import torch
 from sparsebench import env, kernels
 from sparsebench.config import NAME_PATTERN, setting
 
+ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/decode
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,7 +28,7 @@ class Hardware:
     dtype: str = setting(choices=("auto", *DTYPES))
     threads: int | None = setting(gt=0)
     kernel: str = setting(choices=("auto", *kernels.names()))
-    compile: bool | None
+    engine: str = setting(choices=ENGINES)
     peak_bandwidth_gbs: float | None = setting(gt=0)
     peak_tflops: float | None = setting(gt=0)
     torch_device: torch.device = field(init=False, default=torch.device("cpu"))
@@ -72,11 +73,6 @@ class Hardware:
         """Whether the kernel really skips work (masked-dense only simulates it)."""
         return kernels.load(self.kernel_name).SKIPS
 
-    @property
-    def compiled(self) -> bool:
-        """Whether decode runs through torch.compile and CUDA graphs."""
-        return self.torch_device.type == "cuda" if self.compile is None else self.compile
-
     def read_back(self) -> dict:
         """What is in force now, for the record."""
         return {
@@ -84,5 +80,5 @@ class Hardware:
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "kernel": self.kernel_name,
-            "compile": self.compiled,
+            "engine": self.engine,
         }

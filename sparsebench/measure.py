@@ -1,13 +1,14 @@
 """Latency and memory, dense beside sparse. Knows nothing about methods.
 
-How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Both models run through the same
-engine with the same settings; samples alternate dense, sparse, dense, ... so that a drift of the machine's speed hits
-both; inputs are on the device and compiled code is warm before the clock starts. Each decode step takes another token
-of held-out text at one fixed context length. Samples are kept, the median is quoted.
+How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Dense and sparse run with the same
+settings; samples alternate dense, sparse, dense, ... so that a drift of the machine's speed hits both; inputs are on
+the device and compiled code is warm before the clock starts. Each decode step takes another token of held-out text,
+from a fixed context length on. Samples are kept, the median is quoted.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsebench.decode import Decoder
+from sparsebench import decode
 from sparsebench.sparsity import measured_modules
 
+BLOCK = 8  # decode steps per sample on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, per projection
 
 
@@ -87,20 +89,20 @@ def all_kept(module: nn.Module) -> Iterator[None]:
             sparse.threshold.copy_(threshold)
 
 
-def parity(module: nn.Module, step: Callable[[], object]) -> float:
-    """Largest relative error ||y - y_ref|| / ||y_ref|| of a fast kernel over all sparse modules in one decode step.
+def parity(module: nn.Module, step: Callable[[], object]) -> dict[str, float]:
+    """Relative error ||y - y_ref|| / ||y_ref|| of the kernel at every sparse module over one decode step.
 
-    Each module's own input is given to its kernel and to masked-dense. The input is the same for both, so rounding
-    near a threshold can't grow from layer to layer. Raises ArithmeticError above the tolerance of the dtype.
+    Each module's own input is given to its kernel and to masked-dense, so rounding near a threshold can't grow from
+    layer to layer.
     """
     errors: dict[str, float] = {}
 
     def compare(sparse, args, output):
-        kernel, sparse.kernel_name = sparse.kernel_name, "masked_dense"
+        chosen, sparse.kernel_name = sparse.kernel_name, "masked_dense"
         reference = type(sparse).forward(sparse, *args).float()
-        sparse.kernel_name = kernel
+        sparse.kernel_name = chosen
         norm = float(reference.norm())
-        errors[sparse.site] = float((output.float() - reference).norm()) / norm if norm else float(output.float().norm())
+        errors[sparse.site] = float((output.float() - reference).norm()) / (norm or 1.0)
 
     hooks = [m.register_forward_hook(compare) for _, m in measured_modules(module)]
     try:
@@ -108,12 +110,18 @@ def parity(module: nn.Module, step: Callable[[], object]) -> float:
     finally:
         for hook in hooks:
             hook.remove()
+    return errors
+
+
+def check_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
+    """The largest error. Raises ArithmeticError above the tolerance of the dtype, naming where (NaN never passes)."""
     if not errors:
         return 0.0
-    worst = max(errors, key=lambda site: errors[site] if errors[site] == errors[site] else float("inf"))
-    limit = TOLERANCE[next(module.parameters()).dtype]
-    if not errors[worst] <= limit:
-        raise ArithmeticError(f"the sparse kernel differs from masked-dense at {worst}: {errors[worst]:.2e} > {limit:.0e}")
+    worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    if not errors[worst] <= TOLERANCE[dtype]:
+        raise ArithmeticError(
+            f"the sparse kernel differs from masked-dense at {worst}: {errors[worst]:.2e} > {TOLERANCE[dtype]:.0e}"
+        )
     return errors[worst]
 
 
@@ -146,39 +154,18 @@ def peak_bytes(device: torch.device) -> int:
 def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware, sparsity: float) -> dict:
     """The record's latency section. tokens: held-out text, int64 [n], longer than context and prompt.
 
-    Only decode can carry a speed-up, and only where a kernel that skips ran: the prompt is masked-dense.
+    Dense is the fastest dense step there is: the untouched model in transformers and, where the sparse model runs in a
+    fused step, that step with nothing skipped; all are kept under `engines`. Only decode can carry a speed-up, and only
+    where a kernel that skips ran: the prompt is masked-dense.
     """
     device = hardware.torch_device
     tokens = tokens.to(device)
     sparse_modules = [m for _, m in measured_modules(sparse)]
     skips = bool(sparse_modules) and hardware.skips
-    count = settings.warmup + settings.samples
-    prompt, following = tokens[: settings.context][None], tokens[settings.context :]
-    following = [following[i % len(following)].view(1, 1) for i in range(count)]
-
-    start = time.perf_counter()
-    eager = Decoder(sparse, prompt, 1, compiled=False)
-    error = parity(sparse, lambda: eager.step(following[0]))
-    decoders = [Decoder(m, prompt, 1, hardware.compiled) for m in (dense, sparse)]
-    for decoder in decoders:  # compilation, kernel builds and graph capture happen in the first steps
-        for _ in range(3):
-            decoder.rewind()
-            decoder.step(following[0])
-    compile_seconds = time.perf_counter() - start
-
-    def run(contenders):
-        return interleaved(contenders, settings.warmup, settings.samples, device)
-
-    steps = [Contender(lambda i, d=d: d.step(following[i]), d.rewind) for d in decoders]
-    times, warmup_seconds = run(steps)
-    decode = {"dense": summary(times[0]), "sparse": summary(times[1]), "context": settings.context}
+    decode, error, compile_seconds, warmup_seconds = decode_latency(dense, sparse, tokens, settings, hardware, skips)
     if skips:
-        medians = [decode["dense"]["median_ms"], decode["sparse"]["median_ms"]]
-        decode["speedup"] = medians[0] / medians[1]
-        with all_kept(sparse):
-            decode["nothing_skipped"] = summary(run(steps[1:])[0][0])
         decode["break_even_sparsity"] = break_even(
-            medians[0], decode["nothing_skipped"]["median_ms"], medians[1], sparsity
+            decode["dense"]["median_ms"], decode["nothing_skipped"]["median_ms"], decode["sparse"]["median_ms"], sparsity
         )
 
     def prefill(module):
@@ -188,11 +175,10 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
 
         return Contender(call)
 
-    times, more_seconds = run([prefill(dense), prefill(sparse)])
+    times, more_seconds = interleaved([prefill(dense), prefill(sparse)], settings.warmup, settings.samples, device)
     return {
         "kernel": hardware.kernel_name if sparse_modules else None,
         "device": str(device),
-        "engine": "torch.compile(reduce-overhead)" if hardware.compiled else "eager",
         "parity_relative_error": error,
         "decode": decode,
         "prefill": {
@@ -201,3 +187,58 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         "compile_seconds": compile_seconds,
         "warmup_seconds": warmup_seconds + more_seconds,
     }  # fmt: skip
+
+
+def decode_latency(dense, sparse, tokens, settings, hardware, skips: bool) -> tuple[dict, float, float, float]:
+    """(decode section, worst parity error, seconds of building and compiling, seconds of warm-up).
+
+    A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding.
+    """
+    device, dtype = hardware.torch_device, hardware.torch_dtype
+    block = BLOCK if device.type == "cuda" else 1
+    prompt, following = tokens[: settings.context][None], tokens[settings.context :]
+
+    def token(i: int) -> torch.Tensor:
+        return following[i % len(following)].view(1, 1)
+
+    start = time.perf_counter()
+    engine = decode.choose(sparse, hardware)
+    plain = "compiled" if device.type == "cuda" and hardware.engine != "eager" else "eager"
+    decoders = {f"dense/{plain}": decode.decoder(dense, prompt, block, hardware, plain)}
+    decoders[f"sparse/{engine}"] = sparse_decoder = decode.decoder(sparse, prompt, block, hardware, engine)
+    if engine == "fused":
+        decoders["dense/fused"] = decode.decoder(sparse, prompt, block, hardware, engine, keep_all=True)
+        errors = sparse_decoder.parity(token(0))
+    else:
+        eager = decode.decoder(sparse, prompt, block, hardware, "eager")
+        errors = parity(sparse, lambda: eager.step(token(0)))
+    error = check_parity(errors, dtype)
+    for each in decoders.values():  # what is compiled or captured at its first steps
+        for i in range(3):
+            each.rewind()
+            each.step(token(i))
+    compile_seconds = time.perf_counter() - start
+
+    def contender(decoder) -> Contender:
+        def steps(i: int) -> None:
+            for b in range(block):
+                decoder.step(token(i * block + b))
+
+        return Contender(steps, decoder.rewind)
+
+    times, warmup_seconds = interleaved([contender(d) for d in decoders.values()], settings.warmup, settings.samples, device)
+    found = {name: summary([t / block for t in each]) for name, each in zip(decoders, times, strict=True)}
+    fastest = min((name for name in found if name.startswith("dense")), key=lambda name: found[name]["median_ms"])
+    section = {
+        "dense": found[fastest], "dense_engine": fastest.partition("/")[2],
+        "sparse": found[f"sparse/{engine}"], "sparse_engine": engine,
+        "context": settings.context, "steps_per_sample": block, "engines": found,
+    }  # fmt: skip
+    if skips:
+        section["speedup"] = section["dense"]["median_ms"] / section["sparse"]["median_ms"]
+        section["nothing_skipped"] = found.get("dense/fused")
+        if section["nothing_skipped"] is None:
+            with all_kept(sparse):
+                alone, _ = interleaved([contender(sparse_decoder)], settings.warmup, settings.samples, device)
+            section["nothing_skipped"] = summary([t / block for t in alone[0]])
+    return section, error, compile_seconds, warmup_seconds

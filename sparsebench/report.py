@@ -78,6 +78,7 @@ def table(found: dict) -> Table:
             dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
             label = f"decode, context {times['context']} (ms)" if part == "decode" else f"prefill, {times['tokens']} tokens (ms)"
             kernel = latency["kernel"] if part == "decode" else times["kernel"]
+            label += f", {times['sparse_engine']}" if part == "decode" else ""
             gain = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "simulated" if kernel else "-"
             grid.add_row(f"{label}, {kernel or 'dense'}", f"{dense:.3f}", f"{sparse:.3f}", gain)
         if "break_even_sparsity" in latency["decode"]:

@@ -1,6 +1,10 @@
 """Kernels against an fp32 masked reference: shapes drawn at random, odd sizes, all kept, none kept (teal.md, check 11)."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +97,123 @@ def test_backends_are_found_by_their_files():
     for name in kernels.names():
         backend = kernels.load(name)
         assert isinstance(backend.RANK, int) and isinstance(backend.SKIPS, bool) and callable(backend.prepare)
+
+
+def test_cpu_neuron_sparse_ffn(threads, monkeypatch):
+    """ProSparse's exact operators, check 6 of prosparse.md: dense result at every sparsity, zeros for zeros."""
+    monkeypatch.setattr(cpu_numba, "PARALLEL_BYTES", 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for i, (d, f, rows) in enumerate(SHAPES[3:15]):
+            torch.manual_seed(i)
+            x, up = torch.randn(rows, 1, d).to(dtype), torch.randn(f, d).to(dtype)
+            down = torch.randn(f, d).to(dtype).t()
+            for share in (0.0, 0.5, 0.9, 1.0):
+                gate = torch.rand(rows, 1, f).to(dtype) * (torch.rand(rows, 1, f) >= share)
+                found = cpu_numba.neuron_sparse_ffn(x, gate, up, down)
+                reference = masked_dense.neuron_sparse_ffn(x.float(), gate.float(), up.float(), down.float())
+                if share == 1.0:
+                    assert not found.any()
+                else:
+                    assert error(found, reference) < LIMIT[dtype]
+
+
+def test_cpu_neuron_sparse_ffn_reads_only_active_neurons():
+    x, up, down = torch.randn(1, 1, 20), torch.randn(30, 20), torch.randn(30, 20).t()
+    gate = torch.relu(torch.randn(1, 1, 30))
+    reference = masked_dense.neuron_sparse_ffn(x, gate, up, down)
+    inactive = gate[0, 0] == 0
+    up[inactive] = float("nan")
+    down.t()[inactive] = float("nan")
+    assert error(cpu_numba.neuron_sparse_ffn(x, gate, up, down), reference) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPU kernels: the same checks through Triton's interpreter (in a process of its own) and on a GPU
+
+
+def check_triton(device: str, shapes, dtypes) -> None:
+    from sparsebench.kernels import cuda_triton
+
+    for i, (m, n, rows) in enumerate(shapes):
+        for dtype in dtypes:
+            torch.manual_seed(i)
+            x, weight, bias, scale = (t.to(device) for t in inputs(m, n, rows, dtype))
+            weight = weight.t().contiguous().t()
+            low_rank = tuple(t.to(device, dtype) for t in (torch.randn(n, 3), torch.randn(3, m)))
+            for threshold in (-1.0, 0.7, 1e9):
+                found = cuda_triton.input_sparse_linear(x, weight, bias, threshold=threshold, scale=scale, low_rank=low_rank)
+                wide = tuple(t.float() for t in low_rank)
+                reference = masked_dense.input_sparse_linear(
+                    x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale, low_rank=wide
+                )
+                assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype, threshold)
+            gate, up = torch.relu(torch.randn(rows, 1, m)).to(device, dtype), torch.randn(m, n).to(device, dtype)
+            down = torch.randn(m, n).to(device, dtype).t()
+            found = cuda_triton.neuron_sparse_ffn(x, gate, up, down)
+            reference = masked_dense.neuron_sparse_ffn(x.float(), gate.float(), up.float(), down.float())
+            assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype)
+            assert not cuda_triton.neuron_sparse_ffn(x, torch.zeros_like(gate), up, down).any()
+
+
+TRITON_ON_CPU = """
+import torch
+from tests.test_kernels import SHAPES, check_triton
+check_triton("cpu", SHAPES[:1] + SHAPES[3:9], (torch.float32, torch.float16, torch.bfloat16))
+print("checked")
+"""
+
+
+def test_triton_kernels_through_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.stdout.strip() == "checked", done.stderr
+
+
+@pytest.mark.gpu
+def test_triton_kernels_on_the_gpu():
+    check_triton("cuda", SHAPES, (torch.float32, torch.float16, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_product(dtype):
+    """50 shapes at random, fresh inputs, outputs poisoned, twice in a row: nothing is left over."""
+    from sparsebench.kernels import cuda_gather
+
+    for i, (m, n, _) in enumerate(SHAPES):
+        torch.manual_seed(i)
+        m = -(-m // 8) * 8
+        x, weight, bias, scale = (t.cuda() for t in inputs(m, n, 1, dtype))
+        weight = weight.t().contiguous().t()
+        for threshold in (-1.0, 0.7, 1e9):
+            limit = torch.tensor(threshold, device="cuda")
+            reference = masked_dense.input_sparse_linear(x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale)
+            for _ in range(2):
+                torch.full((m,), float("nan"), device="cuda", dtype=dtype)
+                found = cuda_gather.input_sparse_linear(x, weight, bias, threshold=limit, scale=scale)
+                assert error(found, reference) < LIMIT[dtype], (m, n, threshold)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda_gather", "cuda_triton"])
+def test_gpu_products_compile_and_capture(name):
+    backend = kernels.load(name)
+    x, weight, bias, _ = (t.cuda() for t in inputs(256, 128, 1, torch.float16))
+    weight, limit = weight.t().contiguous().t(), torch.tensor(0.7, device="cuda")
+
+    def product(x):
+        return backend.input_sparse_linear(x, weight, bias, threshold=limit) + 1
+
+    compiled = torch.compile(product, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x).clone(), product(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_cuda_product_refuses_what_it_can_not_do():
+    from sparsebench.kernels import cuda_gather
+
+    x, weight, *_ = (t.cuda() for t in inputs(16, 12, 2, torch.float16))
+    with pytest.raises(ValueError, match="one row"):
+        cuda_gather.input_sparse_linear(x, weight.t().contiguous().t(), threshold=torch.tensor(0.5, device="cuda"))

@@ -84,13 +84,18 @@ def test_sparse_decode_equals_masked_dense_logits():
 def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
     model, ids = sparse_copy(), torch.randint(0, 320, (1, 12))
     decoder = Decoder(model, ids[:, :11], 1, compiled=False)
-    assert measure.parity(model, lambda: decoder.step(ids[:, 11:])) < 1e-5
+    assert measure.check_parity(measure.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32) < 1e-5
     backend = kernels.load("cpu_numba")
     right = backend.input_sparse_linear
     monkeypatch.setattr(backend, "input_sparse_linear", lambda *a, **k: right(*a, **k) * 1.001)
     decoder.rewind()
     with pytest.raises(ArithmeticError, match=r"differs from masked-dense at \d\.\w+"):
-        measure.parity(model, lambda: decoder.step(ids[:, 11:]))
+        measure.check_parity(measure.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32)
+
+
+def test_nan_never_passes_parity():
+    with pytest.raises(ArithmeticError, match="at b"):
+        measure.check_parity({"a": 1e-9, "b": float("nan")}, torch.float32)
 
 
 def settings():
@@ -98,7 +103,7 @@ def settings():
 
 
 def hardware(kernel):
-    return SimpleNamespace(torch_device=CPU, kernel_name=kernel, skips=kernels.load(kernel).SKIPS, compiled=False)
+    return SimpleNamespace(torch_device=CPU, kernel_name=kernel, torch_dtype=torch.float32, skips=kernels.load(kernel).SKIPS, engine="auto")
 
 
 def test_a_simulation_claims_no_speedup():
@@ -114,7 +119,19 @@ def test_a_kernel_that_skips_has_a_speedup_and_a_break_even():
     assert found["kernel"] == "cpu_numba" and found["decode"]["speedup"] > 0
     assert "break_even_sparsity" in found["decode"] and "nothing_skipped" in found["decode"]
     assert "speedup" not in found["prefill"]  # the prompt runs masked-dense
+    assert found["decode"]["sparse_engine"] == "fused" and set(found["decode"]["engines"]) == {"dense/eager", "dense/fused", "sparse/fused"}
+    assert found["decode"]["dense"]["median_ms"] == min(
+        times["median_ms"] for name, times in found["decode"]["engines"].items() if name.startswith("dense")
+    )
     assert found["parity_relative_error"] < 1e-5
+
+
+def test_eager_engine_by_request():
+    tokens = torch.randint(0, 320, (64,))
+    target = hardware("cpu_numba")
+    target.engine = "eager"
+    found = measure.latency(tiny_model(), sparse_copy(), tokens, settings(), target, 0.5)["decode"]
+    assert found["sparse_engine"] == "eager" and found["speedup"] > 0 and "nothing_skipped" in found
 
 
 def test_nothing_skipped_restores_the_thresholds():

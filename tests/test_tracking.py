@@ -1,8 +1,10 @@
 """The W&B mirror: the offline file read back holds the config, the history, the figures and the per-site table."""
 
 import json
+import struct
 
 import pytest
+from wandb.proto import wandb_internal_pb2 as messages
 
 from sparsebench import record, tracking
 from tests.conftest import record_of
@@ -11,16 +13,27 @@ SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.te
          "measure.prompt=8", "measure.samples=30", "measure.warmup=3")  # fmt: skip
 
 
+def entries(file):
+    """The messages in a W&B offline file: a LevelDB log (7 bytes of file header, then 32 KiB blocks of framed pieces)."""
+    content, at, message = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole message, or the last piece of one
+            yield message
+            message = b""
+
+
 def read_back(folder):
     """Config, history rows and summary of the one offline run below `folder`."""
-    from wandb.proto import wandb_internal_pb2 as messages
-    from wandb.sdk.internal.datastore import DataStore
-
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
     config, history, summary = {}, [], {}
-    while (content := store.scan_data()) is not None:
+    for content in entries(file):
         entry = messages.Record()
         entry.ParseFromString(content)
         for item in entry.run.config.update:

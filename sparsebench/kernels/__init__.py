@@ -17,7 +17,7 @@ from types import ModuleType
 
 def names() -> list[str]:
     """Backends found in this folder, no registry."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def device_of(name: str) -> str | None:

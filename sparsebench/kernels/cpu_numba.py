@@ -1,8 +1,8 @@
 """CPU kernels compiled at run time by numba: the kept input channels are compacted, then only their weights are read.
 
 A weight is stored transposed ([n, m], one input channel contiguous; bf16 as uint16). Eight channels are read per pass
-over a run of outputs, with fp32 sums and the next eight channels prefetched; outputs are split between threads, so
-nothing is reduced. Vectors are spelled out in LLVM IR (VECTOR floats wide) because numba's own loops over slices did
+over a run of outputs, with fp32 sums and each channel prefetched a kilobyte ahead; outputs are split between threads,
+so nothing is reduced. Vectors are spelled out in LLVM IR (VECTOR floats wide) because numba's own loops over slices did
 not reach the memory's speed. Compiled code is cached on disk beside this file (or in numba's user cache).
 """
 
@@ -21,6 +21,7 @@ RANK = 10
 SKIPS = True
 ROWS = 8  # channels per pass
 VECTOR = 32  # floats per step: one or two cache lines of weights
+AHEAD = 1024  # bytes; found best of none, 512, 1024 and the next eight channels
 PARALLEL_BYTES = 1 << 19  # below this much weight traffic a second thread costs more than it saves
 
 _pool: ThreadPoolExecutor | None = None
@@ -51,9 +52,16 @@ FLOAT, I16, I32, I64, BYTE = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.
 
 
 def emit_pass(context, builder, signature, args, rows: int) -> None:
-    """LLVM IR of y[lo:hi] += sum over `rows` channels of value * weight row, prefetching the channels from `following`."""
-    y, weight, index, value = (context.make_array(signature.args[i])(context, builder, args[i]) for i in range(4))
-    first, following, lo, hi = args[4:]
+    """LLVM IR of y[b, lo:hi] += sum over `rows` channels of value[b] * weight row.
+
+    Rows of y and value are found here: a slice in numba would count references at every pass.
+    """
+    arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in range(4)]
+    y, weight, index, value = arrays
+    b, first, lo, hi = args[4:]
+    y_row, value_row = (
+        builder.gep(array.data, [builder.mul(b, cgutils.unpack_tuple(builder, array.shape, 2)[1])]) for array in (y, value)
+    )
     half = signature.args[1].dtype == types.uint16
     element, size = (I16, 2) if half else (FLOAT, 4)
     vector, wide = ir.VectorType(FLOAT, VECTOR), ir.VectorType(element, VECTOR)
@@ -67,13 +75,11 @@ def emit_pass(context, builder, signature, args, rows: int) -> None:
     )
     undefined = ir.Constant(vector, ir.Undefined)
     splat = ir.Constant(ir.VectorType(I32, VECTOR), [0] * VECTOR)
-    current, ahead, scalars, vectors = [], [], [], []
+    current, scalars, vectors = [], [], []
     for r in range(rows):
         channel = builder.load(builder.gep(index.data, [builder.add(first, I64(r))]))
         current.append(builder.gep(weight.data, [builder.mul(channel, outputs)]))
-        channel = builder.load(builder.gep(index.data, [builder.add(following, I64(r))]))
-        ahead.append(builder.gep(weight.data, [builder.mul(channel, outputs)]))
-        scalars.append(builder.load(builder.gep(value.data, [builder.add(first, I64(r))])))
+        scalars.append(builder.load(builder.gep(value_row, [builder.add(first, I64(r))])))
         vectors.append(builder.shuffle_vector(builder.insert_element(undefined, scalars[r], I32(0)), undefined, splat))
 
     def widen(loaded, kind):
@@ -88,18 +94,18 @@ def emit_pass(context, builder, signature, args, rows: int) -> None:
     steps = builder.sdiv(builder.sub(hi, lo), I64(VECTOR))
     end = builder.add(lo, builder.mul(steps, I64(VECTOR)))
     with cgutils.for_range_slice(builder, lo, end, I64(VECTOR), I64) as (j, _):
-        place = builder.bitcast(builder.gep(y.data, [j]), vector.as_pointer())
+        place = builder.bitcast(builder.gep(y_row, [j]), vector.as_pointer())
         total = builder.load(place, align=4)
         for r in range(rows):
             source = builder.bitcast(builder.gep(current[r], [j]), wide.as_pointer())
             weights = widen(builder.load(source, align=size), vector)
             total = builder.call(fma, [weights, vectors[r], total])
             for line in range(0, VECTOR * size, 64):
-                target = builder.gep(ahead[r], [builder.add(j, I64(line // size))])
+                target = builder.gep(current[r], [builder.add(j, I64((line + AHEAD) // size))])
                 builder.call(prefetch, [builder.bitcast(target, pointer), I32(0), I32(3), I32(1)])
         builder.store(total, place, align=4)
     with cgutils.for_range_slice(builder, end, hi, I64(1), I64) as (j, _):
-        place = builder.gep(y.data, [j])
+        place = builder.gep(y_row, [j])
         total = builder.load(place)
         for r in range(rows):
             weights = widen(builder.load(builder.gep(current[r], [j])), FLOAT)
@@ -112,7 +118,7 @@ def pass_signature(y, weight, index, value):
 
 
 @intrinsic
-def pass_many(typing, y, weight, index, value, first, following, lo, hi):
+def pass_many(typing, y, weight, index, value, b, first, lo, hi):
     def codegen(context, builder, signature, args):
         emit_pass(context, builder, signature, args, ROWS)
         return context.get_dummy_value()
@@ -121,12 +127,24 @@ def pass_many(typing, y, weight, index, value, first, following, lo, hi):
 
 
 @intrinsic
-def pass_one(typing, y, weight, index, value, first, following, lo, hi):
+def pass_one(typing, y, weight, index, value, b, first, lo, hi):
     def codegen(context, builder, signature, args):
         emit_pass(context, builder, signature, args, 1)
         return context.get_dummy_value()
 
     return pass_signature(y, weight, index, value), codegen
+
+
+@intrinsic
+def widen(typing, value):
+    """A stored weight as float32: itself, or the upper half of a float32 for bf16 bits."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), FLOAT)
+
+    return types.float32(value), codegen
 
 
 @njit(nogil=True, cache=True)
@@ -138,32 +156,69 @@ def gather(y, weight, index, values, count, lo, hi):
     k = 0
     while k + ROWS <= count:
         for b in range(y.shape[0]):
-            pass_many(y[b], weight, index, values[b], k, k + ROWS if k + 2 * ROWS <= count else k, lo, hi)
+            pass_many(y, weight, index, values, b, k, lo, hi)
         k += ROWS
     while k < count:
         for b in range(y.shape[0]):
-            pass_one(y[b], weight, index, values[b], k, k, lo, hi)
+            pass_one(y, weight, index, values, b, k, lo, hi)
         k += 1
+
+
+@intrinsic
+def bits_of(typing, value):
+    """The bits of a float32."""
+    return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], I32)
+
+
+@njit(nogil=True, cache=True)
+def narrow(value, like):
+    """A float as an element of `like`: itself, or bf16 bits rounded to nearest even."""
+    if like.itemsize == 4:
+        return value
+    bits = bits_of(np.float32(value))
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 @njit(nogil=True, cache=True)
 def compact(x, threshold, scale, index, values):
-    """Channels that any batch row keeps, and every row's value there (0 where that row drops it). Returns the count."""
+    """Channels that any row of x [B, n] keeps (|x| c > t), and every row's value there (0 where it drops it).
+
+    x as stored (bf16 bits or float32); index [n + 1], values [B, n + 1]. Returns the count.
+    """
     count = 0
     if x.shape[0] == 1:
         for i in range(x.shape[1]):
+            value = widen(x[0, i])
             index[count] = i
-            values[0, count] = x[0, i]
-            count += abs(x[0, i]) * scale[i] > threshold if scale.size else abs(x[0, i]) > threshold
+            values[0, count] = value
+            count += abs(value) * scale[i] > threshold if scale.size else abs(value) > threshold
         return count
     for i in range(x.shape[1]):
         kept = False
         for b in range(x.shape[0]):
-            keep = abs(x[b, i]) * scale[i] > threshold if scale.size else abs(x[b, i]) > threshold
-            values[b, count] = x[b, i] if keep else 0
+            value = widen(x[b, i])
+            keep = abs(value) * scale[i] > threshold if scale.size else abs(value) > threshold
+            values[b, count] = value if keep else 0
             kept |= keep
         index[count] = i
         count += kept
+    return count
+
+
+@njit(nogil=True, cache=True)
+def finish(sums, bias, out):
+    """out = sums + bias in the stored type."""
+    for b in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[b, j] = narrow(sums[b, j] + widen(bias[j]) if bias.size else sums[b, j], out)
+
+
+@njit(nogil=True, cache=True)
+def linear(x, weight, bias, threshold, scale, index, values, sums, out):
+    """The whole product on one thread; nothing of Python between its parts. Returns the number of channels kept."""
+    count = compact(x, threshold, scale, index, values)
+    gather(sums, weight, index, values, count, 0, weight.shape[1])
+    finish(sums, bias, out)
     return count
 
 
@@ -174,20 +229,14 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 NO_SCALE = np.empty(0, np.float32)
 
 
-def product(index, values, count, weight: np.ndarray) -> np.ndarray:
-    """float32 [B, m] from the compacted channels; split over outputs where there is enough to read."""
-    y = np.empty((values.shape[0], weight.shape[1]), np.float32)
-    m = weight.shape[1]
-    if _pool is None or count * m * weight.itemsize < PARALLEL_BYTES:
-        gather(y, weight, index, values, count, 0, m)
-        return y
-    cuts = [m * t // _threads // VECTOR * VECTOR for t in range(_threads)] + [m]
-    others = [_pool.submit(gather, y, weight, index, values, count, *cuts[t : t + 2]) for t in range(1, _threads)]
-    gather(y, weight, index, values, count, *cuts[:2])
+def spread(work, count: int, unit: int) -> None:
+    """work(lo, hi) over [0, count) in one piece per thread, in whole units."""
+    cuts = [count * t // _threads // unit * unit for t in range(_threads)] + [count]
+    others = [_pool.submit(work, *cuts[t : t + 2]) for t in range(1, _threads)]
+    work(*cuts[:2])
     wait(others)
     for other in others:
         other.result()
-    return y
 
 
 def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None):
@@ -195,19 +244,63 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     problem = unsupported(x, weight)
     if problem:
         raise ValueError(problem)
-    rows = whole = x.reshape(-1, x.shape[-1]).float()
+    rows = whole = x.reshape(-1, x.shape[-1])
     if keep is not None:
         rows, threshold = torch.where(keep.reshape(rows.shape), rows, 0), 0.0
-    n = rows.shape[1]
-    index, values = np.empty(n + 1, np.int64), np.empty((rows.shape[0], n + 1), np.float32)
-    scales = NO_SCALE if scale is None else scale.float().numpy()
-    count = compact(rows.numpy(), np.float32(float(threshold)), scales, index, values)
-    y = torch.from_numpy(product(index, values, count, as_numpy(weight.t())))
-    if bias is not None:
-        y += bias
-    y = y.to(x.dtype).view(*x.shape[:-1], -1)
+    (m, n), batch = weight.shape, rows.shape[0]
+    index, values = np.empty(n + 1, np.int64), np.empty((batch, n + 1), np.float32)
+    sums, y = np.empty((batch, m), np.float32), torch.empty(batch, m, dtype=x.dtype)
+    stored, out, inputs = as_numpy(weight.t()), as_numpy(y), as_numpy(rows)
+    scales = NO_SCALE if scale is None else scale.numpy()
+    biases = stored[0, :0] if bias is None else as_numpy(bias)
+    limit = np.float32(threshold)
+    if _pool is None or weight.numel() * weight.element_size() < PARALLEL_BYTES:
+        count = linear(inputs, stored, biases, limit, scales, index, values, sums, out)
+    else:
+        count = compact(inputs, limit, scales, index, values)
+        spread(lambda lo, hi: gather(sums, stored, index, values, count, lo, hi), m, VECTOR)
+        finish(sums, biases, out)
+    y = y.view(*x.shape[:-1], m)
     if low_rank is not None:
         a, b = low_rank
-        kept = torch.zeros_like(rows).index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
+        kept = torch.zeros(batch, n).index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
         y = y + ((whole - kept).to(x.dtype).view(x.shape) @ a) @ b
     return y
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def listed_dots(weight, x, index, values, lo, hi):
+    """values[b, k] *= weight[index[k], :] . x[b] for list entries lo..hi-1; weight [f, d], x float32 [B, d]."""
+    for k in range(lo, hi):
+        row = weight[index[k]]
+        for b in range(x.shape[0]):
+            vector = x[b]
+            total = np.float32(0)
+            for i in range(vector.shape[0]):
+                total += widen(row[i]) * vector[i]
+            values[b, k] *= total
+
+
+def neuron_sparse_ffn(x, activation, up, down):
+    """As masked_dense.neuron_sparse_ffn, for up to 8 rows: only active rows of up and columns of down are read.
+
+    Raises ValueError for what `unsupported` names and for an up projection whose neurons are not contiguous.
+    """
+    problem = unsupported(activation, down)
+    if problem or not up.is_contiguous():
+        raise ValueError(problem or "cpu_numba needs the up projection stored with each neuron contiguous")
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    gates = activation.reshape(-1, activation.shape[-1]).contiguous()
+    (d, f), batch = down.shape, rows.shape[0]
+    index, values = np.empty(f + 1, np.int64), np.empty((batch, f + 1), np.float32)
+    sums, y = np.empty((batch, d), np.float32), torch.empty(batch, d, dtype=x.dtype)
+    ups, downs = as_numpy(up), as_numpy(down.t())
+    count = compact(as_numpy(gates), np.float32(0), NO_SCALE, index, values)
+    if _pool is None or count * d * ups.itemsize < PARALLEL_BYTES:
+        listed_dots(ups, rows, index, values, 0, count)
+        gather(sums, downs, index, values, count, 0, d)
+    else:
+        spread(lambda lo, hi: listed_dots(ups, rows, index, values, lo, hi), count, 1)
+        spread(lambda lo, hi: gather(sums, downs, index, values, count, lo, hi), d, VECTOR)
+    finish(sums, downs[0, :0], as_numpy(y))
+    return y.view(x.shape)

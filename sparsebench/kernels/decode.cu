@@ -136,7 +136,7 @@ struct Gather {
     const u16* weight[3];    // each [n, m]
     float* out[3];           // each [m], added into
     const float* scale[3];   // c [n] of |x| c > t, or null
-    const float* threshold;  // [parts]; below 0 keeps everything
+    const float* threshold[3];  // one number each; below 0 keeps everything
     int m[3];
     int parts, n, complement;  // complement: take the dropped channels (low-rank remainder)
     const float* input;      // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF)
@@ -193,7 +193,7 @@ __device__ void gather(const Gather& a) {
     int tile = blockIdx.x, part = 0;
     while (tile >= (a.m[part] + TILE - 1) / TILE) tile -= (a.m[part++] + TILE - 1) / TILE;
     const int m = a.m[part], column = tile * TILE + lane * 8;
-    const float threshold = a.threshold[part];
+    const float threshold = *a.threshold[part];
     const float* scale = a.scale[part];
     const int first = (int)((long)a.n * blockIdx.y / gridDim.y), last = (int)((long)a.n * (blockIdx.y + 1) / gridDim.y);
     const float inverse = MODE == NORM ? inverse_rms(a.input, a.n, a.eps, scratch) : 0.0f;

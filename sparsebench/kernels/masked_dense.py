@@ -35,3 +35,11 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
         a, b = low_rank
         y = y + (torch.where(keep, 0, x) @ a) @ b
     return y
+
+
+def neuron_sparse_ffn(x, activation, up, down):
+    """y = sum_j a_j (up_j . x) down_j: the second half of a gated FFN, where neurons with activation 0 add nothing.
+
+    x [..., d]; activation a [..., f], exactly 0 where a neuron is inactive; up [f, d]; down [d, f]. Returns [..., d].
+    """
+    return F.linear(activation * F.linear(x, up), down)

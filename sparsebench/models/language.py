@@ -70,7 +70,7 @@ class CausalLM:
 
     def config(self) -> transformers.PretrainedConfig:
         """The architecture, cut to `num_layers` blocks where asked."""
-        if self.weights == "random" and self.architecture is not None:
+        if self.weights != "pretrained" and self.architecture is not None:
             fields = dict(self.architecture)
             config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:

@@ -59,7 +59,7 @@ class InputSparseLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
         device = self.weight.device
         self.register_buffer("threshold", torch.tensor(float(threshold), device=device), persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
         for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
             self.register_buffer(name, factor, persistent=False)
         self.site, self.prompt, self.kernel_name = site, prompt, kernel

@@ -1,7 +1,4 @@
-"""Greedy decode at batch 1 with a static KV cache: one engine for dense and sparse models alike.
-
-On a CPU the step runs eagerly; on a GPU it is compiled and captured in a CUDA graph (torch.compile, reduce-overhead).
-"""
+"""The decode engine of transformers: any model, a static KV cache, eager or compiled and captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,11 +14,12 @@ class Decoder:
         module: a causal LM of transformers, dense or with sparse modules.
         prompt: int64 [1, C], put into the cache at once.
         room: tokens that may follow.
-        compiled: compile and capture the one-token step.
+        compiled: torch.compile(mode="reduce-overhead", fullgraph=True) of the one-token step.
     """
 
     def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, compiled: bool):
         self.module, self.length = module, prompt.shape[1]
+        self.engine = "compiled" if compiled else "eager"
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
         with torch.no_grad():
             self.logits = module(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
@@ -33,7 +31,7 @@ class Decoder:
             return self.forward(input_ids=token, past_key_values=self.cache, use_cache=True).logits
 
     def rewind(self) -> None:
-        """Back to the end of the prompt, so that every timed step sees the same context length."""
+        """Back to the end of the prompt."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.length)
             if hasattr(layer, "cumulative_length_int"):  # sliding-window layers keep a Python copy

@@ -1,0 +1,395 @@
+"""A whole decode step of a Llama-type model on a CPU, dense or sparse, in one compiled call (numba).
+
+Every thread runs the same code on its share of outputs and heads and meets the others at barriers, five a layer; norm
+and compaction are repeated by each thread instead of shared, which is cheaper than another barrier. Nothing of Python
+runs inside a step. Weights, cache and norms are read where torch keeps them; float32 and bfloat16, sums in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import nn
+
+from sparsebench.decode import heads, llama_type, prefilled, rotary_tables
+from sparsebench.kernels.cpu_numba import as_numpy, compact, gather, narrow, widen
+from sparsebench.kernels.masked_dense import kept
+from sparsebench.models.sites import find_blocks
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+# Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
+WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES, COLUMNS = 0, 7, 14, 21, 24, 26, 27, 28
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why this model's step can't be fused, or None."""
+    return llama_type(module, DTYPES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces numba has no word for
+
+
+@intrinsic
+def pointer(typing, address):
+    """An address as a pointer for carray."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typing, state, index, amount):
+    """state[index] += amount, atomically; the value before."""
+
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", builder.gep(array.data, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(state, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_now(typing, state, index):
+    """state[index] as it is now, not as the compiler remembers it."""
+
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.load_atomic(builder.gep(array.data, [args[1]]), "seq_cst", 8)
+
+    return types.int64(state, types.int64), codegen
+
+
+@intrinsic
+def relax(typing, spins):
+    """After many spins let the operating system run someone else."""
+
+    def codegen(context, builder, signature, args):
+        with builder.if_then(builder.icmp_signed(">", args[0], I64(20000))):
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def barrier(state, threads):
+    """Wait until all threads are here. state: [arrived, round]."""
+    if threads == 1:
+        return
+    here = load_now(state, 1)
+    if fetch_add(state, 0, 1) == threads - 1:
+        fetch_add(state, 0, -threads)
+        fetch_add(state, 1, 1)
+        return
+    spins = 0
+    while load_now(state, 1) == here:
+        relax(spins)
+        spins += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def normed(x, weight, eps, out):
+    """RMSNorm of x into out."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    inverse = np.float32(1) / np.float32(math.sqrt(total / x.shape[0] + eps))
+    for i in range(x.shape[0]):
+        out[i] = x[i] * inverse * widen(weight[i])
+
+
+@njit(nogil=True, cache=True)
+def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
+    """y[lo:hi] = W x over kept channels for map `which`; compacts again only where `count` is below 0."""
+    n = x.shape[0]
+    if count < 0:
+        threshold = np.float32(-1) if keep_all else carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
+        size = 0 if row[SCALE + which] == 0 else n
+        scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
+        count = compact(x.reshape(1, n), threshold, scale, index, value)
+    weight = carray(pointer(row[WEIGHT + which]), (n, m), like.dtype)
+    gather(y.reshape(1, m), weight, index, value, count, lo, hi)
+    if which < 3 and row[BIAS + which] != 0:
+        bias = carray(pointer(row[BIAS + which]), (m,), like.dtype)
+        for j in range(lo, hi):
+            y[j] += widen(bias[j])
+    return count
+
+
+@njit(nogil=True, cache=True)
+def same_rule(row, a, b, keep_all):
+    """Whether two maps keep the same channels of the same input."""
+    if keep_all:
+        return True
+    if row[SCALE + a] != row[SCALE + b]:
+        return False
+    one = carray(pointer(row[THRESHOLD + a]), (1,), np.float32)[0]
+    return one == carray(pointer(row[THRESHOLD + b]), (1,), np.float32)[0]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def attend(q, k, v, head, group, head_dim, keys, values, cosine, sine, position, scores, out, owner):
+    """One query head over the cache; the head that owns its group also appends the new key and value."""
+    half = head_dim // 2
+    query = np.empty(head_dim, np.float32)
+    new = np.empty(head_dim, np.float32)
+    for d in range(head_dim):
+        other, sign = (d + half, np.float32(-1)) if d < half else (d - half, np.float32(1))
+        query[d] = q[head * head_dim + d] * cosine[d] + sign * q[head * head_dim + other] * sine[d]
+        new[d] = k[group * head_dim + d] * cosine[d] + sign * k[group * head_dim + other] * sine[d]
+    scaling = np.float32(1 / math.sqrt(head_dim))
+    top = np.float32(-1e30)
+    for p in range(position):
+        total = np.float32(0)
+        for d in range(head_dim):
+            total += widen(keys[group, p, d]) * query[d]
+        scores[p] = total * scaling
+        top = max(top, scores[p])
+    total = np.float32(0)
+    for d in range(head_dim):
+        total += new[d] * query[d]
+    scores[position] = total * scaling
+    top = max(top, scores[position])
+    weight = np.float32(0)
+    for p in range(position + 1):
+        scores[p] = np.float32(math.exp(scores[p] - top))
+        weight += scores[p]
+    for d in range(head_dim):
+        out[head * head_dim + d] = scores[position] * v[group * head_dim + d]
+    for p in range(position):
+        share = scores[p]
+        for d in range(head_dim):
+            out[head * head_dim + d] += share * widen(values[group, p, d])
+    for d in range(head_dim):
+        out[head * head_dim + d] /= weight
+        if owner:
+            keys[group, position, d] = narrow(new[d], keys)
+            values[group, position, d] = narrow(v[group * head_dim + d], values)
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def dots(y, weight, x, lo, hi):
+    """y[lo:hi] = W x for a weight [m, n] with rows contiguous."""
+    for j in range(lo, hi):
+        row = weight[j]
+        total = np.float32(0)
+        for i in range(x.shape[0]):
+            total += widen(row[i]) * x[i]
+        y[j] = total
+
+
+@njit(nogil=True, cache=True)
+def share_of(count, thread, threads, unit):
+    """[lo, hi) of a thread, in whole units."""
+    units = (count + unit - 1) // unit
+    return units * thread // threads * unit, min(count, units * (thread + 1) // threads * unit)
+
+
+@njit(nogil=True, cache=True)
+def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, head, cosine, sine, token, position,
+         residual, qkv, mixed, mid, added, scores, work, index, value, logits, state):  # fmt: skip
+    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index and value."""
+    hidden, inner, heads_, groups, head_dim, positions = sizes
+    query, small = heads_ * head_dim, groups * head_dim
+    q, k, v = qkv[:query], qkv[query : query + small], qkv[query + small :]
+    x, index_, value_ = work[thread], index[thread], value[thread : thread + 1]
+    lo, hi = share_of(hidden, thread, threads, 32)
+    for i in range(lo, hi):
+        residual[i] = widen(embedding[token, i])
+    barrier(state, threads)
+    for layer in range(table.shape[0]):
+        row = table[layer]
+        keys = carray(pointer(row[KEYS]), (groups, positions, head_dim), embedding.dtype)
+        values = carray(pointer(row[VALUES]), (groups, positions, head_dim), embedding.dtype)
+
+        normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
+        a, b = share_of(query, thread, threads, 32)
+        count = project(row, 0, keep_all, x[:hidden], q, query, a, b, embedding, index_, value_, -1)
+        a, b = share_of(small, thread, threads, 32)
+        count = count if same_rule(row, 0, 1, keep_all) else -1
+        count = project(row, 1, keep_all, x[:hidden], k, small, a, b, embedding, index_, value_, count)
+        count = count if same_rule(row, 1, 2, keep_all) else -1
+        project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, index_, value_, count)
+        barrier(state, threads)
+
+        per_group = heads_ // groups
+        for h in range(heads_ * thread // threads, heads_ * (thread + 1) // threads):
+            attend(q, k, v, h, h // per_group, head_dim, keys, values, cosine[position], sine[position], position,
+                   scores[thread], mixed, h % per_group == 0)  # fmt: skip
+        barrier(state, threads)
+
+        project(row, 3, keep_all, mixed, added, hidden, lo, hi, embedding, index_, value_, -1)
+        for i in range(lo, hi):
+            residual[i] += added[i]
+        barrier(state, threads)
+
+        normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
+        a, b = share_of(inner, thread, threads, 32)
+        count = project(row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, index_, value_, -1)
+        count = count if same_rule(row, 4, 5, keep_all) else -1
+        project(row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, index_, value_, count)
+        for i in range(a, b):
+            mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
+        barrier(state, threads)
+
+        project(row, 6, keep_all, mid[0], added, hidden, lo, hi, embedding, index_, value_, -1)
+        for i in range(lo, hi):
+            residual[i] += added[i]
+        barrier(state, threads)
+    normed(residual, last_norm, eps, x[:hidden])
+    lo, hi = share_of(head.shape[0], thread, threads, 16)
+    dots(logits, head, x[:hidden], lo, hi)
+
+
+class Decoder:
+    """A fused step with its prompt. The interface of decode.reference.Decoder.
+
+    Raises ValueError for a model that `unsupported` names.
+    """
+
+    engine = "fused"
+
+    def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, keep_all: bool = False):
+        problem = unsupported(module)
+        if problem:
+            raise ValueError(f"no fused decode step: {problem}")
+        config, self.module = module.config, module
+        self.length, self.threads = prompt.shape[1], torch.get_num_threads()
+        self.cache, self.logits = prefilled(module, prompt, room)
+        count, groups, head_dim = heads(config)
+        hidden, inner, positions = config.hidden_size, config.intermediate_size, self.length + room
+        self.blocks = find_blocks(module)
+        self.held = []  # tensors whose addresses stand in the table
+        self.table = np.zeros((len(self.blocks), COLUMNS), np.int64)
+        self.fill_all()
+        base = module.base_model
+        norm = next(m for m in base.children() if hasattr(m, "variance_epsilon"))
+        self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        widest = max(hidden, inner, count * head_dim)
+        cosine, sine = rotary_tables(module, positions)
+        self.fixed = (
+            self.table, (hidden, inner, count, groups, head_dim, positions), np.float32(norm.variance_epsilon),
+            keep_all, as_numpy(base.get_input_embeddings().weight.detach()), as_numpy(norm.weight.detach()),
+            as_numpy(module.get_output_embeddings().weight.detach()), cosine.numpy(), sine.numpy(),
+        )  # fmt: skip
+        self.residual = np.zeros(hidden, np.float32)
+        self.output = np.zeros(module.get_output_embeddings().weight.shape[0], np.float32)
+        self.buffers = (
+            self.residual, np.zeros((count + 2 * groups) * head_dim, np.float32), np.zeros(count * head_dim, np.float32),
+            np.zeros((2, inner), np.float32), np.zeros(hidden, np.float32), np.zeros((self.threads, positions), np.float32),
+            np.zeros((self.threads, hidden), np.float32), np.zeros((self.threads, widest + 1), np.int64),
+            np.zeros((self.threads, widest + 1), np.float32), self.output, np.zeros(2, np.int64),
+        )  # fmt: skip
+        self.position = self.length
+        self.threads = min({1, self.threads}, key=self.seconds_with)  # a small model is faster without a second thread
+
+    def seconds_with(self, threads: int, rounds: int = 15) -> float:
+        """Median seconds of a step with so many threads, after the first (which may compile)."""
+        self.threads, times = threads, []
+        for _ in range(rounds + 3):
+            self.rewind()
+            start = time.perf_counter()
+            self.step(torch.zeros(1, 1, dtype=torch.int64))
+            times.append(time.perf_counter() - start)
+        self.rewind()
+        return statistics.median(times[3:])
+
+    def fill_all(self) -> None:
+        """Write down where weights, thresholds and cache lie."""
+        self.held.clear()
+        for block, row in zip(self.blocks, self.table, strict=True):
+            self.fill(block, row)
+
+    def fill(self, block, row: np.ndarray) -> None:
+        """Addresses of one layer."""
+        layer = self.module.get_submodule(block.path)
+        norms = [m.weight for m in layer.children() if hasattr(m, "variance_epsilon")]
+        cache = self.cache.layers[block.index]
+        for i, role in enumerate(MAPS):
+            linear = self.module.get_submodule(block.sites[role].path)
+            row[WEIGHT + i], row[THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
+            row[SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
+            if linear.bias is not None:
+                row[BIAS + i] = linear.bias.data_ptr()
+            self.held.append(linear)
+        row[NORM], row[NORM + 1] = (w.data_ptr() for w in norms)
+        row[KEYS], row[VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
+        self.held += [norms, cache]
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits [1, 1, V] after one more token [1, 1]."""
+        dynamic = (int(token), self.position)
+        rest = (self.threads, *self.fixed, *dynamic, *self.buffers)
+        others = [self.pool.submit(step, thread, *rest) for thread in range(1, self.threads)]
+        step(0, *rest)
+        wait(others)
+        for other in others:
+            other.result()
+        self.position += 1
+        return torch.from_numpy(self.output).view(1, 1, -1)
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        self.position = self.length
+
+    def parity(self, token: torch.Tensor) -> dict[str, float]:
+        """{"logits": relative error} against the same step in torch, fp32 and masked-dense, on the same cache."""
+        self.rewind()
+        expected = reference_step(self, int(token))
+        found = self.step(token.view(1, 1)).flatten()
+        self.rewind()
+        return {"logits": float((found - expected).norm() / expected.norm())}
+
+
+def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
+    """The same step in torch operations, fp32 throughout, on the decoder's own cache (which it leaves as it was)."""
+    module, config, position = decoder.module, decoder.module.config, decoder.position
+    count, groups, head_dim = heads(config)
+    keep_all, cosine, sine = decoder.fixed[3], *(torch.from_numpy(t)[position] for t in decoder.fixed[7:9])
+
+    def product(linear, x):
+        keep = torch.ones_like(x, dtype=torch.bool) if keep_all else kept(x, linear.threshold, linear.scale)
+        y = linear.weight.float() @ torch.where(keep, x, 0)
+        return y if linear.bias is None else y + linear.bias.float()
+
+    def norm(layer, x):
+        return x * torch.rsqrt(x.square().mean() + layer.variance_epsilon) * layer.weight.float()
+
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-second, first), -1) * sine
+
+    x = module.base_model.get_input_embeddings().weight[token].float()
+    for block in decoder.blocks:
+        layer = module.get_submodule(block.path)
+        norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
+        maps = {role: module.get_submodule(site.path) for role, site in block.sites.items()}
+        cache, h = decoder.cache.layers[block.index], norm(norms[0], x)
+        q = turned(product(maps["q"], h).view(count, head_dim))
+        k = torch.cat([cache.keys[0, :, :position].float(), turned(product(maps["k"], h).view(groups, head_dim))[:, None]], 1)
+        v = torch.cat([cache.values[0, :, :position].float(), product(maps["v"], h).view(groups, 1, head_dim)], 1)
+        k, v = (t.repeat_interleave(count // groups, 0) for t in (k, v))
+        weights = ((k @ q[:, :, None])[..., 0] * head_dim**-0.5).softmax(-1)
+        x = x + product(maps["o"], (weights[:, None] @ v).flatten())
+        h = norm(norms[1], x)
+        x = x + product(maps["down"], torch.nn.functional.silu(product(maps["gate"], h)) * product(maps["up"], h))
+    last = next(m for m in module.base_model.children() if hasattr(m, "variance_epsilon"))
+    return module.get_output_embeddings().weight.float() @ norm(last, x)

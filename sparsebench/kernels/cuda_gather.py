@@ -1,0 +1,151 @@
+"""One input-sparse product on an NVIDIA GPU: the `gather` kernel of decode.cu as an operator of torch.
+
+One row, fp16 or bf16. The kept channels are compacted inside the kernel; the last CTA of each tile of outputs adds the
+bias and rounds. It can be captured in CUDA graphs and compiled through (fullgraph), and needs no compiler installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsebench.kernels import _nvrtc
+
+SOURCE = Path(__file__).with_name("decode.cu")
+Pointer = ctypes.c_void_p
+
+
+class Gather(ctypes.Structure):
+    """Arguments of decode.cu's `gather`."""
+
+    _fields_ = [
+        ("weight", Pointer * 3), ("out", Pointer * 3), ("scale", Pointer * 3), ("threshold", Pointer * 3),
+        ("m", ctypes.c_int * 3), ("parts", ctypes.c_int), ("n", ctypes.c_int),
+        ("complement", ctypes.c_int), ("input", Pointer), ("second", Pointer), ("norm", Pointer), ("eps", ctypes.c_float),
+        ("zero", Pointer), ("zero_count", ctypes.c_int), ("result", Pointer), ("bias", Pointer), ("arrived", Pointer),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel is built and spread: warps per CTA, 16-byte loads in flight, loads per lane and channel, CTAs per SM."""
+
+    warps: int = 8
+    loads: int = 4
+    wide: int = 1
+    per_sm: float = 4.0
+
+
+def gather_bytes(tuning: Tuning) -> int:
+    """Shared memory of a gather: the ring of rows in flight, compacted values and indices, a counter, scratch."""
+    return tuning.warps * 32 * (max(tuning.loads, 2) * tuning.wide * 16 + 8 * 6) + tuning.warps * 4 + 16
+
+
+RANK = 20
+SKIPS = True
+_workspaces: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def prepare(threads: int) -> None:
+    """Nothing to set up: kernels are compiled when they are first launched."""
+
+
+def workspace(device: torch.device, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 sums and arrival counters for one output size; every call leaves them zero."""
+    key = (device, outputs)
+    if key not in _workspaces:
+        sums = torch.zeros(outputs, dtype=torch.float32, device=device)
+        _workspaces[key] = sums, torch.zeros(-(-outputs // 256), dtype=torch.int32, device=device)
+    return _workspaces[key]
+
+
+def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why a single product can't be served: one row, 16 bits, channel-contiguous weight, outputs a multiple of 8."""
+    if weight.dtype not in (torch.float16, torch.bfloat16) or x.dtype != weight.dtype:
+        return f"cuda_gather serves float16 and bfloat16, got input {x.dtype} and weight {weight.dtype}"
+    if x.numel() != x.shape[-1]:
+        return f"cuda_gather serves one row, got {x.numel() // x.shape[-1]}"
+    if not weight.t().is_contiguous() or weight.shape[0] % 8:
+        return "cuda_gather needs the weight stored with input channels contiguous and a multiple of 8 outputs"
+    return None
+
+
+@torch.library.custom_op("sparsebench::gather_linear", mutates_args=("sums", "arrived"), device_types="cuda")
+def gather_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: torch.Tensor, scale: torch.Tensor | None,
+    sums: torch.Tensor, arrived: torch.Tensor, complement: bool, warps: int, loads: int, wide: int, per_sm: float,
+) -> torch.Tensor:  # fmt: skip
+    """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile."""
+    n, m = weight.shape
+    y = x.new_empty(m)
+    arguments = Gather()
+    arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), sums.data_ptr(), m
+    arguments.threshold[0], arguments.parts, arguments.n = threshold.data_ptr(), 1, n
+    arguments.complement, arguments.input, arguments.result = int(complement), x.data_ptr(), y.data_ptr()
+    arguments.arrived = arrived.data_ptr()
+    if scale is not None:
+        arguments.scale[0] = scale.data_ptr()
+    if bias is not None:
+        arguments.bias = bias.data_ptr()
+    start("gather_half", arguments, weight, Tuning(warps, loads, wide, per_sm))
+    return y
+
+
+def accumulate(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, threshold: torch.Tensor, tuning: Tuning) -> None:
+    """out [m] += W (x where |x| > t), fp32 x and out, weight [n, m] in 16 bits: the product as a fused step runs it."""
+    arguments = Gather()
+    arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), out.data_ptr(), weight.shape[1]
+    arguments.threshold[0], arguments.parts, arguments.n = threshold.data_ptr(), 1, weight.shape[0]
+    arguments.input = x.data_ptr()
+    start("gather_plain", arguments, weight, tuning)
+
+
+def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:
+    """Start a gather of one part on the current stream."""
+    defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": 64, "GROUP": 1, "SPLITS": 1}
+    if weight.dtype == torch.bfloat16:
+        defines["BF16"] = 1
+    shared, device = gather_bytes(tuning), weight.device.index
+    kernel = _nvrtc.function(SOURCE, name, device, shared, **defines)
+    tiles = -(-weight.shape[1] // (256 * tuning.wide))
+    shares = max(1, round(processors(device) * tuning.per_sm / tiles))
+    _nvrtc.launch(kernel, (tiles, shares), tuning.warps * 32, shared, [arguments], overlap=True)
+
+
+@functools.cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@gather_linear.register_fake
+def _(x, weight, bias, threshold, scale, sums, arrived, complement, warps, loads, wide, per_sm):
+    return x.new_empty(weight.shape[1])
+
+
+def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None, tuning=None):
+    """As masked_dense.input_sparse_linear, for one row. Raises ValueError for what `unsupported` names."""
+    problem = unsupported(x, weight)
+    if problem:
+        raise ValueError(problem)
+    row = x.reshape(-1).contiguous()
+    if keep is not None:
+        row = torch.where(keep.reshape(-1), row, 0)
+        threshold = torch.zeros((), device=x.device)
+    t = tuning or Tuning()
+    shape = (t.warps, t.loads, t.wide, t.per_sm)
+    scale = None if scale is None else scale.float()
+    y = gather_linear(row, weight.t(), bias, threshold, scale, *workspace(x.device, weight.shape[0]), False, *shape)
+    if low_rank is not None:
+        a, b = low_rank
+        dropped = row if keep is None else torch.where(keep.reshape(-1), 0, x.reshape(-1))
+        inner = torch.empty(0)
+        if keep is None:
+            inner = gather_linear(dropped, a, None, threshold, scale, *workspace(x.device, a.shape[1]), True, *shape)
+        else:
+            inner = dropped @ a
+        y = y + inner @ b
+    return y.view(*x.shape[:-1], -1)

@@ -1,0 +1,227 @@
+"""Decode engines: every fused step equals the same arithmetic in torch; what can't be fused says why."""
+
+import copy
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from sparsebench import decode
+from sparsebench.decode import fused_cpu, fused_cuda
+from sparsebench.kernels import _nvrtc
+from sparsebench.kernels.cuda_gather import Tuning
+from sparsebench.models.sites import find_blocks
+from sparsebench.modules.input_sparse import InputSparseLinear, replace
+from tests.conftest import tiny_model
+
+IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
+
+
+def sparse_model(kind="llama", threshold=0.3, dtype=torch.float32, scale=False, **changes):
+    model = tiny_model(kind, **changes).to(dtype)
+    for block in find_blocks(model):
+        for i, site in enumerate(block.sites.values()):
+            linear = model.get_submodule(site.path)
+            weights = torch.rand(linear.weight.shape[1]) + 0.5 if scale else None
+            sparse = InputSparseLinear(linear, site.name, threshold * (1 + 0.1 * i), scale=weights, kernel="masked_dense")
+            replace(model, site.path, sparse)
+    return model
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 1e9])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_cpu_step_equals_torch(kind, threshold, scale, threads):
+    model = sparse_model(kind, threshold, scale=scale)
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert max(fused.parity(IDS[:, 20:21]).values()) < 1e-5
+    fused.threads = threads  # also where one would have been faster
+    reference = decode.Decoder(model, IDS[:, :20], 4, compiled=False)
+    for i in range(20, 24):
+        expected, found = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_cpu_step_in_bfloat16():
+    model = sparse_model(dtype=torch.bfloat16, threshold=-1.0)
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert max(fused.parity(IDS[:, 20:21]).values()) < 1e-5  # the same bf16 cache and weights, sums in fp32
+    expected = decode.Decoder(model, IDS[:, :20], 4, compiled=False).step(IDS[:, 20:21]).float()
+    assert float((fused.step(IDS[:, 20:21]) - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_cpu_keep_all_is_dense_and_rewinds():
+    dense, model = tiny_model(), sparse_model(threshold=0.5)
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4, keep_all=True)
+    fused.cache, _ = decode.prefilled(dense, IDS[:, :20], 4)  # the prompt densely, too
+    fused.fill_all()
+    expected = decode.Decoder(dense, IDS[:, :20], 4, compiled=False).step(IDS[:, 20:21])
+    for _ in range(2):
+        fused.rewind()
+        torch.testing.assert_close(fused.step(IDS[:, 20:21]), expected, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "gpt2": ("gpt2", {}, "qkv"),
+    "gelu": ("llama", {"hidden_act": "gelu"}, "SiLU"),
+    "window": ("mistral", {"sliding_window": 8}, "sliding window"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_fused_says_why(name):
+    kind, changes, reason = REFUSED[name]
+    model = tiny_model(kind, **changes)
+    assert reason in fused_cpu.unsupported(model)
+    hardware = SimpleNamespace(engine="auto", skips=True, torch_device=torch.device("cpu"))
+    assert decode.choose(model, hardware) == "eager"
+    with pytest.raises(ValueError, match=f"engine=fused: .*{reason}"):
+        decode.choose(model, SimpleNamespace(**{**vars(hardware), "engine": "fused"}))
+
+
+def test_masked_dense_is_never_fused():
+    hardware = SimpleNamespace(engine="auto", skips=False, torch_device=torch.device("cpu"))
+    assert decode.choose(sparse_model(), hardware) == "eager"
+
+
+def test_maps_left_dense_are_stored_for_the_step():
+    model = tiny_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    decode.channel_major(model)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert fused_cpu.Decoder(model, IDS[:, :20], 2).parity(IDS[:, 20:21])["logits"] < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CUDA kernels, built for the CPU
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to build the CUDA kernels for the CPU")
+    folder, built = tmp_path_factory.mktemp("cuda"), {}
+
+    def build(**defines):
+        key = tuple(sorted(defines.items()))
+        if key not in built:
+            target = folder / f"{len(built)}.so"
+            source = Path(__file__).with_name("cuda_on_cpu.cpp")
+            flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{fused_cuda.SOURCE}"']
+            subprocess.run(
+                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target], check=True
+            )
+            built[key] = ctypes.CDLL(str(target))
+        return built[key]
+
+    return build
+
+
+def emulate(step, library):
+    """Run one launch of a fused_cuda.Step on the CPU."""
+
+    def run(launch):
+        arguments = launch.arguments if launch.name == "embed" else [ctypes.byref(launch.arguments[0])]
+        getattr(library, f"run_{launch.name}")(*launch.grid, launch.shared_bytes, *arguments)
+
+    return run
+
+
+SMALL = {kind: Tuning(2, 4, 1, 2.0) for kind in fused_cuda.DEFAULTS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [-1.0, 0.4, 1e9])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_cuda_step_on_the_cpu(emulated, kind, threshold, dtype):
+    model = sparse_model(kind, threshold, dtype, scale=True, layers=1, hidden_size=64, intermediate_size=136)
+    cache, _ = decode.prefilled(model, IDS[:, :20], 4)
+    step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL)
+    library = emulated(**step.defines(SMALL["qkv"]))
+    reference = fused_cpu.reference_step
+    holder = SimpleNamespace(module=model, position=20, cache=cache, blocks=find_blocks(model))
+    holder.fixed = [None] * 3 + [False] + [None] * 3 + [t.numpy() for t in (step.cosine, step.sine)]
+    for i in (20, 21):  # twice: buffers must be left as they were found
+        holder.position = i
+        expected = reference(holder, int(IDS[0, i]))
+        step.token.fill_(int(IDS[0, i]))
+        step.position.fill_(i)
+        errors = step.check(emulate(step, library), lambda: None)
+        assert max(errors.values()) < 1e-5, errors
+        assert float((step.logits - expected).norm() / expected.norm()) < (5e-3 if dtype == torch.float16 else 3e-2)
+        assert int(step.token) == int(step.logits.argmax()) and int(step.position) == i + 1
+
+
+def test_cuda_kernels_compile_without_a_gpu():
+    source = fused_cuda.SOURCE.read_text()
+    defines = {"WARPS": 8, "LOADS": 4, "WIDE": 1, "HEAD_DIM": 128, "GROUP": 4, "SPLITS": 16}
+    for architecture in ("sm_80", "sm_90"):
+        assert len(_nvrtc.compile_cubin(source, architecture, defines)) > 10_000
+        assert len(_nvrtc.compile_cubin(source, architecture, {**defines, "BF16": 1})) > 10_000
+    with pytest.raises(RuntimeError, match="NVRTC: .*error"):
+        _nvrtc.compile_cubin("__global__ void broken( {", "sm_90", {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def llama(dtype, hidden=512, inner=1376, heads=4, groups=2, layers=2):
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to("cuda", dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("threshold", [-1.0, 0.5, 1e9])
+def test_cuda_decoder(dtype, groups, threshold):
+    model = llama(dtype, groups=groups)
+    dense = copy.deepcopy(model)
+    for block in find_blocks(model):
+        for site in block.sites.values():
+            replace(model, site.path, InputSparseLinear(model.get_submodule(site.path), site.name, threshold))
+    ids = torch.randint(0, 1000, (1, 40), device="cuda")
+    fused = fused_cuda.Decoder(model, ids[:, :36], 4)
+    assert max(fused.parity(ids[:, 36:37]).values()) < 1e-4
+    if threshold < 0:
+        reference = decode.Decoder(dense, ids[:, :36], 4, compiled=False)
+        for i in range(36, 40):
+            expected, found = reference.step(ids[:, i : i + 1]).float(), fused.step(ids[:, i : i + 1])
+            assert float((found - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.float16 else 5e-2)
+
+
+@pytest.mark.gpu
+def test_cuda_greedy_tokens_come_from_the_device():
+    model = llama(torch.float16)
+    decode.channel_major(model)
+    ids = torch.randint(0, 1000, (1, 16), device="cuda")
+    fused = fused_cuda.Decoder(model, ids, 8)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)[0, 16:].tolist()
+    first = int(fused.logits[0, -1].argmax())
+    found = [first]
+    fused.step(torch.tensor([[first]], device="cuda"))
+    found.append(int(fused.steps.token))
+    for _ in range(4):
+        fused.step()
+        found.append(int(fused.steps.token))
+    assert found == expected
