@@ -131,10 +131,19 @@ def greedy(
         tables = []
         for block in blocks:
             module = model.get_submodule(block.path)
-            block_scales = {r: scales[block.index, r] for r in block.sites if (block.index, r) in scales} if scales else {}
+            block_scales = (
+                {r: scales[block.index, r] for r in block.sites if (block.index, r) in scales} if scales else {}
+            )
             outputs = [run_block(module, h, arguments[block.index]) for h in hidden]
 
-            def error(sparsity: dict[str, float], block=block, module=module, outputs=outputs, scale=block_scales) -> float:
+            def error(
+                sparsity: dict[str, float],
+                block=block,
+                module=module,
+                hidden=hidden,
+                outputs=outputs,
+                scale=block_scales,
+            ) -> float:
                 limits = {role: threshold(block.index, role, p) for role, p in sparsity.items()}
                 total = 0.0
                 with masked(model, block, limits, scale):

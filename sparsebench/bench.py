@@ -65,7 +65,7 @@ def draw(count: int, group: str, settings: Bench, generator: torch.Generator) ->
     """float32 [count] distributed like a block's tensor (attn_in, attn_out, mlp_in, mlp_mid)."""
     if settings.histograms is None:
         return torch.randn(count, generator=generator)
-    from sparsebench.methods.teal import OFFICIAL  # noqa: PLC0415
+    from sparsebench.methods.teal import OFFICIAL
 
     part, tensor = OFFICIAL[group]
     file = Path(settings.histograms, "histograms", f"layer-{settings.histogram_layer}", part, "histograms.pt")
@@ -82,7 +82,9 @@ def threshold_for(x: torch.Tensor, sparsity: float) -> float:
     return float(x.abs().flatten().kthvalue(dropped).values) if dropped else -1.0
 
 
-def clock(bodies: dict[str, Callable[[int], object]], copies: int, settings: Bench, device: torch.device) -> dict[str, list[float]]:
+def clock(
+    bodies: dict[str, Callable[[int], object]], copies: int, settings: Bench, device: torch.device
+) -> dict[str, list[float]]:
     """Microseconds per call of every body, samples taken in turn; `body(i)` works on weight copy i.
 
     On a GPU a sample is the replay of a CUDA graph over all copies, divided by their number.
@@ -102,7 +104,8 @@ def clock(bodies: dict[str, Callable[[int], object]], copies: int, settings: Ben
         for body in bodies.values():
             body(0)
         contenders = [  # each its own copy at a time, so that none finds what another left in a cache
-            Contender(lambda i, body=body, k=k: body((i * len(bodies) + k) % copies)) for k, body in enumerate(bodies.values())
+            Contender(lambda i, body=body, k=k: body((i * len(bodies) + k) % copies))
+            for k, body in enumerate(bodies.values())
         ]
         scale = 1e3
     times, _ = interleaved(contenders, settings.warmup, settings.samples, device)
@@ -138,7 +141,7 @@ def sparse_bodies(x, weights, thresholds, hardware) -> dict[str, Callable[[int],
     low = x.to(weights[0].dtype).view(1, 1, -1)
     backend = kernels.load(hardware.kernel_name)
     if hardware.kernel_name == "cuda_gather":
-        from sparsebench.decode.fused_cuda import CANDIDATES, graph_time  # noqa: PLC0415
+        from sparsebench.decode.fused_cuda import CANDIDATES, graph_time
 
         out = torch.zeros(weights[0].shape[1], device=device)
         middle = thresholds.get(0.5, next(iter(thresholds.values())))
@@ -148,7 +151,9 @@ def sparse_bodies(x, weights, thresholds, hardware) -> dict[str, Callable[[int],
         )
         for s, t in thresholds.items():
             found[f"fused@{s}"] = lambda i, t=t: backend.accumulate(x, weights[i], out, t, best)
-            found[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(low, weights[i].t(), threshold=t, tuning=best)
+            found[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(
+                low, weights[i].t(), threshold=t, tuning=best
+            )
     else:
         if hardware.kernel_name == "cpu_numba":
             found |= numba_bodies(low, weights, thresholds, backend)
@@ -161,7 +166,12 @@ def numba_bodies(low, weights, thresholds, backend) -> dict[str, Callable[[int],
     """The compiled product called on arrays made ready, as the fused step calls it (one thread)."""
     n, m = weights[0].shape
     arrays, x, out = [backend.as_numpy(w) for w in weights], backend.as_numpy(low[0]), torch.empty_like(weights[0][:1])
-    rest = (np.empty(n + 1, np.int64), np.empty((1, n + 1), np.float32), np.empty((1, m), np.float32), backend.as_numpy(out))
+    rest = (
+        np.empty(n + 1, np.int64),
+        np.empty((1, n + 1), np.float32),
+        np.empty((1, m), np.float32),
+        backend.as_numpy(out),
+    )
     nothing = arrays[0][0, :0]
 
     def body(t: float) -> Callable[[int], object]:
@@ -224,7 +234,9 @@ def check_error(kind: str, x, weight, threshold, reference, hardware) -> float:
         out = torch.zeros(weight.shape[1], device=x.device)
         backend.accumulate(x, weight, out, threshold, backend.Tuning())
         return relative_error(out, reference)
-    torch.empty(weight.shape[1], device=x.device, dtype=weight.dtype).fill_(float("nan"))  # poison what may be handed out
+    torch.empty(weight.shape[1], device=x.device, dtype=weight.dtype).fill_(
+        float("nan")
+    )  # poison what may be handed out
     low = x.to(weight.dtype).view(1, 1, -1)
     return relative_error(backend.input_sparse_linear(low, weight.t(), threshold=threshold), reference)
 
@@ -233,7 +245,9 @@ def crossing(row: dict, dense_us: float) -> dict[str, float | None]:
     """Break-even sparsity per kind of kernel, from its times at the smallest and the largest sparsity."""
     found = {}
     for kind in {v["kind"] for v in row["sparse"].values()}:
-        mine = sorted((v["sparsity"], row["times"][k]["median_us"]) for k, v in row["sparse"].items() if v["kind"] == kind)
+        mine = sorted(
+            (v["sparsity"], row["times"][k]["median_us"]) for k, v in row["sparse"].items() if v["kind"] == kind
+        )
         (low, first), (high, last) = mine[0], mine[-1]
         found[kind] = break_even(dense_us, first, last, high) if low == 0 else None
     return found
@@ -274,15 +288,19 @@ def time_ffn(config: Any, settings: Bench, bandwidth: float) -> list[dict]:
     for s, limit in limits.items():
         score = F.linear(x, gate[0]).float()
         active = torch.where(score > limit, score, 0)
+        read = d * f * dtype.itemsize * (1 + 2 * (1 - s))  # bytes: the gate whole, up and down where active
         reference = F.linear(active * F.linear(x.float(), up[0].float()), plain[0].float()).flatten()
         rows.append(
             {
-                "kernel": name, "sparsity": s, "measured": float((active == 0).float().mean()),
-                "dense": times["dense"], "sparse": times[f"neuron@{s}"],
+                "kernel": name,
+                "sparsity": s,
+                "measured": float((active == 0).float().mean()),
+                "dense": times["dense"],
+                "sparse": times[f"neuron@{s}"],
                 "speedup": times["dense"]["median_us"] / times[f"neuron@{s}"]["median_us"],
                 "relative_error": relative_error(bodies[f"neuron@{s}"](0), reference),
-                "of_read_bandwidth": d * f * dtype.itemsize * (1 + 2 * (1 - s)) / times[f"neuron@{s}"]["median_us"] / 1e3 / bandwidth,
-            }  # fmt: skip
+                "of_read_bandwidth": read / times[f"neuron@{s}"]["median_us"] / 1e3 / bandwidth,
+            }
         )
         log.info("neuron-sparse FFN at %.2f: %.2fx", s, rows[-1]["speedup"])
     return rows
@@ -302,8 +320,8 @@ def time_step(settings: Bench) -> list[dict]:
 
     Thresholds are the quantiles of each block's tensors over one dense pass, so each site drops its share.
     """
-    from sparsebench.calibrate import AbsHistogram, observe  # noqa: PLC0415
-    from sparsebench.models.sites import find_blocks  # noqa: PLC0415
+    from sparsebench.calibrate import AbsHistogram, observe
+    from sparsebench.models.sites import find_blocks
 
     hardware, module = settings.hardware, random_model(settings).module
     device = hardware.torch_device
@@ -345,7 +363,9 @@ def time_step(settings: Bench) -> list[dict]:
             "dense_tokens_per_s": 1e3 / dense[fastest]["median_ms"],
             "speedup": dense[fastest]["median_ms"] / mine["median_ms"],
         }  # fmt: skip
-        log.info("step, context %d, sparsity %.2f: %.1f tokens/s, %.2fx", context, s, row["tokens_per_s"], row["speedup"])
+        log.info(
+            "step, context %d, sparsity %.2f: %.1f tokens/s, %.2fx", context, s, row["tokens_per_s"], row["speedup"]
+        )
     return rows
 
 
@@ -377,7 +397,7 @@ def run_steps(decoder, ids: torch.Tensor, steps: int, settings: Bench, device: t
 
 def run(settings: Bench, configuration: dict) -> Path:
     """All parts, written as they are finished: record, table and plot in the output folder."""
-    from sparsebench import bench_report  # noqa: PLC0415
+    from sparsebench import bench_report
 
     hardware = settings.hardware
     hardware.prepare()
@@ -386,7 +406,7 @@ def run(settings: Bench, configuration: dict) -> Path:
     bandwidth = read_bandwidth(hardware.torch_device)
     found = {
         "schema_version": 1, "kind": "bench", "model": settings.model.name, "weights": "random", "config": configuration,
-        "input": settings.histograms and "published Llama-2-7B histograms" or "normal distribution",
+        "input": (settings.histograms and "published Llama-2-7B histograms") or "normal distribution",
         "env": env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()},
         "read_bandwidth_gbs": bandwidth,
     }  # fmt: skip
@@ -407,9 +427,9 @@ def run(settings: Bench, configuration: dict) -> Path:
 
 def main() -> None:
     """Entry point of the console script."""
-    import hydra  # noqa: PLC0415
+    import hydra
 
-    from sparsebench import config as checks  # noqa: PLC0415
+    from sparsebench import config as checks
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 

@@ -30,7 +30,9 @@ def table(found: dict) -> str:
                 for s in shown:
                     key = f"{kind}@{s}"
                     value = row["sparse"][key]
-                    cells.append(f"{row['times'][key]['median_us']:.1f} ({value['speedup']:.2f}x) [{value['of_read_bandwidth']:.0%}]")
+                    cells.append(
+                        f"{row['times'][key]['median_us']:.1f} ({value['speedup']:.2f}x) [{value['of_read_bandwidth']:.0%}]"
+                    )
                 lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     if "ffn" in found:
         dense = found["ffn"][0]["dense"]["median_us"]
@@ -61,10 +63,10 @@ def breaks(found: dict) -> str:
 
 def plot(found: dict, file: Path) -> None:
     """Speed-up against sparsity, with the bytes roofline 1 / (1 - s) drawn in."""
-    import matplotlib  # noqa: PLC0415
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5))
     for row in found.get("projections", []):
@@ -75,7 +77,12 @@ def plot(found: dict, file: Path) -> None:
                 axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
     for context in sorted({r["context"] for r in found.get("step", [])}):
         points = sorted((r["sparsity"], r["speedup"]) for r in found["step"] if r["context"] == context)
-        axes.plot(*zip(*points, strict=True), "k-" if context < 1000 else "k:", linewidth=2, label=f"decode step, context {context}")
+        axes.plot(
+            *zip(*points, strict=True),
+            "k-" if context < 1000 else "k:",
+            linewidth=2,
+            label=f"decode step, context {context}",
+        )
     if found.get("ffn"):
         points = sorted((r["sparsity"], r["speedup"]) for r in found["ffn"])
         axes.plot(*zip(*points, strict=True), "-.", label="neuron-sparse FFN, dense gate")
@@ -85,7 +92,9 @@ def plot(found: dict, file: Path) -> None:
     axes.set(xlabel="sparsity", ylabel="speed-up over dense", yscale="log", ylim=(0.5, 20), xlim=(0, 1))
     axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     where = found["env"].get("gpu") or found["env"]["cpu"]
-    axes.set_title(f"{found['model']} shapes, random weights, {found['env']['hardware']['dtype']}, {where}", fontsize=10)
+    axes.set_title(
+        f"{found['model']} shapes, random weights, {found['env']['hardware']['dtype']}, {where}", fontsize=10
+    )
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=130)

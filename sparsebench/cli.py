@@ -84,7 +84,7 @@ def task(configuration: dict) -> int:
     except OSError as error:
         print(f"error: output_dir={configuration['output_dir']}: {error}", file=sys.stderr)
         return FAILED
-    from sparsebench import report  # noqa: PLC0415  (rich)
+    from sparsebench import report
 
     report.show(found, folder / "result.json")
     return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
@@ -92,7 +92,7 @@ def task(configuration: dict) -> int:
 
 def isolated(configuration: dict, folder: Path, identity: str) -> dict:
     """Run in a forked child and return the record it left, or one made here if it died without."""
-    from sparsebench import run  # noqa: F401, PLC0415  (imported before the fork, so that every child of a sweep has it)
+    from sparsebench import run  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
 
     path = folder / "result.json"
     path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
 
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
     """The child's life: log file, tracker, run, record. Exits with the run's code."""
-    from sparsebench import run, tracking  # noqa: PLC0415
+    from sparsebench import run, tracking
 
     die_with_parent()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
@@ -166,7 +166,7 @@ def explain(error: BaseException) -> str:
 
 def die_with_parent() -> None:
     """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
-    import threading  # noqa: PLC0415
+    import threading
 
     parent = multiprocessing.parent_process()
 

@@ -330,7 +330,9 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
         for option in options:
             name = option.partition("=")[2]
             if name not in known and name not in ("null", "") and not loader.get_group_options(f"{group}/{name}"):
-                if "/" in name and name.rpartition("/")[2] in loader.get_group_options(f"{group}/{name.rpartition('/')[0]}"):
+                if "/" in name and name.rpartition("/")[2] in loader.get_group_options(
+                    f"{group}/{name.rpartition('/')[0]}"
+                ):
                     continue
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""

@@ -31,7 +31,7 @@ def gpu_names() -> list[str]:
     """Names of the NVIDIA devices the driver shows, without initialising CUDA (a run forks after this)."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return []
-    import pynvml  # noqa: PLC0415  (absent driver library is the normal case on a CPU machine)
+    import pynvml
 
     try:
         pynvml.nvmlInit()
@@ -73,7 +73,7 @@ def git_commit() -> str | None:
 
 def describe(device: str) -> dict:
     """Everything about this process that a reader needs to judge its timings."""
-    import torch  # noqa: PLC0415
+    import torch
 
     found = {
         **machine(),
@@ -87,7 +87,7 @@ def describe(device: str) -> dict:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     if device == "cuda":
-        import pynvml  # noqa: PLC0415
+        import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())

@@ -46,9 +46,13 @@ class Hardware:
         gpus = env.gpu_names()
         found = []
         if self.device == "cuda" and not gpus:
-            found.append("hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found")
+            found.append(
+                "hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found"
+            )
         elif self.requires and not any(self.requires in gpu for gpu in gpus):
-            found.append(f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}")
+            found.append(
+                f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}"
+            )
         if self.kernel != "auto":
             device = kernels.device_of(self.kernel)
             if device not in (None, self.found_device):

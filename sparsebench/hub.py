@@ -34,7 +34,9 @@ def model_problem(path: str, key: str) -> str | None:
             return f"{key} must be a folder with config.json and *.safetensors, got {path!r} without config.json"
         if not any(folder.glob("*.safetensors")):
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-            found = f"{', '.join(pickles)} (pickle files are not opened: they can run code)" if pickles else "no weights"
+            found = (
+                f"{', '.join(pickles)} (pickle files are not opened: they can run code)" if pickles else "no weights"
+            )
             return f"{key} must be a folder with *.safetensors, got {path!r} with {found}"
         return None
     if folder.is_absolute() or path.startswith((".", "~")) or folder.exists():
@@ -55,24 +57,29 @@ def dataset_ready(hub_id: str) -> bool:
     """Whether a data set can be had: the Hub answers, or `datasets` has it in its cache."""
     if reachable():
         return True
-    from datasets import config  # noqa: PLC0415  (two seconds, needed only for data sets of the Hub)
+    from datasets import config
 
     return (Path(config.HF_DATASETS_CACHE) / hub_id.replace("/", "___").lower()).exists()
 
 
 def dataset_splits(source) -> list[str]:
     """Names of the splits a Hub data set has."""
-    from datasets import get_dataset_split_names  # noqa: PLC0415
+    from datasets import get_dataset_split_names
 
     return get_dataset_split_names(source.hub_id, source.hub_config, revision=source.revision)
 
 
 def dataset_rows(source, split: str, limit: int | None = None) -> list[str]:
     """The text field of the first `limit` rows of a split of the Hub data set `source` (a data.text.Text)."""
-    from datasets import load_dataset  # noqa: PLC0415
+    from datasets import load_dataset
 
     files = {split: source.hub_files.format(split=split)} if source.hub_files else None
     rows = load_dataset(
-        source.hub_id, source.hub_config, split=split, revision=source.revision, data_files=files, streaming=limit is not None
+        source.hub_id,
+        source.hub_config,
+        split=split,
+        revision=source.revision,
+        data_files=files,
+        streaming=limit is not None,
     )
     return [row[source.text_field] for row in (rows.take(limit) if limit is not None else rows)]

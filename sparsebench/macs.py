@@ -77,7 +77,12 @@ def account(
         "executed": (sparse_macs if skips else dense_macs + overhead) + rest,
         "overhead": overhead,
         "unit": f"multiply-accumulates per decoded token, batch 1, context {context}; FLOPs = 2 x MACs",
-        "parts": {"blocks_dense": dense_macs, "blocks_sparse": sparse_macs, "head": head.numel(), "attention": attention},
+        "parts": {
+            "blocks_dense": dense_macs,
+            "blocks_sparse": sparse_macs,
+            "head": head.numel(),
+            "attention": attention,
+        },
         "per_site": {name: asdict(cost) for name, cost in sites.items()},
     }
     traffic = {

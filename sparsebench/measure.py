@@ -140,7 +140,9 @@ def break_even(dense_ms: float, nothing_skipped_ms: float, sparse_ms: float, spa
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers()]}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers()]
+    }
     return sum(storages.values())
 
 
@@ -165,7 +167,10 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     decode, error, compile_seconds, warmup_seconds = decode_latency(dense, sparse, tokens, settings, hardware, skips)
     if skips:
         decode["break_even_sparsity"] = break_even(
-            decode["dense"]["median_ms"], decode["nothing_skipped"]["median_ms"], decode["sparse"]["median_ms"], sparsity
+            decode["dense"]["median_ms"],
+            decode["nothing_skipped"]["median_ms"],
+            decode["sparse"]["median_ms"],
+            sparsity,
         )
 
     def prefill(module):
@@ -226,7 +231,9 @@ def decode_latency(dense, sparse, tokens, settings, hardware, skips: bool) -> tu
 
         return Contender(steps, decoder.rewind)
 
-    times, warmup_seconds = interleaved([contender(d) for d in decoders.values()], settings.warmup, settings.samples, device)
+    times, warmup_seconds = interleaved(
+        [contender(d) for d in decoders.values()], settings.warmup, settings.samples, device
+    )
     found = {name: summary([t / block for t in each]) for name, each in zip(decoders, times, strict=True)}
     fastest = min((name for name in found if name.startswith("dense")), key=lambda name: found[name]["median_ms"])
     section = {

@@ -61,22 +61,40 @@ def table(found: dict) -> Table:
         grid.add_column(name, justify=justify)
     for name, metric in found["quality"].items():
         if name != "nll":
-            grid.add_row(name, f"{metric['dense']:.4g}", f"{metric['sparse']:.4g}", ratio(metric["dense"], metric["sparse"]))
+            grid.add_row(
+                name, f"{metric['dense']:.4g}", f"{metric['sparse']:.4g}", ratio(metric["dense"], metric["sparse"])
+            )
     measured = found["sparsity"]
     grid.add_row("sparsity, model-wide (measured)", "-", f"{measured['model_wide']:.2%}", "")
     for role, (share, count) in by_role(measured["per_site"]).items():
         grid.add_row(f"  {role} ({count} maps)", "-", f"{share:.2%}", "")
     macs, traffic = found["macs"], found["bytes"]
-    grid.add_row("MACs per decoded token", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
+    grid.add_row(
+        "MACs per decoded token", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"])
+    )
     grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
-    grid.add_row("MACs the kernel executed", scaled(macs["dense"]), scaled(macs["executed"]), ratio(macs["dense"], macs["executed"]))
-    grid.add_row("bytes per decoded token", scaled(traffic["dense"], "B"), scaled(traffic["sparse"], "B"), ratio(traffic["dense"], traffic["sparse"]))
+    grid.add_row(
+        "MACs the kernel executed",
+        scaled(macs["dense"]),
+        scaled(macs["executed"]),
+        ratio(macs["dense"], macs["executed"]),
+    )
+    grid.add_row(
+        "bytes per decoded token",
+        scaled(traffic["dense"], "B"),
+        scaled(traffic["sparse"], "B"),
+        ratio(traffic["dense"], traffic["sparse"]),
+    )
     latency = found["latency"]
     if latency:
         for part in ("decode", "prefill"):
             times = latency[part]
             dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
-            label = f"decode, context {times['context']} (ms)" if part == "decode" else f"prefill, {times['tokens']} tokens (ms)"
+            label = (
+                f"decode, context {times['context']} (ms)"
+                if part == "decode"
+                else f"prefill, {times['tokens']} tokens (ms)"
+            )
             kernel = latency["kernel"] if part == "decode" else times["kernel"]
             label += f", {times['sparse_engine']}" if part == "decode" else ""
             gain = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "simulated" if kernel else "-"
@@ -85,7 +103,9 @@ def table(found: dict) -> Table:
             point = latency["decode"]["break_even_sparsity"]
             grid.add_row("decode break-even sparsity", "", "not reached" if point is None else f"{point:.0%}", "")
     memory = found["memory"]
-    grid.add_row("weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), "")
+    grid.add_row(
+        "weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), ""
+    )
     grid.add_row("peak memory of the run", "", scaled(memory["peak_bytes"], "B"), "")
     return grid
 

@@ -1,7 +1,7 @@
 """The whole flow of one run, to be read from top to bottom.
 
-    config -> model + dataset -> method.fit (train or calibrate) -> state -> method.apply -> sparse model
-           -> evaluate, measure sparsity, count MACs and bytes, time dense against sparse -> record
+config -> model + dataset -> method.fit (train or calibrate) -> state -> method.apply -> sparse model
+       -> evaluate, measure sparsity, count MACs and bytes, time dense against sparse -> record
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class WandbTracker:
             log.warning("W&B: %s", error)
 
     def finish(self, record: dict) -> None:
-        import wandb  # noqa: PLC0415
+        import wandb
 
         try:
             sites = (record.get("sparsity") or {}).get("per_site") or {}
@@ -74,7 +74,7 @@ def start(settings: dict, name: str, folder: Path, configuration: dict) -> NullT
     """A tracker for one run, with W&B's files inside the run's `folder`. Falls back to offline, then to none."""
     if settings["mode"] == "disabled":
         return NullTracker()
-    import wandb  # noqa: PLC0415  (a second; not needed when disabled)
+    import wandb
 
     modes = ["online", "offline"] if settings["mode"] == "online" else ["offline"]
     for mode in modes:
@@ -88,7 +88,12 @@ def start(settings: dict, name: str, folder: Path, configuration: dict) -> NullT
                 config=configuration,
                 mode=mode,
                 settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=20, disable_git=True, disable_code=True, x_disable_stats=True
+                    silent=True,
+                    console="off",
+                    init_timeout=20,
+                    disable_git=True,
+                    disable_code=True,
+                    x_disable_stats=True,
                 ),
             )
             return WandbTracker(run)

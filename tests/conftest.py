@@ -42,7 +42,13 @@ def sparsebench(tmp_path):
     def call(*arguments: str, timeout: int = 300, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
         return subprocess.run(
-            [COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs
+            [COMMAND, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            **kwargs,
         )
 
     return call
@@ -55,7 +61,8 @@ def record_of(process: subprocess.CompletedProcess, folder: Path) -> dict:
 
 
 TEXT = "\n\n".join(
-    f"Paragraph {i}. " + " ".join(f"word{(i * 7 + j * 3) % 91} of {(i + j) % 13}" for j in range(40)) for i in range(120)
+    f"Paragraph {i}. " + " ".join(f"word{(i * 7 + j * 3) % 91} of {(i + j) % 13}" for j in range(40))
+    for i in range(120)
 )
 
 

@@ -5,9 +5,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import sparsebench.conf
 import yaml
 
-import sparsebench.conf
 from sparsebench import config
 
 CONF = Path(sparsebench.conf.__path__[0])
@@ -79,7 +79,9 @@ def test_all_problems_are_said_together():
     assert error.value.problems[0].startswith("method.sparsty is not a known key (did you mean sparsity?); allowed: ")
     assert error.value.problems[1].startswith("evaluate is not a known key (did you mean eval?)")
     with pytest.raises(config.ConfigError) as error:
-        config.build_settings(config.compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.batch_size=0.5"])[0])
+        config.build_settings(
+            config.compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.batch_size=0.5"])[0]
+        )
     assert error.value.problems == [
         "seed must be a whole number in [0, 4294967296), got -1",
         "method.sparsity must be a number in [0, 1), got 1.5",
@@ -104,7 +106,12 @@ def test_identity_is_what_affects_the_numbers():
     base = identity()
     assert identity("method.sparsity=0.50") == base and identity("seed=0") == base
     assert identity("output_dir=elsewhere", "force=true", "wandb.mode=disabled") == base
-    others = {identity("method.sparsity=0.4"), identity("seed=1"), identity("measure.samples=31"), identity("hardware=cpu")}
+    others = {
+        identity("method.sparsity=0.4"),
+        identity("seed=1"),
+        identity("measure.samples=31"),
+        identity("hardware=cpu"),
+    }
     others |= {identity(machine={**MACHINE, "cpu": "b"}), identity(machine={**MACHINE, "versions": {"torch": "2"}})}
     assert len(others | {base}) == 7
 

@@ -50,7 +50,9 @@ def test_has_a_neutral_setting_listed_here(name):
 def test_neutral_setting_changes_nothing(name, tmp_path):
     method = build(name, *NEUTRAL[name])
     rows = data().test.sequences(3)
-    assert torch.equal(logits(sparse_model(method, fitted(method, tmp_path), tmp_path), rows), logits(tiny_model(), rows))
+    assert torch.equal(
+        logits(sparse_model(method, fitted(method, tmp_path), tmp_path), rows), logits(tiny_model(), rows)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

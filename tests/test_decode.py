@@ -28,7 +28,9 @@ def sparse_model(kind="llama", threshold=0.3, dtype=torch.float32, scale=False, 
         for i, site in enumerate(block.sites.values()):
             linear = model.get_submodule(site.path)
             weights = torch.rand(linear.weight.shape[1]) + 0.5 if scale else None
-            sparse = InputSparseLinear(linear, site.name, threshold * (1 + 0.1 * i), scale=weights, kernel="masked_dense")
+            sparse = InputSparseLinear(
+                linear, site.name, threshold * (1 + 0.1 * i), scale=weights, kernel="masked_dense"
+            )
             replace(model, site.path, sparse)
     return model
 
@@ -123,7 +125,8 @@ def emulated(tmp_path_factory):
             source = Path(__file__).with_name("cuda_on_cpu.cpp")
             flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{fused_cuda.SOURCE}"']
             subprocess.run(
-                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target], check=True
+                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target],
+                check=True,
             )
             built[key] = ctypes.CDLL(str(target))
         return built[key]

@@ -45,7 +45,11 @@ def test_cpu_input_sparse_linear(dtype, threads, monkeypatch):
             for use_bias, use_scale in ((None, None), (bias, scale)):
                 found = cpu_numba.input_sparse_linear(x, weight, use_bias, threshold=threshold, scale=use_scale)
                 reference = masked_dense.input_sparse_linear(
-                    x.float(), weight.float(), None if use_bias is None else bias.float(), threshold=threshold, scale=use_scale
+                    x.float(),
+                    weight.float(),
+                    None if use_bias is None else bias.float(),
+                    threshold=threshold,
+                    scale=use_scale,
                 )
                 assert found.shape == (rows, 1, m) and found.dtype == dtype
                 assert error(found, reference) < LIMIT[dtype], (m, n, rows, threshold)
@@ -141,7 +145,9 @@ def check_triton(device: str, shapes, dtypes) -> None:
             weight = weight.t().contiguous().t()
             low_rank = tuple(t.to(device, dtype) for t in (torch.randn(n, 3), torch.randn(3, m)))
             for threshold in (-1.0, 0.7, 1e9):
-                found = cuda_triton.input_sparse_linear(x, weight, bias, threshold=threshold, scale=scale, low_rank=low_rank)
+                found = cuda_triton.input_sparse_linear(
+                    x, weight, bias, threshold=threshold, scale=scale, low_rank=low_rank
+                )
                 wide = tuple(t.float() for t in low_rank)
                 reference = masked_dense.input_sparse_linear(
                     x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale, low_rank=wide
@@ -166,7 +172,9 @@ print("checked")
 def test_triton_kernels_through_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment, cwd=root
+    )
     assert done.stdout.strip() == "checked", done.stderr
 
 
@@ -183,12 +191,14 @@ def test_cuda_product(dtype):
 
     for i, (m, n, _) in enumerate(SHAPES):
         torch.manual_seed(i)
-        m = -(-m // 8) * 8
+        m = -(-m // 8) * 8  # noqa: PLW2901
         x, weight, bias, scale = (t.cuda() for t in inputs(m, n, 1, dtype))
         weight = weight.t().contiguous().t()
         for threshold in (-1.0, 0.7, 1e9):
             limit = torch.tensor(threshold, device="cuda")
-            reference = masked_dense.input_sparse_linear(x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale)
+            reference = masked_dense.input_sparse_linear(
+                x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale
+            )
             for _ in range(2):
                 torch.full((m,), float("nan"), device="cuda", dtype=dtype)
                 found = cuda_gather.input_sparse_linear(x, weight, bias, threshold=limit, scale=scale)

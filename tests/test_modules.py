@@ -14,7 +14,9 @@ def test_strict_comparison_drops_an_element_at_the_threshold():
     assert layer.keep(torch.tensor([0.5, -0.5, 0.50001])).tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 7), lambda: nn.Linear(12, 7, bias=False), lambda: Conv1D(7, 12)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(12, 7), lambda: nn.Linear(12, 7, bias=False), lambda: Conv1D(7, 12)]
+)
 @pytest.mark.parametrize("shape", [(1, 12), (2, 5, 12), (1, 1, 12)])
 def test_masked_product(make, shape):
     linear, x = make(), torch.randn(shape)

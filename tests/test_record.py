@@ -13,7 +13,9 @@ SCHEMA = json.loads(record.SCHEMA_FILE.read_text())
 
 
 def minimal(**changes) -> Record:
-    return Record("ab" * 32, "m/t/abab", {"seed": 0}, status="failed", started_at="2026-01-01T00:00:00+00:00", **changes)
+    return Record(
+        "ab" * 32, "m/t/abab", {"seed": 0}, status="failed", started_at="2026-01-01T00:00:00+00:00", **changes
+    )
 
 
 def test_write_and_read(tmp_path):
@@ -28,7 +30,9 @@ def test_nan_becomes_null(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["quality"] == {"perplexity": {"dense": None, "sparse": None}}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"status": "finished"}', "[]", '{"schema_version": 1, "status": "running"}', "\0\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"status": "finished"}', "[]", '{"schema_version": 1, "status": "running"}', "\0\0"]
+)
 def test_what_is_no_record_reads_as_none(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     assert record.read(tmp_path / "r.json") is None
@@ -46,6 +50,8 @@ def test_a_failing_write_leaves_the_old_record(tmp_path, monkeypatch):
 
 def test_secrets_never_reach_a_record(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecrettoken")
-    record.write(minimal(error={"message": "401 for hf_verysecrettoken", "type": "E", "traceback": None}), tmp_path / "r.json")
+    record.write(
+        minimal(error={"message": "401 for hf_verysecrettoken", "type": "E", "traceback": None}), tmp_path / "r.json"
+    )
     text = (tmp_path / "r.json").read_text()
     assert "verysecret" not in text and "<HF_TOKEN>" in text

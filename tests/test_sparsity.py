@@ -61,7 +61,15 @@ def test_dense_prompt_tokens_lower_the_figure_but_not_that_of_sparse_tokens():
     assert (found.sparse_tokens, found.dense_tokens) == (5, 5)
 
 
-GQA = {"q": 16.777216, "k": 4.194304, "v": 4.194304, "o": 16.777216, "gate": 58.720256, "up": 58.720256, "down": 58.720256}
+GQA = {
+    "q": 16.777216,
+    "k": 4.194304,
+    "v": 4.194304,
+    "o": 16.777216,
+    "gate": 58.720256,
+    "up": 58.720256,
+    "down": 58.720256,
+}
 GROUPS = {"q": 0, "k": 0, "v": 0, "o": 1, "up": 2, "gate": 3, "down": 4}
 
 

@@ -131,7 +131,9 @@ def test_uniform_shares_masks(data, tmp_path):
             module.register_forward_hook(lambda m, a, _: found.__setitem__(m.site, m.keep(a[0])))
     logits(sparse, data.test.rows[:2])
     for layer in (0, 1):
-        assert torch.equal(found[f"{layer}.q"], found[f"{layer}.k"]) and torch.equal(found[f"{layer}.q"], found[f"{layer}.v"])
+        assert torch.equal(found[f"{layer}.q"], found[f"{layer}.k"]) and torch.equal(
+            found[f"{layer}.q"], found[f"{layer}.v"]
+        )
         assert torch.equal(found[f"{layer}.gate"], found[f"{layer}.up"])
 
 
@@ -154,7 +156,12 @@ def test_first_greedy_row_of_published_shapes(name):
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(shape)
-    table = search(find_blocks(model)[0], model, lambda shares: sum(shares.values()), Greedy(step=0.05, stop=0.02, error_tokens=1.0))
+    table = search(
+        find_blocks(model)[0],
+        model,
+        lambda shares: sum(shares.values()),
+        Greedy(step=0.05, stop=0.02, error_tokens=1.0),
+    )
     assert float(table.effective[0]) == pytest.approx(0.05 / total, rel=1e-6)
 
 
@@ -168,8 +175,12 @@ def test_greedy_is_no_worse_than_uniform_for_most_rows(data, tmp_path):
         assert better > 0.8, f"greedy better in {better:.0%} of rows"
         assert float(table.sparsity.max()) <= 1.0
         assert torch.all(table.effective[1:] > table.effective[:-1])
-        sizes = torch.tensor([model.get_submodule(s.path).weight.numel() for s in find_blocks(model)[layer].sites.values()])
-        torch.testing.assert_close(table.effective, (table.sparsity @ sizes.float()) / sizes.sum(), rtol=1e-5, atol=1e-6)
+        sizes = torch.tensor(
+            [model.get_submodule(s.path).weight.numel() for s in find_blocks(model)[layer].sites.values()]
+        )
+        torch.testing.assert_close(
+            table.effective, (table.sparsity @ sizes.float()) / sizes.sum(), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_greedy_error_is_the_block_output_distance(data):
@@ -177,6 +188,7 @@ def test_greedy_error_is_the_block_output_distance(data):
     model = tiny_model()
     blocks = find_blocks(model)
     rows = data.fit.rows[:4]
+
     def threshold(layer, role, p):
         return 10 * p
 
@@ -206,7 +218,9 @@ def test_policies_coincide_on_one_token(data, tmp_path):
     teal = method(sparsity=0.5)
     _, fit = fitted(teal, data, tmp_path)
     token = data.test.rows[:1, :1]
-    found = [logits(applied(method(sparsity=0.5, prompt=p), fit, tmp_path), token) for p in ("half", "p99", "all", "none")]
+    found = [
+        logits(applied(method(sparsity=0.5, prompt=p), fit, tmp_path), token) for p in ("half", "p99", "all", "none")
+    ]
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -275,7 +289,9 @@ def test_published_histograms_and_tables_are_read(shared_data, tmp_path):
 def test_missing_layers_of_an_import_are_named(shared_data, tmp_path):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=4, vocab_size=8)
+            transformers.LlamaConfig(
+                hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=4, vocab_size=8
+            )
         )
     teal = method(histograms=str(shared_data / "teal-llama2-7b"))
     with pytest.raises(ValueError, match=r"no layer-2 .*2 of 4 layers missing"):

@@ -102,7 +102,10 @@ def test_tables(tmp_path, suffix):
 
 def test_wikitext_folder_without_training_text(tmp_path):
     for name, count in (("valid.txt", 20), ("test.txt", 5)):
-        articles = [f" \n = Title {name} {i} = \n \n Text number {i} of {name}. \n = = Part = = \n more \n" for i in range(count)]
+        articles = [
+            f" \n = Title {name} {i} = \n \n Text number {i} of {name}. \n = = Part = = \n more \n"
+            for i in range(count)
+        ]
         (tmp_path / name).write_text("".join(articles))
     data = dataset("wikitext2", path=str(tmp_path)).load(0)
     assert [len(part) for part in keys(data).values()] == [18, 2, 5]
@@ -120,7 +123,8 @@ def test_real_wikitext(shared_data):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "holds no text"), (b"  \n ", "holds no text"), (b"a\0b" * 9, "binary"), (b"\xff\xfe\xfa" * 9, "not UTF-8")]
+    ("content", "message"),
+    [(b"", "holds no text"), (b"  \n ", "holds no text"), (b"a\0b" * 9, "binary"), (b"\xff\xfe\xfa" * 9, "not UTF-8")],
 )
 def test_files_that_are_no_text(tmp_path, content, message):
     file = tmp_path / "x.txt"

@@ -43,7 +43,9 @@ def test_rates():
 
 
 def test_settings_that_contradict_each_other():
-    with pytest.raises(ValueError, match="micro_batch must divide batch_size=4, got 3\nwarmup must be below steps=12, got 12"):
+    with pytest.raises(
+        ValueError, match="micro_batch must divide batch_size=4, got 3\nwarmup must be below steps=12, got 12"
+    ):
         settings(micro_batch=3, warmup=12)
 
 
@@ -136,13 +138,18 @@ def test_penalty_pushes_and_coefficient_zero_changes_nothing(tmp_path, rows):
         model = trainable()
         penalty = None if scale is None else L1(model.model.layers[0].mlp.down_proj, scale)
         history = train(
-            model, rows, settings(steps=40, lr=1e-2, dropout=0.0, clip=None), folder=tmp_path / name, seed=0, penalty=penalty
+            model,
+            rows,
+            settings(steps=40, lr=1e-2, dropout=0.0, clip=None),
+            folder=tmp_path / name,
+            seed=0,
+            penalty=penalty,
         )
         return model, history
 
     plain, _ = run(None, "a")
     zero, with_stats = run(0.0, "b")
-    strong, history = run(3.0, "c")
+    _, history = run(3.0, "c")
     assert torch.equal(weights(plain), weights(zero))
     assert history.rows[-1]["train/penalty"] < 0.5 * with_stats.rows[-1]["train/penalty"]
     assert history.rows[-1]["train/lambda"] == 3.0

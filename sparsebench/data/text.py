@@ -194,7 +194,9 @@ class Text:
             texts = {"fit": rows["train"], "dev": rows["validation"], "test": rows["test"]}
         else:
             folder = Path(self.path)
-            files = {n: next((folder / f for f in names if (folder / f).exists()), None) for n, names in WIKI_FILES.items()}
+            files = {
+                n: next((folder / f for f in names if (folder / f).exists()), None) for n, names in WIKI_FILES.items()
+            }
             missing = [WIKI_FILES[n][0] for n in ("dev", "test") if files[n] is None]
             if missing:
                 raise ValueError(f"dataset.path={self.path} must hold {' and '.join(missing)}")
@@ -225,10 +227,8 @@ class Text:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         documents: list[Document] = []
         for file in files:
-            if file.suffix in (".parquet", ".jsonl", ".json"):
-                texts = table_rows(file, self.text_field)
-            else:
-                texts = chunks(read_text(file))
+            rows = file.suffix in (".parquet", ".jsonl", ".json")
+            texts = table_rows(file, self.text_field) if rows else chunks(read_text(file))
             documents += [Document(f"{file.name}:{i}", text) for i, text in enumerate(texts)]
         return by_position(documents[: self.max_documents])
 

@@ -384,7 +384,9 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
         maps = {role: module.get_submodule(site.path) for role, site in block.sites.items()}
         cache, h = decoder.cache.layers[block.index], norm(norms[0], x)
         q = turned(product(maps["q"], h).view(count, head_dim))
-        k = torch.cat([cache.keys[0, :, :position].float(), turned(product(maps["k"], h).view(groups, head_dim))[:, None]], 1)
+        k = torch.cat(
+            [cache.keys[0, :, :position].float(), turned(product(maps["k"], h).view(groups, head_dim))[:, None]], 1
+        )
         v = torch.cat([cache.values[0, :, :position].float(), product(maps["v"], h).view(groups, 1, head_dim)], 1)
         k, v = (t.repeat_interleave(count // groups, 0) for t in (k, v))
         weights = ((k @ q[:, :, None])[..., 0] * head_dim**-0.5).softmax(-1)

@@ -97,7 +97,9 @@ class Step:
         tunings: per kernel kind (qkv, attend, o, gate_up, down, head).
     """
 
-    def __init__(self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None):
+    def __init__(
+        self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None
+    ):
         self.module, self.cache, self.processors, self.keep_all = module, cache, processors, keep_all
         self.tunings = DEFAULTS | (tunings or {})
         config = module.config
@@ -154,12 +156,25 @@ class Step:
             )  # fmt: skip
             yield self.attend(block.index, maps)
             yield self.gather(
-                f"{block.index}.o", [maps["o"]], [self.residual], "attention", self.partial, second=self.softmax, zero=self.qkv
+                f"{block.index}.o",
+                [maps["o"]],
+                [self.residual],
+                "attention",
+                self.partial,
+                second=self.softmax,
+                zero=self.qkv,
             )
             yield self.gather(
-                f"{block.index}.gate_up", [maps["gate"], maps["up"]], [self.gate, self.up], "norm", self.residual, norm=norms[1]
+                f"{block.index}.gate_up",
+                [maps["gate"], maps["up"]],
+                [self.gate, self.up],
+                "norm",
+                self.residual,
+                norm=norms[1],
             )
-            yield self.gather(f"{block.index}.down", [maps["down"]], [self.residual], "swiglu", self.gate, second=self.up)
+            yield self.gather(
+                f"{block.index}.down", [maps["down"]], [self.residual], "swiglu", self.gate, second=self.up
+            )
         yield self.head(base)
 
     def gather(self, label, maps, outs, mode, source, *, norm=None, second=None, zero=None) -> Launch:
@@ -223,7 +238,11 @@ class Step:
         norm = next(m for m in base.children() if hasattr(m, "variance_epsilon"))
         ctas = round(self.processors * tuning.per_sm)
         arguments = Rows()
-        arguments.weight, arguments.input, arguments.norm = weight.data_ptr(), self.residual.data_ptr(), norm.weight.data_ptr()
+        arguments.weight, arguments.input, arguments.norm = (
+            weight.data_ptr(),
+            self.residual.data_ptr(),
+            norm.weight.data_ptr(),
+        )
         arguments.out, arguments.eps = self.logits.data_ptr(), norm.variance_epsilon
         arguments.m, arguments.n = weight.shape
         for name in ("token", "position", "best", "best_row"):
@@ -330,7 +349,9 @@ def tuning_file(module: nn.Module, gpu: str) -> Path:
     """Where the tuning of a model shape on a GPU is remembered, in the user's cache folder."""
     config = module.config
     shape = [config.hidden_size, config.intermediate_size, *heads(config), config.vocab_size]
-    name = "-".join([gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")])
+    name = "-".join(
+        [gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")]
+    )
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsebench" / f"tuning-{name}.json"
 
 

@@ -23,7 +23,9 @@ class Decoder:
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
         with torch.no_grad():
             self.logits = module(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.forward = torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if compiled else module.forward
+        self.forward = (
+            torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if compiled else module.forward
+        )
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]."""

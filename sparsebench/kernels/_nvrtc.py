@@ -24,10 +24,15 @@ def checked(result: tuple) -> Any:
 
 def compile_cubin(source: str, architecture: str, defines: dict[str, int], options: tuple[str, ...] = ()) -> bytes:
     """Machine code for e.g. architecture `sm_90`. Needs no GPU. Raises RuntimeError with the compiler's messages."""
-    from cuda.bindings import nvrtc  # noqa: PLC0415
+    from cuda.bindings import nvrtc
 
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
-    flags = [f"--gpu-architecture={architecture}", "--use_fast_math", *options, *(f"-D{k}={v}" for k, v in defines.items())]
+    flags = [
+        f"--gpu-architecture={architecture}",
+        "--use_fast_math",
+        *options,
+        *(f"-D{k}={v}" for k, v in defines.items()),
+    ]
     result = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
@@ -42,7 +47,7 @@ def compile_cubin(source: str, architecture: str, defines: dict[str, int], optio
 @functools.cache
 def module(file: Path, device: int, **defines: int) -> Any:
     """The loaded module of a source file for a device, compiled once per process and set of defines."""
-    from cuda.bindings import driver  # noqa: PLC0415
+    from cuda.bindings import driver
 
     torch.cuda.init()
     major, minor = torch.cuda.get_device_capability(device)
@@ -52,7 +57,7 @@ def module(file: Path, device: int, **defines: int) -> Any:
 @functools.cache
 def function(file: Path, name: str, device: int, shared_bytes: int, **defines: int) -> Any:
     """A kernel by name, allowed to use `shared_bytes` of shared memory."""
-    from cuda.bindings import driver  # noqa: PLC0415
+    from cuda.bindings import driver
 
     found = checked(driver.cuModuleGetFunction(module(file, device, **defines), name.encode()))
     if shared_bytes > 48 * 1024:
@@ -67,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, 
     overlap: the kernel may start while the one before it drains (programmatic dependent launch, Hopper and newer); it
     must then wait by itself (griddepcontrol.wait).
     """
-    from cuda.bindings import driver  # noqa: PLC0415
+    from cuda.bindings import driver
 
     settings = driver.CUlaunchConfig()
     settings.gridDimX, settings.gridDimY, settings.gridDimZ = *grid, 1

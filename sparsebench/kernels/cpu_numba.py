@@ -60,7 +60,8 @@ def emit_pass(context, builder, signature, args, rows: int) -> None:
     y, weight, index, value = arrays
     b, first, lo, hi = args[4:]
     y_row, value_row = (
-        builder.gep(array.data, [builder.mul(b, cgutils.unpack_tuple(builder, array.shape, 2)[1])]) for array in (y, value)
+        builder.gep(array.data, [builder.mul(b, cgutils.unpack_tuple(builder, array.shape, 2)[1])])
+        for array in (y, value)
     )
     half = signature.args[1].dtype == types.uint16
     element, size = (I16, 2) if half else (FLOAT, 4)
@@ -263,7 +264,9 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     y = y.view(*x.shape[:-1], m)
     if low_rank is not None:
         a, b = low_rank
-        kept = torch.zeros(batch, n).index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
+        kept = torch.zeros(batch, n).index_copy_(
+            1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count])
+        )
         y = y + ((whole - kept).to(x.dtype).view(x.shape) @ a) @ b
     return y
 

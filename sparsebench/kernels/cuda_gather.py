@@ -95,7 +95,9 @@ def gather_linear(
     return y
 
 
-def accumulate(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, threshold: torch.Tensor, tuning: Tuning) -> None:
+def accumulate(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, threshold: torch.Tensor, tuning: Tuning
+) -> None:
     """out [m] += W (x where |x| > t), fp32 x and out, weight [n, m] in 16 bits: the product as a fused step runs it."""
     arguments = Gather()
     arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), out.data_ptr(), weight.shape[1]
@@ -106,7 +108,14 @@ def accumulate(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, thresho
 
 def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:
     """Start a gather of one part on the current stream."""
-    defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": 64, "GROUP": 1, "SPLITS": 1}
+    defines = {
+        "WARPS": tuning.warps,
+        "LOADS": tuning.loads,
+        "WIDE": tuning.wide,
+        "HEAD_DIM": 64,
+        "GROUP": 1,
+        "SPLITS": 1,
+    }
     if weight.dtype == torch.bfloat16:
         defines["BF16"] = 1
     shared, device = gather_bytes(tuning), weight.device.index

@@ -105,7 +105,9 @@ def rows_kernel(
             for start in range(0, n, block_n):
                 i = start + tl.arange(0, block_n)
                 mask = wanted[:, None] & (i < n)[None, :]
-                tile = tl.load(weight + neuron[:, None].to(tl.int64) * n + i[None, :], mask=mask, other=0.0).to(tl.float32)
+                tile = tl.load(weight + neuron[:, None].to(tl.int64) * n + i[None, :], mask=mask, other=0.0).to(
+                    tl.float32
+                )
                 value = tl.load(x + row * n + i, mask=i < n, other=0.0).to(tl.float32)
                 sums += tile * value[None, :]
             old = tl.load(values + row * m + k, mask=wanted, other=0.0)
@@ -134,7 +136,9 @@ def gather(listed: tuple, weight: torch.Tensor) -> torch.Tensor:
     block_m, block_k = 128, 16
     tiles = triton.cdiv(m, block_m)
     shares = max(1, min(64, triton.cdiv(1024, tiles)))
-    gather_kernel[(tiles, shares)](weight, index, values, count, y, n, m, rows, block_m, block_k, num_warps=4, num_stages=2)
+    gather_kernel[(tiles, shares)](
+        weight, index, values, count, y, n, m, rows, block_m, block_k, num_warps=4, num_stages=2
+    )
     return y
 
 

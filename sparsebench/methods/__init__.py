@@ -1,11 +1,11 @@
 """One file per method. A method is a dataclass whose fields are the keys of its YAML, with
 
-    kinds             kinds of model it takes
-    operating_point   names of the fields that only `apply` uses: a sweep over them fits once
-    problems(settings)               lines about settings that can't work together
-    fit(loaded, data, work) -> State trains or calibrates on data.fit, may choose on data.dev, never sees data.test
-    apply(module, state, work)       swaps modules in place and returns the sparse model; the only way to obtain it
-    requested                        the sparsity asked for, or None where the method has no such number
+kinds             kinds of model it takes
+operating_point   names of the fields that only `apply` uses: a sweep over them fits once
+problems(settings)               lines about settings that can't work together
+fit(loaded, data, work) -> State trains or calibrates on data.fit, may choose on data.dev, never sees data.test
+apply(module, state, work)       swaps modules in place and returns the sparse model; the only way to obtain it
+requested                        the sparsity asked for, or None where the method has no such number
 """
 
 from __future__ import annotations

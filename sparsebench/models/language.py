@@ -58,7 +58,7 @@ class CausalLM:
     def problems(self, settings: Any) -> list[str]:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
-        if self.weights != "pretrained" == "random" and self.architecture is not None:
+        if self.weights != "pretrained" and self.architecture is not None:
             depth = self.architecture.get("num_hidden_layers")
             if self.num_layers and depth and self.num_layers > depth:
                 return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
@@ -110,7 +110,9 @@ class CausalLM:
             tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, **self.source())
         if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"model: the tokenizer of {tokens_from} has {len(tokenizer)} tokens, the model {config.vocab_size}")
+            raise ValueError(
+                f"model: the tokenizer of {tokens_from} has {len(tokenizer)} tokens, the model {config.vocab_size}"
+            )
         module.eval().requires_grad_(False)
         blocks = find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}

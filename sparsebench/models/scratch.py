@@ -65,7 +65,8 @@ def trained(model, architecture: transformers.PretrainedConfig, work: Work, data
             module, rows, model.train, folder=checkpoints, seed=work.seed, track=work.log, label=f"train/{model.name}"
         )
         quality = {
-            split.name: evaluate.perplexity(module, split.sequences(), work.batch_size) for split in (data.dev, data.test)
+            split.name: evaluate.perplexity(module, split.sequences(), work.batch_size)
+            for split in (data.dev, data.test)
         }
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
