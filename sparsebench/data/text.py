@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.json
-import pyarrow.parquet
 import torch
 
 from sparsebench import hub
@@ -279,6 +277,9 @@ def read_text(file: Path) -> str:
 
 def table_rows(file: Path, text_field: str) -> list[str]:
     """The text field of a jsonl or parquet file's rows. Raises ValueError where it can't be read or has no such field."""
+    import pyarrow.json
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.json.read_json(file)
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -1,0 +1,25 @@
+#!/bin/sh
+# Checks and times everything that needs a GPU, in one call: the tests marked gpu, then the benchmark in fp16 and bf16 at
+# the shapes of Llama-2-7B, Llama-3-8B's step (grouped queries), and one whole run on random weights.
+#   PYTHON  interpreter with sparsebench's dependencies     OUT  where records go (default outputs/reference/h200)
+#   HISTOGRAMS  folder of published TEAL histograms (optional: inputs follow them instead of a normal distribution)
+set -u
+python=${PYTHON:-python3}
+out=${OUT:-outputs/reference/h200}
+target=${HARDWARE:-h200}
+inputs=${HISTOGRAMS:+histograms=$HISTOGRAMS}
+mkdir -p "$out"
+failed=0
+step() { # name, command...: runs it, keeps its log, goes on after a failure
+    name=$1; shift; started=$(date +%s)
+    "$@" >"$out/$name.log" 2>&1 || failed=1
+    echo "== $name: $(($(date +%s) - started)) s"; tail -n "${LINES_SHOWN:-60}" "$out/$name.log"
+}
+bench() { "$python" -m sparsebench.bench hardware="$target" "$@"; }
+step tests "$python" -m pytest -m gpu -q
+step bench-fp16 bench model=llama2-7b hardware.dtype=float16 $inputs output="$out/llama2-7b-float16"
+step bench-bf16 bench model=llama2-7b hardware.dtype=bfloat16 $inputs output="$out/llama2-7b-bfloat16"
+step bench-llama3 bench model=llama3-8b hardware.dtype=bfloat16 'parts=[step]' 'sparsities=[0.5,0.65]' output="$out/llama3-8b-bfloat16"
+step run "$python" -m sparsebench model=llama2-7b model.weights=random hardware="$target" hardware.dtype=float16 \
+    wandb.mode=disabled output_dir="$out/runs"
+exit $failed

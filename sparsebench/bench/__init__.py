@@ -1,0 +1,104 @@
+"""`sparsebench-bench`: what sparsity does to the clock, for the shapes of one model with random weights.
+
+Each projection, the FFN block and the whole decode step are timed dense and sparse in one process, in turn. Weights
+rotate over copies that together pass the last cache, so they come from memory; thresholds are exact quantiles of the
+input, so the sparsity is real; inputs follow published histograms of Llama-2-7B where given, a normal distribution
+otherwise. Beside each time stands the bandwidth it means and the share of the read bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsebench.config import setting
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Settings of a benchmark run."""
+
+    parts: list[str] = setting(choices=("projections", "ffn", "step"))
+    sparsities: list[float] = setting(ge=0, lt=1)
+    contexts: list[int] = setting(gt=1)
+    samples: int = setting(ge=30)
+    warmup: int = setting(ge=3)
+    histograms: str | None
+    histogram_layer: int = setting(ge=0)
+    output: str
+    seed: int = setting(ge=0)
+    model: Any
+    hardware: Any
+
+    def problems(self) -> list[str]:
+        found = self.hardware.problems(None)
+        if self.model.architecture is None:
+            found.append(f"model={self.model.name} has no architecture to time with random weights")
+        if self.histograms is not None and not Path(self.histograms, "histograms").is_dir():
+            found.append(f"histograms must be a folder with histograms/layer-N/..., got {self.histograms!r}")
+        return found
+
+
+def run(settings: Bench, configuration: dict) -> Path:
+    """All parts, written as they are finished: record, table and plot in the output folder."""
+    from sparsebench import env, record
+    from sparsebench.bench import report
+    from sparsebench.bench.clock import read_bandwidth
+    from sparsebench.bench.products import time_ffn, time_projections
+    from sparsebench.bench.step import time_step
+
+    hardware = settings.hardware
+    hardware.prepare()
+    settings.model.weights = "random"
+    config = settings.model.config()
+    bandwidth = read_bandwidth(hardware.torch_device)
+    found = {
+        "schema_version": 1, "kind": "bench", "model": settings.model.name, "weights": "random", "config": configuration,
+        "input": (settings.histograms and "published Llama-2-7B histograms") or "normal distribution",
+        "env": env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()},
+        "read_bandwidth_gbs": bandwidth,
+    }  # fmt: skip
+    folder = Path(settings.output)
+    parts = {
+        "projections": lambda: time_projections(config, settings, bandwidth),
+        "ffn": lambda: time_ffn(config, settings, bandwidth),
+        "step": lambda: time_step(settings),
+    }
+    for part in settings.parts:
+        log.info("timing %s", part)
+        found[part] = parts[part]()
+        record.write_atomic(folder / "result.json", json.dumps(record.plain(found), indent=1).encode())
+    (folder / "table.md").write_text(report.table(found))
+    report.plot(found, folder / "speedup.png")
+    return folder
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    import hydra
+
+    from sparsebench import config as checks
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+    def task(composed) -> None:
+        configuration = checks.to_dict(composed)
+        configuration.pop("dataset")  # models name one, timing needs none
+        problems: list[str] = []
+        settings = checks.build(configuration, "", problems, Bench)
+        problems += settings.problems() if settings is not None else []
+        if problems:
+            for line in problems:
+                print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+        folder = run(settings, configuration)
+        print((folder / "table.md").read_text())
+        print(json.dumps({"record": str(folder / "result.json"), "plot": str(folder / "speedup.png")}))
+
+    hydra.main(version_base="1.3", config_path=f"pkg://{checks.CONFIG_MODULE}", config_name="bench")(task)()

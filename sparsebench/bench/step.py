@@ -1,0 +1,111 @@
+"""The whole decode step at batch 1: transformers' own dense step, the fused step dense and at every sparsity, in turn."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+import transformers
+from torch import nn
+
+from sparsebench import decode
+from sparsebench.calibrate import AbsHistogram, observe
+from sparsebench.measure import Contender, interleaved, summary
+from sparsebench.models.sites import find_blocks
+
+log = logging.getLogger(__name__)
+
+
+def random_model(settings) -> nn.Module:
+    """The model's architecture with random weights on the device."""
+    config = settings.model.config()
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.hardware.torch_device):
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=settings.hardware.torch_dtype)
+    return module.eval().requires_grad_(False)
+
+
+def thresholds(module: nn.Module, ids: torch.Tensor, sparsities: list[float]) -> dict[float, dict[str, float]]:
+    """sparsity -> site path -> the quantile of |x| over one dense pass of `ids` [1, T], so each site drops its share."""
+    blocks = find_blocks(module)
+    histograms = {(b.index, s.group): AbsHistogram(ids.device) for b in blocks for s in b.sites.values()}
+    first = {(b.index, s.group): s.path for b in reversed(blocks) for s in reversed(list(b.sites.values()))}
+    observe(module, ids, {first[k]: h.add for k, h in histograms.items()}, 1)
+    return {
+        s: {
+            site.path: histograms[b.index, site.group].quantile(s) if s else -1.0
+            for b in blocks
+            for site in b.sites.values()
+        }
+        for s in sparsities
+    }
+
+
+def set_thresholds(module: nn.Module, values: dict[str, float]) -> None:
+    for path, value in values.items():
+        module.get_submodule(path).threshold.fill_(value)
+
+
+def time_step(settings) -> list[dict]:
+    """One row per context and sparsity, every engine timed in turn with the others of its context.
+
+    Dense is the faster of transformers' own step and the fused step with nothing skipped.
+    """
+    hardware, module = settings.hardware, random_model(settings)
+    device = hardware.torch_device
+    steps = 8 if device.type == "cuda" else 1  # in a row to a sample: the processor runs ahead as in real decoding
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(0, module.config.vocab_size, (1, max(settings.contexts)), generator=generator).to(device)
+    limits = thresholds(module, ids[:, :512], sorted({0.0, *settings.sparsities}))
+    dense = copy.deepcopy(module)  # its weights stay as transformers lays them out
+    decode.channel_major(module)
+    fused = decode.fused(hardware)
+    if hasattr(fused, "tune"):
+        set_thresholds(module, limits[min(limits, key=lambda s: abs(s - 0.5))])
+        fused.tune(module, ids[:, : min(settings.contexts)])
+    plain = "compiled" if device.type == "cuda" else "eager"
+    rows = []
+    for context in settings.contexts:
+        contenders, parity = {}, {}
+
+        def contender(decoder, values: dict[str, float] | None) -> Contender:
+            def call(i: int) -> None:
+                for b in range(steps):
+                    at = (i * steps + b) % ids.shape[1]
+                    decoder.step(ids[:, at : at + 1])
+
+            def reset() -> None:
+                decoder.rewind()
+                if values is not None:
+                    set_thresholds(module, values)
+
+            for _ in range(3):
+                reset()
+                call(0)
+            return Contender(call, reset)
+
+        reference = decode.decoder(dense, ids[:, :context], steps + 1, hardware, plain)
+        contenders[f"dense/{plain}"] = contender(reference, None)
+        for s, values in limits.items():
+            set_thresholds(module, values)
+            decoder = decode.decoder(module, ids[:, :context], steps + 1, hardware, "fused")
+            parity[s] = max(decoder.parity(ids[:, :1]).values())
+            contenders[f"fused@{s}"] = contender(decoder, values)
+        found, _ = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
+        times = {name: summary([t / steps for t in each]) for name, each in zip(contenders, found, strict=True)}
+        engines = {f"dense/{plain}": times[f"dense/{plain}"], "dense/fused": times["fused@0.0"]}
+        best = min(engines, key=lambda name: engines[name]["median_ms"])
+        for s in settings.sparsities:
+            mine = times[f"fused@{s}"]
+            rows.append(
+                {
+                    "context": context, "sparsity": s, "parity_relative_error": parity[s],
+                    "dense": best, "dense_engines": engines, "sparse": mine,
+                    "tokens_per_s": 1e3 / mine["median_ms"], "dense_tokens_per_s": 1e3 / engines[best]["median_ms"],
+                    "speedup": engines[best]["median_ms"] / mine["median_ms"],
+                }
+            )  # fmt: skip
+            log.info("step, context %d, sparsity %.2f: %.1f tokens/s, %.2fx", context, s,
+                     rows[-1]["tokens_per_s"], rows[-1]["speedup"])  # fmt: skip
+    return rows
