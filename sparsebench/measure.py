@@ -182,7 +182,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
 
     times, more_seconds = interleaved([prefill(dense), prefill(sparse)], settings.warmup, settings.samples, device)
     return {
-        "kernel": hardware.kernel_name if sparse_modules else None,
+        "kernel": ", ".join(sorted({getattr(m, "ran", hardware.kernel_name) for m in sparse_modules})) or None,
         "device": str(device),
         "parity_relative_error": error,
         "decode": decode,

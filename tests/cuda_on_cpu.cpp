@@ -8,6 +8,7 @@ void run_gather_norm(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy
 void run_gather_swiglu(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_swiglu(*a); }); }
 void run_gather_attention(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_attention(*a); }); }
 void run_gather_half(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_half(*a); }); }
+void run_gather_neuron(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_neuron(*a); }); }
 void run_attend(int gx, int gy, int bytes, const Attend* a) { launch(gx, gy, THREADS, bytes, [=] { attend(*a); }); }
 void run_rows(int gx, int gy, int bytes, const Rows* a) { launch(gx, gy, THREADS, bytes, [=] { rows(*a); }); }
 void run_embed(int gx, int gy, int bytes, const u16* table, const int* token, float* residual, int n) {

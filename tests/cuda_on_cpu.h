@@ -73,6 +73,7 @@ static inline u32 atomicAdd(u32* p, u32 v) { return std::atomic_ref<u32>(*p).fet
 static inline void atomicAdd(float* p, float v) { std::atomic_ref<float>(*p).fetch_add(v); }
 static inline void add4(float* p, float4 v) { atomicAdd(p, v.x), atomicAdd(p + 1, v.y), atomicAdd(p + 2, v.z), atomicAdd(p + 3, v.w); }
 static inline uint4 load_weight(const void* p, bool wanted) { return wanted ? *(const uint4*)p : uint4{0, 0, 0, 0}; }
+static inline uint4 load_cached(const void* p, bool wanted) { return load_weight(p, wanted); }
 static inline void copy_weight(uint4* to, const void* from, bool wanted) { *to = load_weight(from, wanted); }
 static inline void close_group() {}
 template <int PENDING> static inline void wait_group() {}

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 
 from sparsebench import decode
 from sparsebench.decode import fused_cpu, fused_cuda
-from sparsebench.kernels import _nvrtc
+from sparsebench.kernels import _nvrtc, cuda_gather
 from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
@@ -167,6 +168,31 @@ def test_cuda_step_on_the_cpu(emulated, kind, threshold, dtype):
         assert max(errors.values()) < 1e-5, errors
         assert float((step.logits - expected).norm() / expected.norm()) < (5e-3 if dtype == torch.float16 else 3e-2)
         assert int(step.token) == int(step.logits.argmax()) and int(step.position) == i + 1
+
+
+def test_cuda_neuron_sparse_ffn_on_the_cpu(emulated):
+    """The two launches of cuda_gather.cuda_ffn, on buffers that held garbage."""
+    generator = torch.Generator().manual_seed(0)
+    d, f = 72, 136
+    x, up, down = (torch.randn(*shape, generator=generator).half() for shape in ((d,), (f, d), (f, d)))
+    activation = torch.relu(torch.randn(f, generator=generator)).half()
+    scores, sums, y = torch.full((f,), math.nan), torch.zeros(d), torch.full((d,), math.nan).half()
+    arrived, zero = torch.zeros(1, dtype=torch.int32), torch.zeros(())
+    tuning = Tuning(2, 4, 1, 2.0)
+    library = emulated(WARPS=2, LOADS=4, WIDE=1, HEAD_DIM=64, GROUP=1, SPLITS=1)
+    rows, gather = cuda_gather.Rows(), cuda_gather.Gather()
+    rows.weight, rows.half, rows.gate = up.data_ptr(), x.data_ptr(), activation.data_ptr()
+    rows.out, rows.m, rows.n = scores.data_ptr(), f, d
+    library.run_rows(3, 1, cuda_gather.rows_bytes(d, tuning), ctypes.byref(rows))
+    assert torch.equal(scores == 0, activation == 0)
+    gather.weight[0], gather.out[0], gather.m[0] = down.data_ptr(), sums.data_ptr(), d
+    gather.threshold[0], gather.parts, gather.n = zero.data_ptr(), 1, f
+    gather.input, gather.second, gather.result = activation.data_ptr(), scores.data_ptr(), y.data_ptr()
+    gather.arrived = arrived.data_ptr()
+    library.run_gather_neuron(1, 3, cuda_gather.gather_bytes(tuning), ctypes.byref(gather))
+    expected = (activation.float() * (up.float() @ x.float())) @ down.float()
+    assert float((y.float() - expected).norm() / expected.norm()) < 2e-3
+    assert not sums.any() and not arrived.any()
 
 
 def test_cuda_kernels_compile_without_a_gpu():

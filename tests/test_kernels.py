@@ -207,6 +207,22 @@ def test_cuda_product(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cuda_gather", "cuda_triton"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_gpu_neuron_sparse_ffn(name, share):
+    backend = kernels.load(name)
+    for dtype in (torch.float16, torch.bfloat16):
+        x, up, down = (torch.randn(*s, device="cuda").to(dtype) / 8 for s in ((1, 1, 72), (136, 72), (72, 136)))
+        activation = torch.randn(1, 1, 136, device="cuda").to(dtype)
+        activation = torch.where(torch.rand_like(activation) < share, activation, 0)
+        reference = masked_dense.neuron_sparse_ffn(x.float(), activation.float(), up.float(), down.float())
+        for _ in range(2):
+            torch.full((72,), float("nan"), device="cuda", dtype=dtype)
+            found = backend.neuron_sparse_ffn(x, activation, up, down.t().contiguous().t())
+            assert error(found, reference) < LIMIT[dtype] or not share
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda_gather", "cuda_triton"])
 def test_gpu_products_compile_and_capture(name):
     backend = kernels.load(name)
     x, weight, bias, _ = (t.cuda() for t in inputs(256, 128, 1, torch.float16))

@@ -32,6 +32,24 @@ def test_weight_is_stored_once_with_channels_contiguous():
     assert InputSparseLinear(conv, "0.q", 0.1).weight.data_ptr() == conv.weight.data_ptr()  # no copy at all
 
 
+def test_a_call_the_kernel_can_not_serve_goes_to_the_next():
+    from sparsebench import kernels
+
+    sparse = InputSparseLinear(nn.Linear(12, 7), "0.q", 0.1, kernel="cpu_numba")
+    assert sparse.ran == "cpu_numba"
+    x = torch.randn(9, 1, 12)  # more rows than the kernel takes
+    torch.testing.assert_close(sparse(x), torch.cat([sparse(row[None]) for row in x]))
+    assert kernels.serving("cpu_numba", x, sparse.weight).__name__.endswith("masked_dense")
+    assert InputSparseLinear(nn.Linear(12, 7).half(), "0.q", 0.1, kernel="cpu_numba").ran == "masked_dense"
+
+
+def test_compiles_without_a_graph_break():
+    sparse = InputSparseLinear(nn.Linear(12, 7), "0.q", 0.5)
+    x = torch.randn(1, 1, 12)
+    compiled = torch.compile(sparse, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), sparse(x))
+
+
 def test_scale_weighs_the_magnitude():
     scale = torch.tensor([1.0, 10.0, 0.1])
     sparse = InputSparseLinear(nn.Linear(3, 2), "0.q", 0.5, scale=scale)

@@ -158,7 +158,7 @@ def time_ffn(config: Any, settings, bandwidth: float) -> list[dict]:
     down = [(torch.randn(f, d, device=device).to(dtype) / f**0.5).t() for _ in range(copies)]  # neuron contiguous
     plain = [w.contiguous() for w in down]
     x = torch.randn(1, 1, d, device=device, generator=torch.Generator(device).manual_seed(settings.seed)).to(dtype)
-    name = next(n for n in ("cpu_numba", "cuda_triton") if kernels.device_of(n) == device.type)
+    name = next(n for n in ("cpu_numba", "cuda_gather") if kernels.device_of(n) == device.type)
     backend = kernels.load(name)
     scores = torch.stack([F.linear(x, g).flatten().float() for g in gate])
 

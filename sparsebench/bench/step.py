@@ -63,7 +63,7 @@ def time_step(settings) -> list[dict]:
     fused = decode.fused(hardware)
     if hasattr(fused, "tune"):
         set_thresholds(module, limits[min(limits, key=lambda s: abs(s - 0.5))])
-        fused.tune(module, ids[:, : min(settings.contexts)])
+        fused.tune(module, ids[:, : max(settings.contexts)])
     plain = "compiled" if device.type == "cuda" else "eager"
     rows = []
     for context in settings.contexts:

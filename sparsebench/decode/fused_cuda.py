@@ -24,7 +24,7 @@ from torch import nn
 from sparsebench import record
 from sparsebench.decode import heads, llama_type, prefilled, rotary_tables
 from sparsebench.kernels import _nvrtc
-from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Tuning, gather_bytes
+from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
 from sparsebench.kernels.masked_dense import kept
 from sparsebench.models.sites import find_blocks
 
@@ -37,17 +37,6 @@ class Attend(ctypes.Structure):
         ("cosine", Pointer), ("sine", Pointer), ("keys", Pointer), ("values", Pointer), ("position", Pointer),
         ("partial", Pointer), ("softmax", Pointer), ("positions", ctypes.c_int),
         ("window", ctypes.c_int), ("scaling", ctypes.c_float),
-    ]  # fmt: skip
-
-
-class Rows(ctypes.Structure):
-    """Arguments of decode.cu's `rows`."""
-
-    _fields_ = [
-        ("weight", Pointer), ("input", Pointer), ("norm", Pointer), ("gate", Pointer), ("out", Pointer),
-        ("eps", ctypes.c_float), ("limit", ctypes.c_float), ("m", ctypes.c_int), ("n", ctypes.c_int),
-        ("token", Pointer), ("position", Pointer), ("best", Pointer), ("best_row", Pointer), ("arrived", Pointer),
-        ("zero", Pointer), ("zero_count", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -67,7 +56,7 @@ class Launch:
 DTYPES = (torch.float16, torch.bfloat16)
 # What was fastest on Hopper for Llama-2-7B shapes; `tune` looks further and remembers per GPU and shape.
 DEFAULTS = {
-    "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 1, 1), "o": Tuning(8, 4, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
+    "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 4, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
     "down": Tuning(8, 4, 1, 4.0), "head": Tuning(16, 8, 1, 1.0),
 }  # fmt: skip
 
@@ -248,7 +237,7 @@ class Step:
         for name in ("token", "position", "best", "best_row"):
             setattr(arguments, name, getattr(self, name).data_ptr())
         arguments.arrived = self.arrived.data_ptr()
-        shared = (self.hidden + 3 * tuning.warps) * 4 + 16
+        shared = rows_bytes(self.hidden, tuning)
 
         def reference() -> dict:
             x = self.residual * torch.rsqrt(self.residual.square().mean() + norm.variance_epsilon) * norm.weight.float()
@@ -340,7 +329,7 @@ CANDIDATES = {
     kind: (Tuning(8, 4, 1, 4.0), Tuning(8, 4, 2, 2.0), Tuning(8, 8, 2, 2.0), Tuning(4, 8, 1, 4.0), Tuning(8, 8, 1, 2.0))
     for kind in ("qkv", "o", "gate_up", "down")
 } | {
-    "attend": (Tuning(8, 1, 1), Tuning(4, 1, 1), Tuning(16, 1, 1)),
+    "attend": tuple(Tuning(warps, loads, 1) for warps in (4, 8, 16) for loads in (1, 2, 4)),
     "head": (Tuning(16, 8, 1, 1.0), Tuning(8, 8, 1, 2.0), Tuning(16, 4, 1, 2.0)),
 }
 

@@ -14,6 +14,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+import torch
+
 
 def names() -> list[str]:
     """Backends found in this folder, no registry."""
@@ -28,6 +30,29 @@ def device_of(name: str) -> str | None:
 
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
+
+
+_chains: dict[str, tuple[ModuleType, ...]] = {}
+
+
+def chain(name: str) -> tuple[ModuleType, ...]:
+    """A backend and those of lower rank that run beside it, best first; masked_dense ends it and serves everything."""
+    if name not in _chains:
+        first = load(name)
+        others = [load(n) for n in names() if device_of(n) in (None, device_of(name))]
+        lower = sorted((b for b in others if b.RANK < first.RANK), key=lambda b: -b.RANK)
+        _chains[name] = (first, *lower)
+    return _chains[name]
+
+
+def serving(name: str, x: torch.Tensor, weight: torch.Tensor) -> ModuleType:
+    """The first backend of `chain(name)` that serves x [..., n] with weight [m, n]."""
+    for backend in chain(name):
+        if backend.unsupported(x, weight) is None:
+            return backend
+    raise ValueError(
+        f"no kernel serves input {tuple(x.shape)} {x.dtype} with weight {tuple(weight.shape)} {weight.dtype}"
+    )
 
 
 def best(device: str) -> str:

@@ -1,4 +1,4 @@
-"""One input-sparse product on an NVIDIA GPU: the `gather` kernel of decode.cu as an operator of torch.
+"""Sparse products of one row on an NVIDIA GPU: the kernels of decode.cu as operators of torch.
 
 One row, fp16 or bf16. The kept channels are compacted inside the kernel; the last CTA of each tile of outputs adds the
 bias and rounds. It can be captured in CUDA graphs and compiled through (fullgraph), and needs no compiler installed.
@@ -30,6 +30,17 @@ class Gather(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Rows(ctypes.Structure):
+    """Arguments of decode.cu's `rows`."""
+
+    _fields_ = [
+        ("weight", Pointer), ("input", Pointer), ("half", Pointer), ("norm", Pointer), ("gate", Pointer), ("out", Pointer),
+        ("eps", ctypes.c_float), ("m", ctypes.c_int), ("n", ctypes.c_int),
+        ("token", Pointer), ("position", Pointer), ("best", Pointer), ("best_row", Pointer), ("arrived", Pointer),
+        ("zero", Pointer), ("zero_count", ctypes.c_int),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel is built and spread: warps per CTA, 16-byte loads in flight, loads per lane and channel, CTAs per SM."""
@@ -43,6 +54,11 @@ class Tuning:
 def gather_bytes(tuning: Tuning) -> int:
     """Shared memory of a gather: the ring of rows in flight, compacted values and indices, a counter, scratch."""
     return tuning.warps * 32 * (max(tuning.loads, 2) * tuning.wide * 16 + 8 * 6) + tuning.warps * 4 + 16
+
+
+def rows_bytes(n: int, tuning: Tuning) -> int:
+    """Shared memory of `rows`: the input in fp32 and scratch per warp."""
+    return (n + 3 * tuning.warps) * 4 + 16
 
 
 RANK = 20
@@ -106,8 +122,8 @@ def accumulate(
     start("gather_plain", arguments, weight, tuning)
 
 
-def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:
-    """Start a gather of one part on the current stream."""
+def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int):
+    """A kernel for the weight's type and device, compiled the first time."""
     defines = {
         "WARPS": tuning.warps,
         "LOADS": tuning.loads,
@@ -118,8 +134,13 @@ def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) ->
     }
     if weight.dtype == torch.bfloat16:
         defines["BF16"] = 1
+    return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines)
+
+
+def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:
+    """Start a gather of one part on the current stream."""
     shared, device = gather_bytes(tuning), weight.device.index
-    kernel = _nvrtc.function(SOURCE, name, device, shared, **defines)
+    kernel = built(name, weight, tuning, shared)
     tiles = -(-weight.shape[1] // (256 * tuning.wide))
     shares = max(1, round(processors(device) * tuning.per_sm / tiles))
     _nvrtc.launch(kernel, (tiles, shares), tuning.warps * 32, shared, [arguments], overlap=True)
@@ -158,3 +179,48 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
             inner = dropped @ a
         y = y + inner @ b
     return y.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("sparsebench::cuda_ffn", mutates_args=("sums", "arrived"), device_types="cuda")
+def cuda_ffn(
+    x: torch.Tensor, activation: torch.Tensor, up: torch.Tensor, down: torch.Tensor, zero: torch.Tensor,
+    sums: torch.Tensor, arrived: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """x [d], activation [f], up and down [f, d] -> [d]: rows of up where active, then the same rows of down."""
+    f, d = up.shape
+    scores, y = torch.empty(f, dtype=torch.float32, device=x.device), x.new_empty(d)
+    tuning = Tuning(16, 4, 1, 1.0)
+    first = Rows()
+    first.weight, first.half, first.gate = up.data_ptr(), x.data_ptr(), activation.data_ptr()
+    first.out, first.m, first.n = scores.data_ptr(), f, d
+    shared = rows_bytes(d, tuning)
+    _nvrtc.launch(
+        built("rows", up, tuning, shared),
+        (processors(x.device.index), 1),
+        tuning.warps * 32,
+        shared,
+        [first],
+        overlap=True,
+    )
+    second = Gather()
+    second.weight[0], second.out[0], second.m[0] = down.data_ptr(), sums.data_ptr(), d
+    second.threshold[0], second.parts, second.n = zero.data_ptr(), 1, f
+    second.input, second.second, second.result = activation.data_ptr(), scores.data_ptr(), y.data_ptr()
+    second.arrived = arrived.data_ptr()
+    start("gather_neuron", second, down, Tuning())
+    return y
+
+
+@cuda_ffn.register_fake
+def _(x, activation, up, down, zero, sums, arrived):
+    return torch.empty_like(x)
+
+
+def neuron_sparse_ffn(x, activation, up, down):
+    """As masked_dense.neuron_sparse_ffn, for one row. Raises ValueError for what it can't serve."""
+    problem = unsupported(activation.to(down.dtype), down)
+    if problem or not up.is_contiguous() or up.shape[1] % 8:
+        raise ValueError(problem or "cuda_gather needs up stored by neuron and sizes that are multiples of 8")
+    space, zero = workspace(x.device, down.shape[0]), torch.zeros((), device=x.device)
+    row = activation.to(down.dtype).reshape(-1).contiguous()
+    return cuda_ffn(x.reshape(-1).contiguous(), row, up, down.t(), zero, *space).view(x.shape)

@@ -1,4 +1,4 @@
-// One decode step of a Llama-type model at batch 1, dense or sparse, as five kernels a layer (cuda_fused.py launches them).
+// One decode step of a Llama-type model at batch 1, dense or sparse, as five kernels a layer (decode/fused_cuda.py launches them).
 //
 //   embed                         residual = embedding[token]
 //   gather  NORM       q, k, v    norm, threshold and compaction in front of the product, no kernel of their own
@@ -7,6 +7,8 @@
 //   gather  NORM       gate, up
 //   gather  SWIGLU     down       silu(gate) * up in front; adds into the residual
 //   rows    head                  final norm, logits, argmax; the last CTA writes the next token and advances the position
+//
+// gather HALF is a product of its own (cuda_gather.py); rows with `gate` and gather NEURON are a neuron-sparse FFN.
 //
 // gather reads the weights of kept input channels only. W is stored [n, m]: one input channel is contiguous. A CTA takes
 // TILE outputs and one of several equal shares of the channels, and compacts the kept channels of its share into shared
@@ -34,7 +36,16 @@ __device__ __forceinline__ uint4 load_weight(const void* p, bool wanted) {
         : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w) : "l"(p), "r"((int)wanted));
     return r;
 }
-// The same without a register: into shared memory, waited for by group. It keeps LOADS rows in flight whatever the
+// 16 bytes of the cache, or zeros: as above, but the new position is written in this kernel, so not the read-only path.
+__device__ __forceinline__ uint4 load_cached(const void* p, bool wanted) {
+    uint4 r;
+    asm volatile(
+        "{ .reg .pred q; setp.ne.b32 q, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+        "  @q ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w) : "l"(p), "r"((int)wanted));
+    return r;
+}
+// As load_weight without a register: into shared memory, waited for by group. It keeps LOADS rows in flight whatever the
 // compiler thinks of register pressure (it serialised plain loads).
 __device__ __forceinline__ void copy_weight(uint4* to, const void* from, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(wanted ? 16 : 0) : "memory");
@@ -130,7 +141,7 @@ __device__ float inverse_rms(const float* x, int n, float eps, float* scratch) {
     return rsqrtf(block_sum(sum, scratch) / n + eps);
 }
 
-enum { PLAIN = 0, NORM = 1, SWIGLU = 2, ATTENTION = 3, HALF = 4 };
+enum { PLAIN = 0, NORM = 1, SWIGLU = 2, ATTENTION = 3, HALF = 4, NEURON = 5 };
 
 struct Gather {
     const u16* weight[3];    // each [n, m]
@@ -139,8 +150,8 @@ struct Gather {
     const float* threshold[3];  // one number each; below 0 keeps everything
     int m[3];
     int parts, n, complement;  // complement: take the dropped channels (low-rank remainder)
-    const float* input;      // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF)
-    const float* second;     // [n]: up (SWIGLU); softmax maxima and weights of the splits (ATTENTION)
+    const float* input;      // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF, NEURON)
+    const float* second;     // [n]: up (SWIGLU, NEURON); softmax maxima and weights of the splits (ATTENTION)
     const u16* norm;         // [n]: weight of the norm (NORM)
     float eps;
     float* zero;             // cleared here for a later kernel
@@ -155,6 +166,7 @@ __device__ __forceinline__ float input_value(const Gather& a, int i, float inver
     if (MODE == NORM) return a.input[i] * inverse * widen(a.norm[i]);
     if (MODE == SWIGLU) return silu(a.input[i]) * a.second[i];
     if (MODE == HALF) return widen(((const u16*)a.input)[i]);
+    if (MODE == NEURON) return widen(((const u16*)a.input)[i]) * a.second[i];
     if (MODE == PLAIN) return a.input[i];
     const int head = i / HEAD_DIM;
     float top = -1e30f, weight = 0, mixed = 0, high[SPLITS], share[SPLITS], part[SPLITS];
@@ -289,6 +301,7 @@ ENTRY gather_norm(Gather a) { gather<NORM>(a); }
 ENTRY gather_swiglu(Gather a) { gather<SWIGLU>(a); }
 ENTRY gather_attention(Gather a) { gather<ATTENTION>(a); }
 ENTRY gather_half(Gather a) { gather<HALF>(a); }
+ENTRY gather_neuron(Gather a) { gather<NEURON>(a); }
 
 ENTRY embed(const u16* table, const int* token, float* residual, int n) {
     wait_for_previous();
@@ -341,12 +354,20 @@ ENTRY attend(Attend a) {
     const int begin = a.window > 0 ? max(0, now + 1 - a.window) : 0;
     const int length = now + 1 - begin;
     const int first = begin + (int)((long)length * split / SPLITS), last = begin + (int)((long)length * (split + 1) / SPLITS);
-    const int rounds = (last - first + TEAMS - 1) / TEAMS;  // the same for all lanes: shuffles need whole warps
-    uint4 next_key = make_uint4(0, 0, 0, 0), next_value = next_key;
-    if (first + team < min(last, now)) {  // on its way while the query is turned
-        next_key = *(const uint4*)(keys + (long)(first + team) * HEAD_DIM + d);
-        next_value = *(const uint4*)(values + (long)(first + team) * HEAD_DIM + d);
-    }
+    // LOADS positions of a team are on their way while the ones before are summed; as many rounds for all lanes, since
+    // shuffles need whole warps.
+    const int rounds = (last - first + TEAMS * LOADS - 1) / (TEAMS * LOADS);
+    uint4 next_key[LOADS], next_value[LOADS];
+    auto fetch = [&](int round) {
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const int p = first + (round * LOADS + l) * TEAMS + team;
+            const bool wanted = p < min(last, now);
+            next_key[l] = load_cached(keys + (long)p * HEAD_DIM + d, wanted);
+            next_value[l] = load_cached(values + (long)p * HEAD_DIM + d, wanted);
+        }
+    };
+    fetch(0);
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS)
         query[i] = rotated(a.q, a.q_bias, head * GROUP + i / HEAD_DIM, i % HEAD_DIM, c, s) * a.scaling;
     __syncthreads();
@@ -358,34 +379,37 @@ ENTRY attend(Attend a) {
         for (int i = 0; i < 8; i++) sum[g][i] = 0;
     }
     for (int round = 0; round < rounds; round++) {
-        const int p = first + round * TEAMS + team;
-        float key[8], value[8];
-        widen8(next_key, key), widen8(next_value, value);
-        if (p + TEAMS < min(last, now)) {
-            next_key = *(const uint4*)(keys + (long)(p + TEAMS) * HEAD_DIM + d);
-            next_value = *(const uint4*)(values + (long)(p + TEAMS) * HEAD_DIM + d);
-        }
-        if (p == now && p < last) {
+        uint4 keys_now[LOADS], values_now[LOADS];
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const u16 new_key = narrow(rotated(a.k, a.k_bias, head, d + i, c, s));
-                const u16 new_value = narrow(biased(a.v, a.v_bias, head * HEAD_DIM + d + i));
-                keys[(long)now * HEAD_DIM + d + i] = new_key, values[(long)now * HEAD_DIM + d + i] = new_value;
-                key[i] = widen(new_key), value[i] = widen(new_value);
+        for (int l = 0; l < LOADS; l++) keys_now[l] = next_key[l], values_now[l] = next_value[l];
+        fetch(round + 1);
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const int p = first + (round * LOADS + l) * TEAMS + team;
+            float key[8], value[8];
+            widen8(keys_now[l], key), widen8(values_now[l], value);
+            if (p == now && p < last) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const u16 new_key = narrow(rotated(a.k, a.k_bias, head, d + i, c, s));
+                    const u16 new_value = narrow(biased(a.v, a.v_bias, head * HEAD_DIM + d + i));
+                    keys[(long)now * HEAD_DIM + d + i] = new_key, values[(long)now * HEAD_DIM + d + i] = new_value;
+                    key[i] = widen(new_key), value[i] = widen(new_value);
+                }
             }
-        }
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            float score = 0;
+            for (int g = 0; g < GROUP; g++) {
+                float score = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) score += key[i] * query[g * HEAD_DIM + d + i];
+                for (int i = 0; i < 8; i++) score += key[i] * query[g * HEAD_DIM + d + i];
 #pragma unroll
-            for (int step = TEAM / 2; step; step >>= 1) score += __shfl_xor_sync(FULL, score, step);
-            if (p >= last) continue;
-            const float higher = fmaxf(top[g], score), fade = __expf(top[g] - higher), share = __expf(score - higher);
-            weight[g] = weight[g] * fade + share, top[g] = higher;
+                for (int step = TEAM / 2; step; step >>= 1) score += __shfl_xor_sync(FULL, score, step);
+                if (p >= last) continue;
+                const float higher = fmaxf(top[g], score), fade = __expf(top[g] - higher), share = __expf(score - higher);
+                weight[g] = weight[g] * fade + share, top[g] = higher;
 #pragma unroll
-            for (int i = 0; i < 8; i++) sum[g][i] = sum[g][i] * fade + share * value[i];
+                for (int i = 0; i < 8; i++) sum[g][i] = sum[g][i] * fade + share * value[i];
+            }
         }
     }
 #pragma unroll
@@ -423,16 +447,18 @@ ENTRY attend(Attend a) {
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// rows: out[j] = W[j, :] . norm(input) for rows j of W [m, n] (row contiguous); with `gate`, only where gate[j] > limit.
+// rows: out[j] = W[j, :] . norm(input) for rows j of W [m, n] (row contiguous); with `gate`, only where
+// gate[j] is not 0 (the others give 0).
 // One warp per row. With `token`, also the argmax of all rows: the next token, and the position advances.
 
 struct Rows {
     const u16* weight;      // [m, n]
     const float* input;     // residual [n]
+    const u16* half;        // [n] 16-bit input in its place, or null
     const u16* norm;        // or null: the input as it is
-    const float* gate;      // [m] or null
+    const u16* gate;        // [m] or null
     float* out;             // [m]
-    float eps, limit;
+    float eps;
     int m, n;
     int *token, *position;  // or null
     float* best;            // [CTAs]
@@ -444,7 +470,7 @@ struct Rows {
 
 // 16-byte loads of one piece (256 * LOADS columns) of row j; zeros outside, and for rows that `gate` leaves out.
 __device__ __forceinline__ void load_piece(const Rows& a, int j, int piece, int lane, uint4* w) {
-    const bool wanted = j < a.m && (!a.gate || a.gate[j] > a.limit);
+    const bool wanted = j < a.m && (!a.gate || widen(a.gate[j]) != 0);
 #pragma unroll
     for (int l = 0; l < LOADS; l++) {
         const int i = (piece * LOADS + l) * 256 + lane * 8;
@@ -464,7 +490,7 @@ ENTRY rows(Rows a) {
     let_next_start();
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * THREADS) a.zero[i] = 0;
     const float inverse = a.norm ? inverse_rms(a.input, a.n, a.eps, scratch) : 1.0f;
-    for (int i = threadIdx.x; i < a.n; i += THREADS) x[i] = a.input[i] * inverse * (a.norm ? widen(a.norm[i]) : 1.0f);
+    for (int i = threadIdx.x; i < a.n; i += THREADS) x[i] = a.half ? widen(a.half[i]) : a.input[i] * inverse * (a.norm ? widen(a.norm[i]) : 1.0f);
     __syncthreads();
     float highest = -1e30f, sum = 0;
     int highest_row = 0;

@@ -47,7 +47,7 @@ class InputSparseLinear(nn.Module):
         scale: c [n], e.g. column norms; None = 1.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
         low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None.
-        kernel: backend for one-token calls.
+        kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
     """
 
     is_linear_map = True
@@ -76,6 +76,12 @@ class InputSparseLinear(nn.Module):
     def new_counter(self) -> Counter:
         return Counter(self.weight.shape[1], self.weight.device)
 
+    @property
+    def ran(self) -> str:
+        """The backend that serves one token."""
+        row = torch.empty(1, 1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        return kernels.serving(self.kernel_name, row, self.weight).__name__.rpartition(".")[2]
+
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """bool, the shape of x [..., n]."""
         return masked_dense.kept(x, self.threshold, self.scale)
@@ -83,7 +89,7 @@ class InputSparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.shape[-2] if x.dim() > 2 else 1
         if tokens == 1 and self.counter is None:
-            return kernels.load(self.kernel_name).input_sparse_linear(
+            return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
                 x, self.weight, self.bias, threshold=self.threshold, scale=self.scale, low_rank=self.low_rank
             )
         dense = dense_prefix(self.prompt, tokens)
