@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsebench import decode
+from sparsebench import decode, kernels
 from sparsebench.sparsity import measured_modules
 
 BLOCK = 8  # decode steps per sample on a GPU
@@ -138,6 +138,12 @@ def break_even(dense_ms: float, nothing_skipped_ms: float, sparse_ms: float, spa
     return point if point <= 1 else None
 
 
+def skips(sparse: nn.Module, hardware) -> bool:
+    """Whether one token's work is really skipped at every sparse module (masked-dense only simulates it)."""
+    ran = [getattr(m, "ran", hardware.kernel_name) for _, m in measured_modules(sparse)]
+    return bool(ran) and all(kernels.load(name).SKIPS for name in ran)
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
     storages = {
@@ -163,9 +169,9 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     device = hardware.torch_device
     tokens = tokens.to(device)
     sparse_modules = [m for _, m in measured_modules(sparse)]
-    skips = bool(sparse_modules) and hardware.skips
-    decode, error, compile_seconds, warmup_seconds = decode_latency(dense, sparse, tokens, settings, hardware, skips)
-    if skips:
+    skipping = skips(sparse, hardware)
+    decode, error, compile_seconds, warmup_seconds = decode_latency(dense, sparse, tokens, settings, hardware, skipping)
+    if skipping:
         decode["break_even_sparsity"] = break_even(
             decode["dense"]["median_ms"],
             decode["nothing_skipped"]["median_ms"],
@@ -194,7 +200,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     }  # fmt: skip
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware, skips: bool) -> tuple[dict, float, float, float]:
+def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) -> tuple[dict, float, float, float]:
     """(decode section, worst parity error, seconds of building and compiling, seconds of warm-up).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding.
@@ -241,7 +247,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware, skips: bool) -> tu
         "sparse": found[f"sparse/{engine}"], "sparse_engine": engine,
         "context": settings.context, "steps_per_sample": block, "engines": found,
     }  # fmt: skip
-    if skips:
+    if skipping:
         section["speedup"] = section["dense"]["median_ms"] / section["sparse"]["median_ms"]
         section["nothing_skipped"] = found.get("dense/fused")
         if section["nothing_skipped"] is None:

@@ -65,6 +65,10 @@ def scrub(text: str) -> str:
     return text
 
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write so that `path` holds either what it held before or all of `content`, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp gives 0600; others may read records
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
     record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
-    skips = hardware.skips and bool(measured)
+    skips = measure.skips(sparse, hardware)
     record.macs, record.bytes = macs.account(dense_costs, sparse, measured, settings.measure.context, skips)
     record.memory = {"weight_bytes": measure.weight_bytes(sparse), "dense_weight_bytes": dense_bytes}
 

@@ -326,7 +326,17 @@ class Decoder:
 # Tuning
 
 CANDIDATES = {
-    kind: (Tuning(8, 4, 1, 4.0), Tuning(8, 4, 2, 2.0), Tuning(8, 8, 2, 2.0), Tuning(4, 8, 1, 4.0), Tuning(8, 8, 1, 2.0))
+    kind: (
+        Tuning(8, 4, 1, 4.0),
+        Tuning(8, 4, 2, 2.0),
+        Tuning(8, 8, 2, 2.0),
+        Tuning(4, 8, 1, 4.0),
+        Tuning(8, 8, 1, 2.0),
+        Tuning(8, 4, 1, 2.0),
+        Tuning(8, 4, 1, 3.0),
+        Tuning(16, 4, 1, 2.0),
+        Tuning(4, 4, 1, 8.0),
+    )
     for kind in ("qkv", "o", "gate_up", "down")
 } | {
     "attend": tuple(Tuning(warps, loads, 1) for warps in (4, 8, 16) for loads in (1, 2, 4)),

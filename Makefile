@@ -1,0 +1,55 @@
+# Everything a fresh machine needs: `make run` and `make test` create .venv by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint wheel bench-cpu bench-gpu train-llama-tiny clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+run: $(VENV)/.installed  ## install into .venv and run sparsebench with its defaults (ARGS='key=value ...')
+	$(BIN)/sparsebench $(ARGS)
+
+test: $(VENV)/.test  ## install the test extra and run the default test suite (CPU, offline)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(VENV)/.test  ## the tests that take minutes (wheel in an environment of its own, kill and resume)
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+lint: $(VENV)/.test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(VENV)/.test  ## build the wheel, install it in an environment of its own, run it from another folder
+	$(BIN)/python -m pytest -m slow --timeout 1800 tests/test_wheel.py
+	$(BIN)/python -m build --wheel
+
+bench-cpu: $(VENV)/.installed  ## time kernels and decode at Llama-2-7B's shapes on one CPU thread (about 3 minutes)
+	for dtype in float32 bfloat16; do \
+	  $(BIN)/sparsebench-bench hardware=cpu hardware.threads=1 hardware.dtype=$$dtype model=llama2-7b model.num_layers=1 \
+	    'contexts=[128]' output=outputs/bench/cpu-$$dtype $(ARGS) || exit 1; \
+	done
+
+bench-gpu:  ## check and time everything that needs a GPU (PYTHON=, OUT=, HISTOGRAMS=: see scripts/bench_gpu.sh)
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) sh scripts/bench_gpu.sh
+
+train-llama-tiny: $(VENV)/.installed  ## train the embedded model again (resumes; an hour on 2 cores, 3 minutes on a GPU)
+	$(BIN)/sparsebench model.weights=scratch $(ARGS)
+
+clean:  ## remove what was built (not outputs/)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
