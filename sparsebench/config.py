@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import re
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -292,8 +293,14 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
         values = [o for o in parsed if not is_group(o)]
         problems += unknown_options(parsed, choices)
         if not problems:
+            unknown: dict[str, str] = {}
             for combination in itertools.product(*groups):
-                problems += unknown_keys(list(combination), values)
+                unknown |= unknown_keys(list(combination), values)
+            if unknown:  # say what else is wrong, as if the unknown keys had not been given
+                known = [c[0] for o, c in zip(parsed, choices, strict=True) if o.input_line not in unknown]
+                problems += unknown.values()
+                with suppress(HydraException, OmegaConfBaseException):
+                    build(to_dict(compose("config", overrides=known)), "", problems, Settings)
         if problems:
             raise ConfigError(problems)
         try:
@@ -340,13 +347,13 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
     return problems
 
 
-def unknown_keys(groups: list[str], values: list[Override]) -> list[str]:
-    """Keys of `values` that the configuration chosen by `groups` does not have."""
+def unknown_keys(groups: list[str], values: list[Override]) -> dict[str, str]:
+    """override -> the line about its key, for keys that the configuration chosen by `groups` does not have."""
     try:
         config = to_dict(compose("config", overrides=groups))
     except (HydraException, OmegaConfBaseException) as error:
-        return [" ".join(str(error).split())]
-    problems = []
+        return {"": " ".join(str(error).split())}
+    problems = {}
     for override in values:
         key = override.key_or_group
         if override.is_add() or override.is_delete() or key.split(".")[0].split("/")[0] == "hydra":
@@ -356,7 +363,8 @@ def unknown_keys(groups: list[str], values: list[Override]) -> list[str]:
         for depth, part in enumerate(parts):
             if not isinstance(node, dict) or part not in node:
                 allowed = node if isinstance(node, dict) else ()
-                problems.append(unknown_key(".".join(parts[: depth + 1]), [k for k in allowed if k != "_target_"]))
+                full = ".".join(parts[: depth + 1])
+                problems[override.input_line] = unknown_key(full, [k for k in allowed if k != "_target_"])
                 break
             node = node[part]
     return problems

@@ -17,7 +17,7 @@ from tests.conftest import COMMAND, record_of, tiny_model, tiny_tokenizer
 
 QUICK = (
     "dataset=text", "dataset.sequence_length=32", "method.calibration_tokens=256", "eval.test_sequences=4",
-    "measure.samples=30", "measure.warmup=1", "measure.context=16", "measure.prompt=16", "hardware.threads=1",
+    "measure.samples=30", "measure.warmup=3", "measure.context=16", "measure.prompt=16", "hardware.threads=1",
     "wandb.mode=disabled",
 )  # fmt: skip
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -39,7 +39,10 @@ WRONG = {
     "no such device": (["hardware=h100"], "hardware"),
     "kernel of another device": (["hardware=cpu", "hardware.kernel=cuda_gather"], "hardware.kernel=cuda_gather runs on cuda"),
     "no path": (["model=hf", "dataset=pystdlib"], "model.path must be a folder or a Hub id"),
-    "no such model folder": (["model=hf", "dataset=pystdlib", "model.path=/nowhere/model"], "model.path must be an existing folder or a Hub id, got '/nowhere/model'"),
+    "no such model folder": (
+        ["model=hf", "dataset=pystdlib", "model.path=/nowhere/model"],
+        "model.path must be an existing folder or a Hub id, got '/nowhere/model'",
+    ),
     "no such data": (["dataset=text", "dataset.path=/nowhere/text"], "dataset.path", "/nowhere/text"),
     "too deep": (["model.weights=random", "model.num_layers=99"], "model.num_layers must be at most 4", "got 99"),
     "not positive": (["model.num_layers=0"], "model.num_layers must be a whole number > 0 or null, got 0"),

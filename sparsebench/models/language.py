@@ -109,7 +109,8 @@ class CausalLM:
         if self.weights == "random" and hub.model_problem(location, "") is not None:
             tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, **self.source())
-        if len(tokenizer) > config.vocab_size:
+        outside = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
+        if outside - set(tokenizer.added_tokens_decoder):  # tokens added beside the text's own vocabulary never occur
             raise ValueError(
                 f"model: the tokenizer of {tokens_from} has {len(tokenizer)} tokens, the model {config.vocab_size}"
             )
