@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -56,6 +57,8 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    record.extra |= fitted.info.get("extra", {})
+    shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
