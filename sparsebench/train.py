@@ -159,14 +159,15 @@ def train(
     seed: int,
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
     penalty: Penalty | None = None,
+    before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     track: Callable[[dict], None] = lambda row: None,
     label: str = "train",
 ) -> History:
     """Train `module` in place on `rows` [N, ...] and return the history; resumes by itself from `folder`.
 
-    loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `after_step(step)` runs
-    after each optimiser step (e.g. to re-apply weight masks). Raises Diverged, naming the step.
+    loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `before_step(step)` and
+    `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Raises Diverged, naming the step.
     """
     on_cpu = next(module.parameters()).device.type == "cpu"
     precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
@@ -205,6 +206,8 @@ def train(
 
     with dropping(module, settings.dropout):
         for step in range(start, settings.steps):
+            if before_step is not None:
+                before_step(step)
             rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
             for group in optimizer.param_groups:
                 group["lr"] = rate

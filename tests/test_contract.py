@@ -17,12 +17,14 @@ NEUTRAL = {  # the setting at which a method changes nothing
     "teal": ["method.sparsity=0"],
     "dense": [],
     "prosparse": ["method.control=continued", "method.train=null"],
+    "topk": ["method.keep=1", "method.activation=null", "method.train=null"],
 }
 QUICK = {  # what makes a method that trains quick enough for these tests
     "prosparse": [
         "method.train.steps=3", "method.train.warmup=1", "method.stages=[1,2,3]", "method.lambdas=[0,0.1,1]",
         "method.predictor.tokens=256", "method.predictor.epochs=2", "method.dev_sequences=4",
     ],
+    "topk": ["method.train.steps=3", "method.train.warmup=1", "method.probe_sequences=4"],
 }  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
         return str(error)
     config, dtype = module.config, next(module.parameters()).dtype
     for site, sparse in measured_modules(module):
-        if not isinstance(sparse, InputSparseLinear):
-            return f"it takes FFNs that are sparse by input channels only, got {type(sparse).__name__} at {site}"
+        if type(sparse) is not InputSparseLinear:
+            return f"it takes maps that drop input channels by a threshold, got {type(sparse).__name__} at {site}"
     if set(blocks[0].sites) != {"q", "k", "v", "o", "gate", "up", "down"}:
         return f"it takes blocks with q, k, v, o, gate, up and down, got {', '.join(blocks[0].sites)}"
     if dtype not in dtypes:
