@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, evaluate, macs, measure, sparsity, state
+from sparsebench import config, env, evaluate, macs, measure, neurons, sparsity, state
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -47,6 +47,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     log.info("dense model: evaluating")
     limit, batch = settings.eval.test_sequences, settings.eval.batch_size
     dense_quality, _ = evaluate.language_quality(loaded.module, data.test, limit, batch)
+    dense_neurons = neurons.measure(loaded.module, data, settings.eval) if settings.eval.neurons.enabled else None
     dense_costs = macs.dense_sites(loaded.module)
     dense_bytes = measure.weight_bytes(loaded.module)
     dense = copy.deepcopy(loaded.module) if settings.measure.latency else None
@@ -71,6 +72,8 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
     record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
+    if settings.eval.neurons.enabled:
+        record.sparsity["neurons"] = {"dense": dense_neurons, "sparse": neurons.measure(sparse, data, settings.eval)}
     skips = hardware.skips and bool(measured)
     record.macs, record.bytes = macs.account(dense_costs, sparse, measured, settings.measure.context, skips)
     record.memory = {"weight_bytes": measure.weight_bytes(sparse), "dense_weight_bytes": dense_bytes}
