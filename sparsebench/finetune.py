@@ -21,9 +21,20 @@ def rows(split, settings: Training) -> torch.Tensor:
 
 
 def weights(module: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of `module` in the dtype of `like`, under the names they have in both (tied ones once)."""
+    """The parameters of `module` in the dtype of `like`, under the names they have in both (tied ones once).
+
+    Parameters sharded by FSDP are gathered: every process must call this.
+    """
     dtype = next(like.parameters()).dtype
-    return {f"weights.{name}": p.detach().to(dtype) for name, p in module.named_parameters()}
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in module.named_parameters()}
+    return {f"weights.{name}": p.detach().to(dtype) for name, p in whole.items()}
+
+
+def rebuilt(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A float32 copy of a loaded model with trained weights: what was trained may be sharded, this never is."""
+    fresh = trainable(module).requires_grad_(False)
+    load_weights(fresh, tensors)
+    return fresh
 
 
 def load_weights(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

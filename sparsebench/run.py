@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, evaluate, macs, measure, neurons, sparsity, state
+from sparsebench import config, env, evaluate, macs, measure, neurons, processes, sparsity, state
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -33,6 +33,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     settings = config.build_settings(configuration)
     hardware, method = settings.hardware, settings.method
     hardware.prepare()
+    processes.start(on_cpu=hardware.torch_device.type == "cpu")
     torch.manual_seed(settings.seed)
     record.env = env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
 
@@ -59,6 +60,8 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
     record.extra |= fitted.info.get("extra", {})
+    if not processes.first():
+        return record
     shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
     sparse = method.apply(loaded.module, fitted, work)
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -167,7 +167,8 @@ def train(
     """Train `module` in place on `rows` [N, ...] and return the history; resumes by itself from `folder`.
 
     loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `before_step(step)` and
-    `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Raises Diverged, naming the step.
+    `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Under FSDP
+    the module stays sharded: take its weights with finetune.weights. Raises Diverged, naming the step.
     """
     on_cpu = next(module.parameters()).device.type == "cpu"
     precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
@@ -179,6 +180,8 @@ def train(
             f"train.batch_size={settings.batch_size} must be a multiple of train.micro_batch={settings.micro_batch} "
             f"times {accelerator.num_processes} processes"
         )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("train: FSDP needs version 2 (accelerate launch --fsdp_version 2, or FSDP_VERSION=2)")
     torch.manual_seed(seed + accelerator.process_index)
     module.train()
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
@@ -239,8 +242,6 @@ def train(
                 checkpoint(accelerator, folder, history.steps)
     history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
-    if wrapped is not module:
-        module.load_state_dict(accelerator.get_state_dict(wrapped))
     module.eval()
     accelerator.free_memory()
     return history

@@ -131,6 +131,8 @@ class ProSparse:
                 )  # fmt: skip
             state.info |= finetune.facts(history, self.train, rows)
             state.tensors = finetune.weights(module, loaded.module)
+            module = finetune.rebuilt(loaded.module, state.tensors)
+            self.swap(module, 0.0, None)
         module.requires_grad_(False)
         if self.takes_threshold:
             table = self.over_thresholds(module, data, work)

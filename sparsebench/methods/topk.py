@@ -141,8 +141,7 @@ class TopKSparsity:
                 )  # fmt: skip
             state.info |= finetune.facts(history, self.train, rows)
             state.tensors = finetune.weights(module, loaded.module)
-            module = finetune.trainable(loaded.module)
-            finetune.load_weights(module, state.tensors)
+            module = finetune.rebuilt(loaded.module, state.tensors)
         module.requires_grad_(False)
         self.swap(module, "masked_dense")
         _, counters = evaluate.language_quality(module, data.fit, self.probe_sequences, work.batch_size)
