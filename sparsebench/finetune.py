@@ -49,8 +49,8 @@ def load_weights(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def facts(history: History, settings: Training, windows: torch.Tensor) -> dict:
     """A training's part of a state's info."""
-    return {
-        "kind": "trained",
-        "tokens": history.steps * settings.batch_size * windows.shape[1],
-        "extra": {"training": history.rows, "resumed_at": history.resumed_at, "tokens_in_fit": windows.numel()},
-    }
+    about = {
+        "training": history.rows, "resumed_at": history.resumed_at, "processes": history.processes,
+        "tokens_in_fit": windows.numel(), "seconds_of_last_process": history.seconds,
+    }  # fmt: skip
+    return {"kind": "trained", "tokens": history.steps * settings.batch_size * windows.shape[1], "extra": about}

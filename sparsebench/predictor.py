@@ -71,7 +71,9 @@ def pairs(module: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch
             ffn.register_forward_pre_hook(lambda _, a, i=block.index: inputs[i].append(a[0].flatten(0, -2).cpu()))
         )
         hooks.append(
-            last.register_forward_pre_hook(lambda _, a, i=block.index: labels[i].append((a[0] != 0).flatten(0, -2).cpu()))
+            last.register_forward_pre_hook(
+                lambda _, a, i=block.index: labels[i].append((a[0] != 0).flatten(0, -2).cpu())
+            )
         )
     try:
         for batch in batches(sequences, batch_size, module):
@@ -132,7 +134,8 @@ def fit(module: nn.Module, data, settings: Settings, work) -> tuple[dict[str, to
         tensors |= {f"predictor.{layer}.{name}": p.detach() for name, p in one.named_parameters()}
         work.log({f"fit/predictor_{key}/{layer}": value for key, value in per_layer[layer].items()})
     means = {
-        key: sum(m[key] for m in per_layer.values()) / len(per_layer) for key in ("recall", "predicted_sparsity", "sparsity")
+        key: sum(m[key] for m in per_layer.values()) / len(per_layer)
+        for key in ("recall", "predicted_sparsity", "sparsity")
     }
     return tensors, {"rank": settings.rank, "tokens": len(x), **means, "per_layer": per_layer}
 

@@ -16,11 +16,11 @@ from filelock import FileLock
 
 def rank() -> int:
     """This process's number among all of the run, as the launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first() -> bool:

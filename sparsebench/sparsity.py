@@ -93,7 +93,9 @@ def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteS
         for name, weight in getattr(module, "sites", {site: module.num_weights}).items():
             found[name] = SiteSparsity(
                 sparsity=dropped / (tokens * channels) if tokens else 0.0,
-                sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels) if counter.sparse_tokens else 0.0,
+                sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels)
+                if counter.sparse_tokens
+                else 0.0,
                 weight=weight,
                 sparse_tokens=counter.sparse_tokens,
                 dense_tokens=counter.dense_tokens,

@@ -93,6 +93,7 @@ class History:
     rows: list[dict] = field(default_factory=list)
     steps: int = 0
     resumed_at: int = 0
+    processes: int = 1
     seconds: float = 0.0
 
 
@@ -184,8 +185,9 @@ def train(
         raise ValueError("train: FSDP needs version 2 (accelerate launch --fsdp_version 2, or FSDP_VERSION=2)")
     torch.manual_seed(seed + accelerator.process_index)
     module.train()
+    history = History(processes=accelerator.num_processes)
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
-    pick, history = Order(len(rows), seed), History()
+    pick = Order(len(rows), seed)
     start = history.resumed_at = resume(accelerator, folder)
     first_loss, begun = math.inf, time.perf_counter()
     since, tokens = begun, 0

@@ -37,7 +37,9 @@ def data():
 
 
 def build(name, *overrides):
-    return config.build_settings(config.compose_all([f"method={name}", "hardware=cpu", *QUICK.get(name, []), *overrides])[0]).method
+    return config.build_settings(
+        config.compose_all([f"method={name}", "hardware=cpu", *QUICK.get(name, []), *overrides])[0]
+    ).method
 
 
 def sparse_model(method, fit, tmp_path):

@@ -12,7 +12,9 @@ from sparsebench.modules.neuron_sparse import NeuronSparseFFN, ffn_path, neuron_
 from tests.conftest import tiny_model
 from tests.test_teal import work
 
-CPU_KERNELS = [n for n in kernels.names() if kernels.device_of(n) != "cuda" and hasattr(kernels.load(n), "neuron_sparse_ffn")]
+CPU_KERNELS = [
+    n for n in kernels.names() if kernels.device_of(n) != "cuda" and hasattr(kernels.load(n), "neuron_sparse_ffn")
+]
 
 
 def ffn_of(kind="llama", activation=None, kernel=None, **arguments):
@@ -188,5 +190,7 @@ def test_neuron_norms_are_those_of_the_outputs(kind):
     last = model.get_submodule(block.sites["down" if kind == "llama" else "fc2"].path)
     norms = neuron_norms(model, block)
     x1 = torch.randn(len(norms), generator=torch.Generator().manual_seed(2))
-    explicit = torch.stack([product(last, x1 * torch.nn.functional.one_hot(torch.tensor(i), len(x1))).norm() for i in range(len(x1))])
+    explicit = torch.stack(
+        [product(last, x1 * torch.nn.functional.one_hot(torch.tensor(i), len(x1))).norm() for i in range(len(x1))]
+    )
     torch.testing.assert_close(norms * x1.abs(), explicit, rtol=1e-5, atol=1e-6)

@@ -118,7 +118,10 @@ def test_search_reaches_the_ratio(increase, memorising):
     found = neurons.search(model, rows, 8, settings(increase=increase, tokens=200))
     assert found["reached"]
     assert found["ratio"] == pytest.approx(1 + increase / 100, abs=1e-3)
-    by_hand = {i: (e, last_map(model, b).weight.norm(dim=0)) for i, (b, e) in enumerate(zip(find_blocks(model), found["epsilon"], strict=True))}
+    by_hand = {
+        i: (e, last_map(model, b).weight.norm(dim=0))
+        for i, (b, e) in enumerate(zip(find_blocks(model), found["epsilon"], strict=True))
+    }
 
     def off(layer, x1):
         epsilon, norms = by_hand[layer]

@@ -46,6 +46,7 @@ def test_two_processes_are_one(sparsebench, tmp_path, arguments):
     )  # fmt: skip
     assert both.returncode == 0, both.stderr
     one, two = record_of(alone, tmp_path), record_of(both, tmp_path / "both")
+    assert (one["extra"]["processes"], two["extra"]["processes"]) == (1, 2)
     curves = [[(r["fit/loss"], r["fit/penalty"]) for r in found["extra"]["training"]] for found in (one, two)]
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
     assert one["fit"]["tokens"] == two["fit"]["tokens"] == STEPS * 8 * 32
@@ -82,7 +83,9 @@ def test_killed_three_times_ends_with_the_same_weights(sparsebench, tmp_path, ar
         kill_at([*arguments, "output_dir=outputs"], folder, step)
         time.sleep(0.5)
         assert not list((folder / "outputs").rglob("result.json"))
-    last = subprocess.run([COMMAND, *arguments, "output_dir=outputs"], cwd=folder, capture_output=True, text=True, timeout=300)
+    last = subprocess.run(
+        [COMMAND, *arguments, "output_dir=outputs"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
     assert last.returncode == 0, last.stderr
     found = record_of(last, folder)
     # a checkpoint may have been finished between the logged step and the signal

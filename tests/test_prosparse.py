@@ -1,5 +1,7 @@
 """ProSparse: the paper's numbers, and each faithfulness check of its specification."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,9 +35,9 @@ def test_schedule_of_the_7b_run():
     for step, value in at.items():
         assert stage_lambda(step, T7B, L7B) == pytest.approx(value, abs=1e-6), step
     rising = [stage_lambda(t, T7B, L7B) for t in range(1, 16501)]
-    assert all(a <= b + 1e-15 for a, b in zip(rising, rising[1:], strict=False))
+    assert all(a <= b + 1e-15 for a, b in itertools.pairwise(rising))
     for end in T7B[1:]:
-        steepest = max(b - a for a, b in zip(rising[6000:], rising[6001:], strict=False))
+        steepest = max(b - a for a, b in itertools.pairwise(rising[6000:]))
         assert abs(stage_lambda(end, T7B, L7B) - stage_lambda(end - 1, T7B, L7B)) < 0.01 * steepest
 
 
@@ -139,10 +141,10 @@ def test_threshold_is_an_operating_point(tmp_path):
 def test_conversion_to_model_wide():
     """Check 9 and metrics.md: 89.32 % on x1 is 39.8 % of a LLaMA2-7B block, FFN work 40.5 %; 13B at 88.80 %: 39.6 %."""
     for d, f, share, expected in ((4096, 11008, 0.8932, 39.8), (5120, 13824, 0.8880, 39.6)):
-        weights = {r: d * d for r in "qkvo"} | {r: d * f for r in ("gate", "up", "down")}
+        weights = dict.fromkeys("qkvo", d * d) | dict.fromkeys(("gate", "up", "down"), d * f)
         shares = dict.fromkeys(weights, 0.0) | {"up": share, "down": share}
         assert 100 * sparsity.model_wide(shares, weights) == pytest.approx(expected, abs=0.05)
-    assert (1 + 2 * (1 - 0.8932)) / 3 == pytest.approx(0.405, abs=5e-4)
+    assert pytest.approx(0.405, abs=5e-4) == (1 + 2 * (1 - 0.8932)) / 3
 
 
 def test_weights_travel_through_the_state(tmp_path):

@@ -157,7 +157,9 @@ class ProSparse:
             self.set_threshold(module, threshold)
             quality, counters = evaluate.language_quality(module, data.dev, self.dev_sequences, work.batch_size)
             shares = [
-                s.sparsity for name, s in sparsity.summarise(module, counters).items() if name.endswith((".down", ".fc2"))
+                s.sparsity
+                for name, s in sparsity.summarise(module, counters).items()
+                if name.endswith((".down", ".fc2"))
             ]
             row = {"threshold": threshold, "perplexity": quality["perplexity"], "sparsity": sum(shares) / len(shares)}
             table.append(row)

@@ -50,9 +50,13 @@ class TopKSparsity:
     def __post_init__(self):
         problems = []
         if self.variant == "stat" and self.activation == "relu2":
-            problems.append("activation must be one of relu, silu, gelu, gelu_pytorch_tanh with variant=stat, got relu2")
+            problems.append(
+                "activation must be one of relu, silu, gelu, gelu_pytorch_tanh with variant=stat, got relu2"
+            )
         if self.variant == "stat" and self.block:
-            problems.append(f"block must be null with variant=stat (its threshold is of the whole token), got {self.block}")
+            problems.append(
+                f"block must be null with variant=stat (its threshold is of the whole token), got {self.block}"
+            )
         if self.group == "layer" and (self.variant != "lazy" or self.block):
             problems.append("group=layer needs variant=lazy and block=null")
         if self.rescale and self.variant != "qsparse":
@@ -114,7 +118,9 @@ class TopKSparsity:
                 elif isinstance(linear, nn.Linear):
                     sparse = TopKTraining(linear, self.k(size), backward=self.backward, **options)
                 else:
-                    raise ValueError(f"method.variant=qsparse trains models of nn.Linear maps, got {type(linear).__name__}")
+                    raise ValueError(
+                        f"method.variant=qsparse trains models of nn.Linear maps, got {type(linear).__name__}"
+                    )
                 held.append((sparse, size))
                 replace(module, site.path, sparse)
         return held

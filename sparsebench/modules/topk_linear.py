@@ -44,7 +44,9 @@ class TopKTraining(nn.Linear):
 class TopKLinear(InputSparseLinear):
     """The map in use: as InputSparseLinear, with the k largest |x_i| of each token (or block) instead of a threshold."""
 
-    def __init__(self, linear, site: str, count: int, *, block=None, rescale=False, prompt="all", kernel="masked_dense"):
+    def __init__(
+        self, linear, site: str, count: int, *, block=None, rescale=False, prompt="all", kernel="masked_dense"
+    ):
         super().__init__(linear, site, 0.0, prompt=prompt, kernel=kernel)
         self.count, self.block, self.rescale = count, block, rescale
 
