@@ -5,9 +5,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import sparsebench.conf
 import yaml
 
-import sparsebench.conf
 from sparsebench import config
 
 CONF = Path(sparsebench.conf.__path__[0])
