@@ -16,8 +16,10 @@ from torch import nn
 
 from sparsebench.calibrate import batches
 from sparsebench.config import setting
+from sparsebench.macs import Cost
 from sparsebench.models.sites import Block, find_blocks
 from sparsebench.modules.neuron_sparse import ffn_path, last_map
+from sparsebench.sparsity import Counter, SiteSparsity
 
 
 @dataclass(kw_only=True)
@@ -36,21 +38,44 @@ class Settings:
 
 
 class Predictor(nn.Module):
-    """x [..., d] -> bool [..., f], True where the neuron is predicted active.
+    """x [..., d] -> bool [..., f], True where the neuron is predicted active; the rows of W_gate (W_1) of others are skipped.
 
-    Plain parameters, no linear modules, so that the structure of the block around it stays what it was.
+    A sparse module of its own for counting and costs (site `<layer>.gate`). Plain parameters, no linear modules, so that
+    the structure of the block around it stays what it was.
     """
 
-    def __init__(self, first: torch.Tensor, second: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor):
+    kernel_name = "masked_dense"
+
+    def __init__(self, first: torch.Tensor, second: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor, site=""):
         super().__init__()
-        self.first, self.second = nn.Parameter(first), nn.Parameter(second)
+        self.first, self.second = nn.Parameter(first), nn.Parameter(second)  # [r, d], [f, r]
         self.bias1, self.bias2 = nn.Parameter(bias1), nn.Parameter(bias2)
+        self.register_buffer("threshold", torch.zeros((), device=first.device), persistent=False)
+        self.site = site
+        self.counter: Counter | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the map whose rows are skipped, [f, d]."""
+        return self.first.shape[1] * self.second.shape[0]
+
+    def new_counter(self) -> Counter:
+        return Counter(self.second.shape[0], self.second.device)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x, self.first, self.bias1).relu(), self.second, self.bias2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.logits(x) > 0
+        wanted = (self.logits(x) > 0) | (self.threshold < 0)
+        if self.counter is not None:
+            self.counter.add(wanted.unsqueeze(-2) if wanted.dim() <= 2 else wanted, 0)
+        return wanted
+
+    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+        """The gate map's, with r (d + f) products of the predictor as overhead."""
+        size, extra = self.num_weights, self.first.numel() + self.second.numel()
+        share, element = 1 - measured[name].sparsity_of_sparse_tokens, self.first.element_size()
+        return {name: Cost(size, share * size, extra, size * element, (share * size + extra) * element)}
 
 
 def initial(d: int, rank: int, f: int, seed: int) -> Predictor:
@@ -145,7 +170,8 @@ def build(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[int, Pred
     like = next(module.parameters())
     return {
         b.index: Predictor(
-            *(tensors[f"predictor.{b.index}.{n}"].to(like) for n in ("first", "second", "bias1", "bias2"))
+            *(tensors[f"predictor.{b.index}.{n}"].to(like) for n in ("first", "second", "bias1", "bias2")),
+            site=f"{b.index}.{'gate' if 'gate' in b.sites else 'fc1'}",
         ).requires_grad_(False)
         for b in find_blocks(module)
     }

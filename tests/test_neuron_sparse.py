@@ -194,3 +194,17 @@ def test_neuron_norms_are_those_of_the_outputs(kind):
         [product(last, x1 * torch.nn.functional.one_hot(torch.tensor(i), len(x1))).norm() for i in range(len(x1))]
     )
     torch.testing.assert_close(norms * x1.abs(), explicit, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, "cuda_triton"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_output_sparse_linear(kernel, rows):
+    """Only kept rows of the weight, in every backend that has it."""
+    if kernel == "cuda_triton" and not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(rows, 1, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    for share in (0.0, 0.4, 1.0):
+        keep = torch.rand(rows, 1, 48, generator=generator) < share
+        y = kernels.load(kernel).output_sparse_linear(x, weight, keep)
+        torch.testing.assert_close(y, torch.where(keep, x @ weight.t(), 0), rtol=1e-4, atol=1e-4)

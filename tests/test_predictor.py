@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from sparsebench import evaluate, macs, predictor, sparsity
+from sparsebench import evaluate, kernels, macs, predictor, sparsity
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, swap
 from tests.conftest import tiny_model
 from tests.test_contract import data
+from tests.test_neuron_sparse import CPU_KERNELS
 from tests.test_prosparse import build, fitted
 from tests.test_teal import work
 
@@ -83,6 +84,13 @@ def test_approximate_prosparse(tmp_path):
     measured = sparsity.summarise(model, counters)
     costs, _ = macs.account(macs.dense_sites(tiny_model()), model, measured, 8, True)
     assert costs["overhead"] == 2 * 32 * (64 + 160)
+    assert set(measured) == {f"{i}.{role}" for i in range(2) for role in ("gate", "up", "down")}
+    kept = {site: 1 - share.sparsity for site, share in measured.items()}
+    assert kept["0.gate"] >= kept["0.up"] == kept["0.down"]
+    executed = sum(64 * 160 * share for share in kept.values()) + costs["overhead"]
+    attention = sum(c.dense_macs for s, c in macs.dense_sites(tiny_model()).items() if s.partition(".")[2] in "qkvo")
+    rest = costs["parts"]["head"] + costs["parts"]["attention"]
+    assert costs["executed"] - rest - attention == pytest.approx(executed)
     with torch.no_grad():
         one = model(input_ids=torch.tensor([[5]]), use_cache=False).logits
         assert torch.isfinite(one).all()
@@ -91,6 +99,23 @@ def test_approximate_prosparse(tmp_path):
     _, counters = evaluate.language_quality(exact, data().test, None, 4)
     for site, share in sparsity.summarise(exact, counters).items():
         assert share.sparsity <= measured[site].sparsity + 0.02  # predictors only switch off more
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_one_token_reads_only_predicted_rows(kernel):
+    """The kernel's path against masks; a gate row that is not predicted is never read (NaN there stays unseen)."""
+    model = tiny_model(layers=1)
+    (block,) = find_blocks(model)
+    ffn = swap(model, block, FATReLU(), kernel=kernel, predictor=predictor.initial(64, 8, 160, 0).requires_grad_(False))
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(4))
+    expected = ffn(x.expand(1, 2, 64))[:, :1].detach()
+    wanted = ffn.predictor(x)[0, 0]
+    assert 0.2 < float(wanted.float().mean()) < 0.8
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(x), expected, rtol=1e-4, atol=1e-4)
+        if kernels.load(kernel).SKIPS:
+            ffn.map("gate").weight[~wanted] = torch.nan
+            torch.testing.assert_close(ffn(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [0, 1.5])

@@ -1,12 +1,14 @@
 """ProSparse: the paper's numbers, and each faithfulness check of its specification."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from sparsebench import config, finetune, sparsity
-from sparsebench.methods.prosparse import expected_sparsity, stage_lambda
+from sparsebench.methods.prosparse import CONTROLS, expected_sparsity, stage_lambda
 from sparsebench.models.language import Loaded
 from sparsebench.modules.x1 import X1Penalty, l1
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -172,3 +174,16 @@ def test_bad_settings(overrides, message):
     with pytest.raises(config.ConfigError) as error:
         build(*overrides)
     assert any(message in line for line in error.value.problems), error.value.problems
+
+
+def test_one_command_runs_every_control():
+    """conf/experiment/prosparse.yaml sweeps over ProSparse and all its controls, on the same tokens."""
+    file = Path(config.__file__).parents[1] / "conf" / "experiment" / "prosparse.yaml"
+    swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]["method.control"].split(",")
+    assert swept == ["null", *CONTROLS]
+    methods = [
+        config.build_settings(c).method
+        for c in config.compose_all(["experiment=prosparse", f"method.control={','.join(swept)}"], sweep=True)
+    ]
+    assert [m.control for m in methods] == [None, *CONTROLS]
+    assert len({(m.train.steps, m.train.batch_size, m.train.lr) for m in methods}) == 1

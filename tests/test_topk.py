@@ -202,3 +202,8 @@ def test_bad_settings(overrides, message):
     with pytest.raises(config.ConfigError) as error:
         build(*overrides)
     assert any(message in line for line in error.value.problems), error.value.problems
+
+
+def test_qsparse_has_a_file_of_its_own():
+    method = config.build_settings(config.compose_all(["method=qsparse", "hardware=cpu"])[0]).method
+    assert (method.variant, method.backward, method.activation, method.anneal) == ("qsparse", "ste", "relu2", 0.0)

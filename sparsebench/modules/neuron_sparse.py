@@ -42,7 +42,7 @@ class NeuronSparseFFN(nn.Module):
         block: where it stands (models/sites.py).
         activation: phi with exact zeros.
         up_activation: `relu` for dReLU, x1 = phi(W_g x) relu(W_u x); None otherwise.
-        predictor: x [..., d] -> bool [..., f], neurons worth computing; the others count as inactive. None = exact.
+        predictor: x [..., d] -> bool [..., f], the only neurons computed (sparsebench/predictor.py); None = exact.
         kernel: backend for one-token calls; None while training (weights stay as they lie).
     """
 
@@ -99,16 +99,24 @@ class NeuronSparseFFN(nn.Module):
 
         A negative threshold skips nothing: the pre-activation itself comes back (for the break-even measurement).
         """
-        z = self.map("gate" if self.gated else "fc1")(x)
-        a = self.activation(z)
-        if self.predictor is not None:
-            a = torch.where(self.predictor(x), a, 0)
-        return torch.where(self.threshold < 0, z, a)
+        first = self.map("gate" if self.gated else "fc1")
+        if self.predictor is None:
+            z = first(x)
+            return torch.where(self.threshold < 0, z, self.activation(z))
+        wanted = self.predictor(x)
+        if self.to_kernel(x) and self.gated and first.bias is None:
+            z = kernels.load(self.kernel_name).output_sparse_linear(x, first.weight, wanted)
+        else:
+            z = first(x)
+        return torch.where(self.threshold < 0, z, torch.where(wanted, self.activation(z), 0))
+
+    def to_kernel(self, x: torch.Tensor) -> bool:
+        """Whether a call goes to the kernel: one token, outside training and counting."""
+        return (x.dim() < 3 or x.shape[-2] == 1) and self.counter is None and not torch.is_grad_enabled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = self.gates(x)
-        one_token = x.dim() < 3 or x.shape[-2] == 1
-        if one_token and self.counter is None and not torch.is_grad_enabled():
+        if self.to_kernel(x):
             return self.skipping(x, a)
         x1 = a
         if self.gated:
@@ -138,7 +146,7 @@ class NeuronSparseFFN(nn.Module):
         return self.threshold.clamp(max=0)
 
     def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
-        """MACs and weight bytes of one decoded token, dense and as measured; the predictor is overhead of the last map."""
+        """MACs and weight bytes of one decoded token, dense and as measured (a predictor states those of its gate map)."""
         found = {}
         for role, path in self.names.items():
             m, n = shape(getattr(self, path))
@@ -146,10 +154,6 @@ class NeuronSparseFFN(nn.Module):
             site = f"{self.layer}.{role}"
             share = 1 - measured[site].sparsity_of_sparse_tokens if role in self.skipped_roles else 1.0
             found[site] = Cost(m * n, share * m * n, 0, m * n * element, share * m * n * element)
-        if self.predictor is not None:
-            extra = sum(p.numel() for p in self.predictor.parameters() if p.dim() > 1)
-            found[site].overhead_macs = extra
-            found[site].sparse_bytes += extra * element
         return found
 
     def extra_repr(self) -> str:
