@@ -1,7 +1,6 @@
 """ProSparse: the paper's numbers, and each faithfulness check of its specification."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from sparsebench.methods.prosparse import CONTROLS, expected_sparsity, stage_lam
 from sparsebench.models.language import Loaded
 from sparsebench.modules.x1 import X1Penalty, l1
 from tests.conftest import tiny_model, tiny_tokenizer
+from tests.test_config import CONF
 from tests.test_contract import data
 from tests.test_teal import work
 
@@ -178,8 +178,9 @@ def test_bad_settings(overrides, message):
 
 def test_one_command_runs_every_control():
     """conf/experiment/prosparse.yaml sweeps over ProSparse and all its controls, on the same tokens."""
-    file = Path(config.__file__).parents[1] / "conf" / "experiment" / "prosparse.yaml"
-    swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]["method.control"].split(",")
+    swept = yaml.safe_load((CONF / "experiment" / "prosparse.yaml").read_text())["hydra"]["sweeper"]["params"][
+        "method.control"
+    ].split(",")
     assert swept == ["null", *CONTROLS]
     methods = [
         config.build_settings(c).method
