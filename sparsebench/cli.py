@@ -20,7 +20,7 @@ import hydra
 from filelock import FileLock
 from hydra._internal.utils import get_args_parser
 
-from sparsebench import config, env, record
+from sparsebench import config, env, processes, record
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -73,6 +73,8 @@ def finished(configuration: dict) -> dict | None:
 def task(configuration: dict) -> int:
     """One run: answer from its record, or do it in a child process. Returns the exit code."""
     folder, identity = location(configuration)
+    if not processes.first():
+        return follow(configuration, folder / f"rank-{processes.rank()}", identity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -88,6 +90,18 @@ def task(configuration: dict) -> int:
 
     report.show(found, folder / "result.json")
     return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
+
+
+def follow(configuration: dict, folder: Path, identity: str) -> int:
+    """The part of a process that only helps to train: it leaves its log in `folder`, and its record if it failed."""
+    if finished(configuration) is not None:
+        return OK
+    folder.mkdir(parents=True, exist_ok=True)
+    found = isolated(configuration | {"wandb": configuration["wandb"] | {"mode": "disabled"}}, folder, identity)
+    if found["status"] == "finished":
+        (folder / "result.json").unlink()
+        return OK
+    return FAILED
 
 
 def isolated(configuration: dict, folder: Path, identity: str) -> dict:

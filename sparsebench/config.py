@@ -56,12 +56,23 @@ NAME_PATTERN = {"pattern": r"[A-Za-z0-9][A-Za-z0-9._-]*", "pattern_text": "a nam
 
 
 @dataclass(kw_only=True)
+class NeuronMetrics:
+    """Zeros of x1, unions over tokens, CETT and PPL-p% (sparsebench/neurons.py)."""
+
+    enabled: bool
+    increase: float = setting(ge=0)
+    tokens: int = setting(gt=0)
+    aggregate: list[int] = setting(gt=0)
+
+
+@dataclass(kw_only=True)
 class Evaluation:
     """What is evaluated on the held-out split."""
 
     test_sequences: int | None = setting(gt=0)
     dev_sequences: int | None = setting(gt=0)
     batch_size: int = setting(gt=0)
+    neurons: NeuronMetrics
 
 
 @dataclass(kw_only=True)
@@ -254,6 +265,8 @@ def mismatches(settings: Settings) -> list[str]:
         problems.append(
             f"method={method.name} takes models of kind {', '.join(method.kinds)}, got model={model.name} ({model.kind})"
         )
+    if settings.eval.neurons.enabled and model.kind != "language":
+        problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
     for part in (model, dataset, method, settings.hardware):
         problems += part.problems(settings)
     return problems

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, evaluate, macs, measure, sparsity, state
+from sparsebench import config, env, evaluate, macs, measure, neurons, processes, sparsity, state
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -32,6 +33,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     settings = config.build_settings(configuration)
     hardware, method = settings.hardware, settings.method
     hardware.prepare()
+    processes.start(on_cpu=hardware.torch_device.type == "cpu")
     torch.manual_seed(settings.seed)
     record.env = env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
 
@@ -46,6 +48,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     log.info("dense model: evaluating")
     limit, batch = settings.eval.test_sequences, settings.eval.batch_size
     dense_quality, _ = evaluate.language_quality(loaded.module, data.test, limit, batch)
+    dense_neurons = neurons.measure(loaded.module, data, settings.eval) if settings.eval.neurons.enabled else None
     dense_costs = macs.dense_sites(loaded.module)
     dense_bytes = measure.weight_bytes(loaded.module)
     dense = copy.deepcopy(loaded.module) if settings.measure.latency else None
@@ -56,6 +59,10 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    record.extra |= fitted.info.get("extra", {})
+    if not processes.first():
+        return record
+    shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
@@ -68,6 +75,8 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
     record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
+    if settings.eval.neurons.enabled:
+        record.sparsity["neurons"] = {"dense": dense_neurons, "sparse": neurons.measure(sparse, data, settings.eval)}
     skips = measure.skips(sparse, hardware)
     record.macs, record.bytes = macs.account(dense_costs, sparse, measured, settings.measure.context, skips)
     record.memory = {"weight_bytes": measure.weight_bytes(sparse), "dense_weight_bytes": dense_bytes}

@@ -83,20 +83,23 @@ def set_token_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
 
 
 def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteSparsity]:
-    """Counts to shares, per site."""
+    """Counts to shares, per site. A module that skips in several maps at once names them in `sites` (name -> weights)."""
     found = {}
     for site, module in measured_modules(model):
         counter = counters[site]
         kept, channels = int(counter.kept.sum()), counter.kept.numel()
         tokens = counter.sparse_tokens + counter.dense_tokens
         dropped = counter.sparse_tokens * channels - kept
-        found[site] = SiteSparsity(
-            sparsity=dropped / (tokens * channels) if tokens else 0.0,
-            sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels) if counter.sparse_tokens else 0.0,
-            weight=module.num_weights,
-            sparse_tokens=counter.sparse_tokens,
-            dense_tokens=counter.dense_tokens,
-        )
+        for name, weight in getattr(module, "sites", {site: module.num_weights}).items():
+            found[name] = SiteSparsity(
+                sparsity=dropped / (tokens * channels) if tokens else 0.0,
+                sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels)
+                if counter.sparse_tokens
+                else 0.0,
+                weight=weight,
+                sparse_tokens=counter.sparse_tokens,
+                dense_tokens=counter.dense_tokens,
+            )
     return found
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import safetensors
 import torch
-from filelock import FileLock
 from safetensors.torch import save
 
-from sparsebench import config, record
+from sparsebench import config, processes, record
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +53,16 @@ def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict]:
     Returns the state and {seconds, cached}.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        state = read(path)
-        if state is not None:
+    with processes.locked(path.with_suffix(".lock")):
+        state = read(path) if processes.first() else None
+        if processes.agreed(state is not None):
+            state = state or read(path)
             return state, {"seconds": state.info.get("fit_seconds", 0.0), "cached": True}
         start = time.perf_counter()
         state = fit()
         state.info["fit_seconds"] = time.perf_counter() - start
-        write(state, path)
+        if processes.first():
+            write(state, path)
     return state, {"seconds": state.info["fit_seconds"], "cached": False}
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -93,6 +93,7 @@ class History:
     rows: list[dict] = field(default_factory=list)
     steps: int = 0
     resumed_at: int = 0
+    processes: int = 1
     seconds: float = 0.0
 
 
@@ -159,14 +160,16 @@ def train(
     seed: int,
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
     penalty: Penalty | None = None,
+    before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     track: Callable[[dict], None] = lambda row: None,
     label: str = "train",
 ) -> History:
     """Train `module` in place on `rows` [N, ...] and return the history; resumes by itself from `folder`.
 
-    loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `after_step(step)` runs
-    after each optimiser step (e.g. to re-apply weight masks). Raises Diverged, naming the step.
+    loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `before_step(step)` and
+    `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Under FSDP
+    the module stays sharded: take its weights with finetune.weights. Raises Diverged, naming the step.
     """
     on_cpu = next(module.parameters()).device.type == "cpu"
     precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
@@ -178,10 +181,13 @@ def train(
             f"train.batch_size={settings.batch_size} must be a multiple of train.micro_batch={settings.micro_batch} "
             f"times {accelerator.num_processes} processes"
         )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("train: FSDP needs version 2 (accelerate launch --fsdp_version 2, or FSDP_VERSION=2)")
     torch.manual_seed(seed + accelerator.process_index)
     module.train()
+    history = History(processes=accelerator.num_processes)
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
-    pick, history = Order(len(rows), seed), History()
+    pick = Order(len(rows), seed)
     start = history.resumed_at = resume(accelerator, folder)
     first_loss, begun = math.inf, time.perf_counter()
     since, tokens = begun, 0
@@ -205,6 +211,8 @@ def train(
 
     with dropping(module, settings.dropout):
         for step in range(start, settings.steps):
+            if before_step is not None:
+                before_step(step)
             rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -236,8 +244,6 @@ def train(
                 checkpoint(accelerator, folder, history.steps)
     history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
-    if wrapped is not module:
-        module.load_state_dict(accelerator.get_state_dict(wrapped))
     module.eval()
     accelerator.free_memory()
     return history

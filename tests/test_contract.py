@@ -13,7 +13,19 @@ from tests.conftest import TEXT, tiny_model, tiny_tokenizer
 from tests.test_teal import work
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(sparsebench.methods.__path__))
-NEUTRAL = {"teal": ["method.sparsity=0"], "dense": []}  # the setting at which a method changes nothing
+NEUTRAL = {  # the setting at which a method changes nothing
+    "teal": ["method.sparsity=0"],
+    "dense": [],
+    "prosparse": ["method.control=continued", "method.train=null"],
+    "topk": ["method.keep=1", "method.activation=null", "method.train=null"],
+}
+QUICK = {  # what makes a method that trains quick enough for these tests
+    "prosparse": [
+        "method.train.steps=3", "method.train.warmup=1", "method.stages=[1,2,3]", "method.lambdas=[0,0.1,1]",
+        "method.predictor.tokens=256", "method.predictor.epochs=2", "method.dev_sequences=4",
+    ],
+    "topk": ["method.train.steps=3", "method.train.warmup=1", "method.probe_sequences=4"],
+}  # fmt: skip
 
 
 def data():
@@ -25,7 +37,9 @@ def data():
 
 
 def build(name, *overrides):
-    return config.build_settings(config.compose_all([f"method={name}", "hardware=cpu", *overrides])[0]).method
+    return config.build_settings(
+        config.compose_all([f"method={name}", "hardware=cpu", *QUICK.get(name, []), *overrides])[0]
+    ).method
 
 
 def sparse_model(method, fit, tmp_path):

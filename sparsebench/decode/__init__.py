@@ -16,6 +16,7 @@ from torch import nn
 from sparsebench.decode.reference import Decoder
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
+from sparsebench.sparsity import measured_modules
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
     except ValueError as error:
         return str(error)
     config, dtype = module.config, next(module.parameters()).dtype
+    for site, sparse in measured_modules(module):
+        if type(sparse) is not InputSparseLinear:
+            return f"it takes maps that drop input channels by a threshold, got {type(sparse).__name__} at {site}"
     if set(blocks[0].sites) != {"q", "k", "v", "o", "gate", "up", "down"}:
         return f"it takes blocks with q, k, v, o, gate, up and down, got {', '.join(blocks[0].sites)}"
     if dtype not in dtypes:

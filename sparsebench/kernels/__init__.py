@@ -58,3 +58,11 @@ def serving(name: str, x: torch.Tensor, weight: torch.Tensor) -> ModuleType:
 def best(device: str) -> str:
     """The preferred backend for a device type."""
     return max((n for n in names() if device_of(n) in (None, device)), key=lambda n: load(n).RANK)
+
+
+def serving(function: str, name: str) -> str:
+    """Backend `name` if it has `function`, else the preferred one of the same device that has it."""
+    if hasattr(load(name), function):
+        return name
+    able = [n for n in names() if device_of(n) in (None, device_of(name)) and hasattr(load(n), function)]
+    return max(able, key=lambda n: load(n).RANK)

@@ -307,3 +307,25 @@ def neuron_sparse_ffn(x, activation, up, down):
         spread(lambda lo, hi: gather(sums, downs, index, values, count, lo, hi), d, VECTOR)
     finish(sums, downs[0, :0], as_numpy(y))
     return y.view(x.shape)
+
+
+def output_sparse_linear(x, weight, keep):
+    """As masked_dense.output_sparse_linear, for up to 8 rows: only rows of the weight that some row keeps are read.
+
+    Raises ValueError for what `unsupported` names.
+    """
+    problem = unsupported(keep.to(weight.dtype), weight.t())
+    if problem or x.dtype != weight.dtype:
+        raise ValueError(problem or f"cpu_numba needs input and weight of one dtype, got {x.dtype}, {weight.dtype}")
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    (m, d), batch = weight.shape, rows.shape[0]
+    index, values = np.empty(m + 1, np.int64), np.empty((batch, m + 1), np.float32)
+    ones, stored = as_numpy(keep.reshape(batch, m).to(weight.dtype).contiguous()), as_numpy(weight)
+    count = compact(ones, np.float32(0), NO_SCALE, index, values)
+    if _pool is None or count * d * stored.itemsize < PARALLEL_BYTES:
+        listed_dots(stored, rows, index, values, 0, count)
+    else:
+        spread(lambda lo, hi: listed_dots(stored, rows, index, values, lo, hi), count, 1)
+    y = torch.zeros(batch, m)
+    y.index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
+    return y.to(x.dtype).view(keep.shape)

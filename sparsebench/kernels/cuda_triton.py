@@ -208,3 +208,32 @@ def neuron_sparse_ffn(x, activation, up, down):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = triton_ffn(rows, activation.reshape(-1, activation.shape[-1]).contiguous(), up, down.t())
     return y.view(x.shape)
+
+
+@torch.library.custom_op("sparsebench::triton_rows", mutates_args=())
+def triton_rows(x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """x [rows, n], weight [m, n], keep [rows, m] -> [rows, m]."""
+    rows, m = keep.shape
+    index, values, count = compact(keep.to(x.dtype), torch.zeros((), device=x.device), None)
+    block_k, block_n = 4, min(512, triton.next_power_of_2(x.shape[1]))
+    rows_kernel[(triton.cdiv(m, block_k),)](
+        weight, x, index, values, count, x.shape[1], m, rows, block_k, block_n, num_warps=4
+    )
+    listed = torch.arange(m, device=x.device) < count
+    place = torch.where(listed, index, m).long().expand(rows, m)  # what is not listed goes to a spare column
+    y = torch.zeros(rows, m + 1, device=x.device).scatter_(1, place, torch.where(listed, values, 0))
+    return y[:, :m].to(x.dtype)
+
+
+@triton_rows.register_fake
+def _(x, weight, keep):
+    return x.new_empty(keep.shape)
+
+
+def output_sparse_linear(x, weight, keep):
+    """As masked_dense.output_sparse_linear, for up to 8 rows. Raises ValueError for what it can't serve."""
+    problem = unsupported(x, weight.t())
+    if problem:
+        raise ValueError(problem)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return triton_rows(rows, weight, keep.reshape(len(rows), -1).contiguous()).view(keep.shape)

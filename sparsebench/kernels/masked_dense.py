@@ -43,3 +43,8 @@ def neuron_sparse_ffn(x, activation, up, down):
     x [..., d]; activation a [..., f], exactly 0 where a neuron is inactive; up [f, d]; down [d, f]. Returns [..., d].
     """
     return F.linear(activation * F.linear(x, up), down)
+
+
+def output_sparse_linear(x, weight, keep):
+    """y_j = weight_j . x where keep_j, else 0. x [..., n]; weight [m, n], rows contiguous; keep [..., m] bool."""
+    return torch.where(keep, F.linear(x, weight), 0)

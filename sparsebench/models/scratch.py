@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sparsebench import config, env, evaluate, record
+from sparsebench import config, env, evaluate, processes, record
 from sparsebench.methods import Work
 from sparsebench.train import train
 
@@ -49,8 +48,8 @@ def trained(model, architecture: transformers.PretrainedConfig, work: Work, data
     }
     folder = work.output_dir / "models" / f"{model.name}-{config.digest(shape)[:10]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if (folder / "training.json").exists():
+    with processes.locked(folder.with_suffix(".lock")):
+        if processes.agreed((folder / "training.json").exists()):
             return folder
         log.info("training %s from scratch into %s", model.name, folder)
         tokenizer = byte_bpe((d.text for d in data.fit.documents), architecture.vocab_size)
@@ -68,6 +67,9 @@ def trained(model, architecture: transformers.PretrainedConfig, work: Work, data
             split.name: evaluate.perplexity(module, split.sequences(), work.batch_size)
             for split in (data.dev, data.test)
         }
+        if not processes.first():
+            processes.agreed(True)  # the first one has saved
+            return folder
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         module.to(torch.bfloat16).save_pretrained(partial)
@@ -86,4 +88,5 @@ def trained(model, architecture: transformers.PretrainedConfig, work: Work, data
         record.write_atomic(partial / "training.json", json.dumps(record.plain(facts), indent=1).encode())
         partial.rename(folder)
         shutil.rmtree(checkpoints, ignore_errors=True)
+        processes.agreed(True)
     return folder

@@ -1,0 +1,54 @@
+"""One process or several of one run (torchrun, accelerate launch): they train together, the first one does the rest.
+
+Every process starts the same command. All load and fit; then only the first evaluates, measures and writes. No torch
+before it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def rank() -> int:
+    """This process's number among all of the run, as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    return rank() == 0
+
+
+def start(on_cpu: bool) -> None:
+    """Join the other processes (gloo on CPUs, NCCL on GPUs) and take this process's own GPU; nothing for one process."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=on_cpu)
+
+
+def agreed(value: bool) -> bool:
+    """The first process's `value`, in all of them."""
+    if count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A lock on a file against other runs, held by the first process for all of this run."""
+    if not first():
+        yield
+        return
+    with FileLock(path):
+        yield
