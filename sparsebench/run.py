@@ -56,6 +56,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    record.extra |= fitted.info.get("findings", {})
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
@@ -67,7 +68,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.quality = evaluate.compare(dense_quality, sparse_quality, protocol)
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
-    record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
+    record.sparsity = describe_sparsity(method.requested, measured, dense_costs, sparsity.zero_weights(sparse))
     skips = hardware.skips and bool(measured)
     record.macs, record.bytes = macs.account(dense_costs, sparse, measured, settings.measure.context, skips)
     record.memory = {"weight_bytes": measure.weight_bytes(sparse), "dense_weight_bytes": dense_bytes}
@@ -82,7 +83,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     return record
 
 
-def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict) -> dict:
+def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict, zero_weights: int) -> dict:
     """The record's sparsity section: what was asked for beside what was counted, per site and model-wide."""
     weights = {name: int(cost.dense_macs) for name, cost in dense_costs.items()}
     shares = {name: site.sparsity for name, site in measured.items()}
@@ -94,12 +95,14 @@ def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict
         "requested": requested,
         "model_wide": sparsity.model_wide(zero | shares, weights),
         "model_wide_of_sparse_tokens": sparsity.model_wide(zero | decode, weights),
+        "weights": zero_weights / sum(weights.values()) if weights else 0.0,
         "sparse_token_fraction": tokens.sparse_tokens / total if total else 0.0,
         "per_site": {
             name: dataclasses.asdict(measured[name]) if name in measured else {"sparsity": 0.0, "weight": weight}
             for name, weight in weights.items()
         },
-        "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps",
+        "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps; "
+        "`weights`: share of the block maps' weights that are 0",
     }
 
 
