@@ -13,7 +13,15 @@ from tests.conftest import TEXT, tiny_model, tiny_tokenizer
 from tests.test_teal import work
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(sparsebench.methods.__path__))
-NEUTRAL = {"teal": ["method.sparsity=0"], "dense": []}  # the setting at which a method changes nothing
+NEUTRAL = {  # the setting at which a method changes nothing
+    "cats": ["method.sparsity=0"],
+    "dense": [],
+    "duogpt": ["method.sparsity=0", "method.weight_sparsity=0", "method.alpha=0"],
+    "larosa": ["method.sparsity=0"],
+    "rsparse": ["method.sparsity=0", "method.rho=1"],
+    "teal": ["method.sparsity=0"],
+    "wina": ["method.sparsity=0", "method.rotate=false"],
+}
 
 
 def data():

@@ -77,16 +77,18 @@ class Larosa:
         unit = self.sparsity * sum(sizes.values()) / sum(sizes[r] * weights[r] for r in sizes)
         found = {role: unit * weight for role, weight in weights.items()}
         if max(found.values()) >= 1:
-            raise ValueError(f"method.tilt={self.tilt} at sparsity={self.sparsity} asks for {max(found.values()):.2f} of a map")
+            raise ValueError(
+                f"method.tilt={self.tilt} at sparsity={self.sparsity} asks for {max(found.values()):.2f} of a map"
+            )
         return found
 
     def apply(self, module, state: State, work: Work):
-        """Rotate, then keep the largest inputs of every token."""
+        """Rotate, then keep the largest inputs of every token; at sparsity 0 there is nothing to rotate for."""
+        if self.sparsity == 0:
+            return module
         blocks = find_blocks(module)
         keys = [(b.index, g) for b in blocks for g in rotated_norm.GROUPS]
         rotated_norm.rotate(module, blocks, {key: state.tensors["basis.{}.{}".format(*key)] for key in keys})
-        if self.sparsity == 0:
-            return module
         for block in blocks:
             for role, share in self.shares(module, block).items():
                 site = block.sites[role]

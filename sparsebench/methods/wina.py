@@ -119,7 +119,9 @@ def bases_of(module: torch.nn.Module, blocks: list[Block]) -> dict[tuple[int, st
         for group, roles in BASIS_OF.items():
             role = next((r for r in roles if r in block.sites), None)
             if role is None:
-                raise ValueError(f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}")
+                raise ValueError(
+                    f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}"
+                )
             weight = rotated_norm.folded(module, block, role)
             found[block.index, group] = rotated_norm.principal_basis(weight.T @ weight).float().cpu()
     return found

@@ -66,7 +66,7 @@ def principal_basis(gram: torch.Tensor) -> torch.Tensor:
 def rotate(model: nn.Module, blocks: list[Block], bases: dict[tuple[int, str], torch.Tensor]) -> None:
     """Fold the norms of `blocks` and rotate what they hand on, in place; bases: Q by (layer, group). fp64, cast at the end."""
     for block in blocks:
-        for group, path in norms(model, block).items():
+        for group in norms(model, block):
             basis = bases[block.index, group].double()
             for role, site in block.sites.items():
                 if site.group == group:
