@@ -307,7 +307,9 @@ def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     """The axes that the chosen experiment sweeps by itself (hydra.sweeper.params) and the command line leaves alone."""
     chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override()]
     try:
-        params = compose("config", overrides=[o.input_line for o in chosen], return_hydra_config=True).hydra.sweeper.params
+        params = compose(
+            "config", overrides=[o.input_line for o in chosen], return_hydra_config=True
+        ).hydra.sweeper.params
     except (HydraException, OmegaConfBaseException):
         return []  # an unknown experiment: said with the other problems
     named = {o.key_or_group for o in parsed}

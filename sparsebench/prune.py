@@ -113,7 +113,7 @@ def prune_block(W, U, P, cost, columns: slice, rule: Rule) -> None:
         if pattern is not None and rule.sparsity > 0 and j % pattern[1] == 0:
             score = block[:, j : j + pattern[1]].square() * cost[p : p + pattern[1]]
             drop[:, j : j + pattern[1]] = False
-            drop[:, j : j + pattern[1]].scatter_(1, score.argsort(1, stable=True)[:, : pattern[0]], True)
+            drop[:, j : j + pattern[1]].scatter_(1, score.argsort(dim=1, stable=True)[:, : pattern[0]], True)
         w = block[:, j].clone()
         kept = torch.where(drop[:, j], 0, w)
         errors[:, j], before[:, j] = (w - kept) / U[p, p], w
@@ -139,5 +139,5 @@ def magnitude(weight: torch.Tensor, rule: Rule) -> torch.Tensor:
         return weight.clone()
     groups = weight.reshape(len(weight), -1, pattern[1])
     drop = torch.zeros_like(groups, dtype=torch.bool)
-    drop.scatter_(-1, groups.abs().argsort(-1, stable=True)[..., : pattern[0]], True)
+    drop.scatter_(-1, groups.abs().argsort(dim=-1, stable=True)[..., : pattern[0]], True)
     return torch.where(drop, 0, groups).view(weight.shape)

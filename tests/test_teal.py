@@ -16,7 +16,7 @@ from sparsebench.methods.teal import Teal, signed_quantile
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear
-from tests.conftest import TEXT, tiny_model, tiny_tokenizer
+from tests.conftest import tiny_model
 
 
 def method(**changes) -> Teal:
@@ -29,27 +29,6 @@ def work(tmp_path) -> Work:
     hardware: Hardware = config.build(node, "hardware", [])
     hardware.prepare()
     return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)
-
-
-class Rows:
-    """A split of fixed windows."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows, self.sequence_length = rows, rows.shape[1]
-
-    def sequences(self, limit=None):
-        return self.rows[:limit]
-
-
-@pytest.fixture
-def data():
-    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
-
-    class Data:
-        fit, dev, test = Rows(windows[:64]), Rows(windows[64:80]), Rows(windows[80:120])
-
-    return Data
 
 
 def fitted(teal, data, tmp_path, kind="llama"):

@@ -30,7 +30,7 @@ class RotatedNorm(nn.Module):
         self.rotation = nn.Parameter(rotation.to(weight.device, weight.dtype), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        h = hidden.float()
+        h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return h.to(hidden.dtype) @ self.rotation
 
