@@ -19,6 +19,7 @@ from sparsebench.calibrate import batches
 from sparsebench.config import setting
 from sparsebench.kernels.masked_dense import kept
 from sparsebench.models.sites import Block
+from sparsebench.state import State
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +33,41 @@ class Greedy:
     error_tokens: float = setting(gt=0, le=1)  # share of each sequence, at its end, over which the error is taken
 
 
+ALLOCATIONS = ("uniform", "greedy")
+
+
+def check(method: Any) -> None:
+    """Raise ValueError where a method's `sparsity` lies beyond the end of its greedy search."""
+    if method.allocation == "greedy" and method.sparsity > method.greedy.stop:
+        raise ValueError(f"sparsity must be at most method.greedy.stop={method.greedy.stop}, got {method.sparsity}")
+
+
+def shares(method: Any, state: State, block: Block) -> dict[str, float]:
+    """Sparsity of each role of a block at a method's `sparsity` and `allocation`."""
+    if method.allocation == "uniform":
+        return dict.fromkeys(block.sites, method.sparsity)
+    return {role: min(p, 1.0) for role, p in table_of(state, block.index).nearest(method.sparsity).items()}
+
+
 @contextmanager
 def masked(model: nn.Module, block: Block, thresholds: dict[str, float], scales: dict[str, Any]) -> Iterator[None]:
     """Mask the inputs of a block's maps by role while the context lasts; a threshold of 0 leaves a map alone."""
 
-    def mask(role: str):
-        def hook(_, args):
-            return (torch.where(kept(args[0], thresholds[role], scales.get(role)), args[0], 0),)
+    def rule(role: str):
+        return lambda x: torch.where(kept(x, thresholds[role], scales.get(role)), x, 0)
 
-        return hook
+    with changed(model, block, {role: rule(role) for role, threshold in thresholds.items() if threshold > 0}):
+        yield
 
+
+@contextmanager
+def changed(model: nn.Module, block: Block, rules: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Replace the input x of a block's maps by rule(x), by role, while the context lasts."""
     hooks = [
-        model.get_submodule(block.sites[role].path).register_forward_pre_hook(mask(role))
-        for role, threshold in thresholds.items()
-        if threshold > 0
+        model.get_submodule(block.sites[role].path).register_forward_pre_hook(
+            lambda _, args, rule=rule: (rule(args[0]), *args[1:])
+        )
+        for role, rule in rules.items()
     ]
     try:
         yield
@@ -158,6 +180,51 @@ def greedy(
             if progress is not None:
                 progress(block.index + 1, len(blocks))
     return tables
+
+
+def add_tables(
+    method: Any,
+    state: State,
+    model: nn.Module,
+    blocks: list[Block],
+    sequences: torch.Tensor,
+    work: Any,
+    threshold: Callable[[Any, float], float],
+    scales: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Search every block where the method's `allocation` is greedy, and keep the tables in its state.
+
+    threshold(site, p) gives t; scales: c by site name.
+    """
+    if method.allocation != "greedy":
+        return
+    tables = greedy(
+        model,
+        blocks,
+        sequences,
+        lambda layer, role, p: threshold(blocks[layer].sites[role], p),
+        method.greedy,
+        batch_size=work.batch_size,
+        scales={
+            (s.layer, s.role): scales[s.name] for b in blocks for s in b.sites.values() if s.name in (scales or {})
+        },
+        progress=lambda done, total: work.log({"fit/greedy_blocks_done": done, "fit/greedy_blocks": total}),
+    )
+    for block, table in zip(blocks, tables, strict=True):
+        keep_table(state, block.index, table)
+
+
+TABLE = ("effective", "greedy_error", "uniform_error", "sparsity")
+
+
+def keep_table(state: State, layer: int, table: Table) -> None:
+    state.info.setdefault("roles", table.roles)
+    for name in TABLE:
+        state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
+
+
+def table_of(state: State, layer: int) -> Table:
+    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE))
 
 
 def search(block: Block, model: nn.Module, error: Callable[[dict[str, float]], float], settings: Greedy) -> Table:

@@ -1,4 +1,7 @@
-"""Calibration: one dense pass over fit text with observers at chosen maps, and histograms that never keep activations."""
+"""Calibration: one dense pass over fit text with observers at chosen maps, and histograms that never keep activations.
+
+Threshold methods share `collect` (the pass) and `threshold` (a quantile of what it left in the state).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+
+from sparsebench.models.sites import Block, Site
+from sparsebench.state import State
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,53 @@ def quantile(first: int, counts: torch.Tensor, p: float) -> float:
     share = (target - below) / float(counts[index])
     low, high = float(edges[index]), float(edges[index + 1])
     return low + share * ((high if math.isfinite(high) else low) - low)
+
+
+def collect(
+    module: nn.Module,
+    blocks: list[Block],
+    sequences: torch.Tensor,
+    batch_size: int,
+    scales: dict[str, torch.Tensor] | None = None,
+) -> State:
+    """Histograms of |x| per tensor of each block and, for the sites in `scales` (by name, c [n]), of |x| c per map.
+
+    Tensors `hist.<layer>.<group>` and `hist.<layer>.<role>`: int64 counts, their first bin in info.
+    """
+    device = next(module.parameters()).device
+    histograms: dict[str, AbsHistogram] = {}
+    observers: dict[str, Callable[[torch.Tensor], None]] = {}
+    scales = scales or {}
+
+    def observer(plain: AbsHistogram | None, scaled: AbsHistogram | None, scale: torch.Tensor | None):
+        def see(x: torch.Tensor) -> None:
+            if plain is not None:
+                plain.add(x)
+            if scaled is not None:
+                scaled.add(x.float() * scale.float())
+
+        return see
+
+    for block in blocks:
+        for site in block.sites.values():
+            name, plain, scaled = f"hist.{block.index}.{site.group}", None, None
+            if name not in histograms:
+                plain = histograms[name] = AbsHistogram(device)
+            if site.name in scales:
+                scaled = histograms[f"hist.{site.name}"] = AbsHistogram(device)
+            if plain is not None or scaled is not None:
+                observers[site.path] = observer(plain, scaled, scales.get(site.name))
+    observe(module, sequences, observers, batch_size)
+    state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
+    for name, histogram in histograms.items():
+        state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
+    return state
+
+
+def threshold(state: State, site: Site, p: float, scaled: bool = False) -> float:
+    """t with P(score <= t) = p at a site, from what `collect` left; the score is |x|, or |x| c where `scaled`."""
+    name = f"hist.{site.name}" if scaled else f"hist.{site.layer}.{site.group}"
+    return quantile(state.info["first_bin"][name], state.tensors[name], p)
 
 
 def observe(

@@ -301,6 +301,7 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
         parsed += OverridesParser.create().parse_overrides([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"])
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        parsed += swept_by_experiment(parsed) if sweep else []
         choices = [alternatives(override, sweep, problems) for override in parsed]
         groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
         values = [o for o in parsed if not is_group(o)]
@@ -320,6 +321,20 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
             return [to_dict(compose("config", overrides=list(c))) for c in itertools.product(*choices)]
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def swept_by_experiment(parsed: list[Override]) -> list[Override]:
+    """The axes that the chosen experiment sweeps by itself (hydra.sweeper.params) and the command line leaves alone."""
+    chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override()]
+    try:
+        params = compose(
+            "config", overrides=[o.input_line for o in chosen], return_hydra_config=True
+        ).hydra.sweeper.params
+    except (HydraException, OmegaConfBaseException):
+        return []  # an unknown experiment: said with the other problems
+    named = {o.key_or_group for o in parsed}
+    texts = [f"{key}={value}" for key, value in (params or {}).items() if key not in named]
+    return OverridesParser.create().parse_overrides(texts)
 
 
 def is_group(override: Override) -> bool:
@@ -404,11 +419,11 @@ def digest(content: Any) -> str:
 
 
 def local_files(config: Any) -> dict[str, list]:
-    """Size and modification time of the files that `path` and `histograms` keys point to: other content, other run."""
+    """Size and modification time of the files that `path`, `histograms` and `rho_file` keys point to: other content, other run."""
     found = {}
     if isinstance(config, dict):
         for key, value in config.items():
-            if key in ("path", "histograms") and isinstance(value, str) and Path(value).exists():
+            if key in ("path", "histograms", "rho_file") and isinstance(value, str) and Path(value).exists():
                 root = Path(value)
                 files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
                 found[value] = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

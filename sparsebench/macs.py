@@ -2,7 +2,8 @@
 
 Counted: every linear map of the blocks, the head, attention scores and values at the stated context. Not counted:
 norms, activations, rotary embedding, softmax, the embedding look-up (no products). `overhead` is work the method adds
-(low-rank remainder, predictor, router, rotation); it is part of `sparse`.
+(low-rank remainder, predictor, router, rotation, scaling and selection at one MAC a channel); it is part of `sparse`.
+Where weights are pruned too, `sparse` counts products of a kept input and a nonzero weight; `executed` is what ran.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from sparsebench.models.sites import find_blocks, shape
-from sparsebench.sparsity import SiteSparsity, measured_modules
+from sparsebench.sparsity import SiteSparsity
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Cost:
     overhead_macs: float
     dense_bytes: float
     sparse_bytes: float
+    executed_macs: float | None = None  # by a kernel that skips inputs only; None = sparse_macs
 
 
 def dense_sites(module: nn.Module) -> dict[str, Cost]:
@@ -62,8 +64,9 @@ def account(
     skips what the sparse tokens dropped. With `skips` false (simulated by masks) the executed MACs are the dense ones.
     """
     sites = dict(dense)
-    for name, module in measured_modules(sparse):
-        sites |= module.costs(measured, name)
+    for module in sparse.modules():
+        if hasattr(module, "costs"):
+            sites |= module.costs(measured, module.site)
     head = sparse.get_output_embeddings().weight
     attention = attention_macs(sparse.config, context)
     cache = kv_bytes(sparse.config, context, head.element_size())
@@ -71,10 +74,11 @@ def account(
     sparse_macs = sum(c.sparse_macs + c.overhead_macs for c in sites.values())
     rest, rest_bytes = head.numel() + attention, head.numel() * head.element_size() + cache
     overhead = sum(c.overhead_macs for c in sites.values())
+    skipping = sum(c.sparse_macs if c.executed_macs is None else c.executed_macs for c in sites.values()) + overhead
     macs = {
         "dense": dense_macs + rest,
         "sparse": sparse_macs + rest,
-        "executed": (sparse_macs if skips else dense_macs + overhead) + rest,
+        "executed": (skipping if skips else dense_macs + overhead) + rest,
         "overhead": overhead,
         "unit": f"multiply-accumulates per decoded token, batch 1, context {context}; FLOPs = 2 x MACs",
         "parts": {

@@ -74,7 +74,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.quality = evaluate.compare(dense_quality, sparse_quality, protocol)
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
-    record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
+    record.sparsity = describe_sparsity(method.requested, measured, dense_costs, sparsity.zero_weights(sparse))
     if settings.eval.neurons.enabled:
         record.sparsity["neurons"] = {"dense": dense_neurons, "sparse": neurons.measure(sparse, data, settings.eval)}
     skips = measure.skips(sparse, hardware)
@@ -91,7 +91,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     return record
 
 
-def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict) -> dict:
+def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict, zero_weights: int) -> dict:
     """The record's sparsity section: what was asked for beside what was counted, per site and model-wide."""
     weights = {name: int(cost.dense_macs) for name, cost in dense_costs.items()}
     shares = {name: site.sparsity for name, site in measured.items()}
@@ -103,12 +103,14 @@ def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict
         "requested": requested,
         "model_wide": sparsity.model_wide(zero | shares, weights),
         "model_wide_of_sparse_tokens": sparsity.model_wide(zero | decode, weights),
+        "weights": zero_weights / sum(weights.values()) if weights else 0.0,
         "sparse_token_fraction": tokens.sparse_tokens / total if total else 0.0,
         "per_site": {
             name: dataclasses.asdict(measured[name]) if name in measured else {"sparsity": 0.0, "weight": weight}
             for name, weight in weights.items()
         },
-        "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps",
+        "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps; "
+        "`weights`: share of the block maps' weights that are 0",
     }
 
 

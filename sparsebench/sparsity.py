@@ -53,10 +53,14 @@ class SiteSparsity:
     weight: int  # parameters of the map this input feeds: its weight in model-wide figures
     sparse_tokens: int
     dense_tokens: int
+    kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token
 
 
 def measured_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The sparse modules of a model, by their site name."""
+    """The sparse modules of a model, by their site name.
+
+    A module whose channels belong to several maps (a gated FFN: up and down) names them in `covers`: {site: weights}.
+    """
     for module in model.modules():
         if hasattr(module, "counter") and hasattr(module, "site"):
             yield module.site, module
@@ -90,7 +94,7 @@ def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteS
         kept, channels = int(counter.kept.sum()), counter.kept.numel()
         tokens = counter.sparse_tokens + counter.dense_tokens
         dropped = counter.sparse_tokens * channels - kept
-        for name, weight in getattr(module, "sites", {site: module.num_weights}).items():
+        for name, weight in getattr(module, "covers", {site: module.num_weights}).items():
             found[name] = SiteSparsity(
                 sparsity=dropped / (tokens * channels) if tokens else 0.0,
                 sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels)
@@ -99,8 +103,27 @@ def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteS
                 weight=weight,
                 sparse_tokens=counter.sparse_tokens,
                 dense_tokens=counter.dense_tokens,
+                kept_nonzeros=kept_nonzeros(module, counter),
             )
     return found
+
+
+def kept_nonzeros(module: nn.Module, counter: Counter) -> float | None:
+    """Nonzero weights in kept channels, exact mean per sparse token; None for modules that aren't linear maps.
+
+    Where weights are dense this is (1 - sparsity) m n; where they are pruned too, it is what both sparsities leave.
+    """
+    if not getattr(module, "is_linear_map", False):
+        return None
+    nonzeros = (module.weight != 0).sum(0)  # per input channel
+    if not counter.sparse_tokens:
+        return float(nonzeros.sum())
+    return int((counter.kept * nonzeros.to(counter.kept.device)).sum()) / counter.sparse_tokens
+
+
+def zero_weights(model: nn.Module) -> int:
+    """Weights that are exactly 0 in the sparse linear maps of a model (weight sparsity, apart from that of inputs)."""
+    return sum(int((m.weight == 0).sum()) for m in model.modules() if getattr(m, "is_linear_map", False))
 
 
 def model_wide(shares: dict[str, float], weights: dict[str, int]) -> float:

@@ -120,6 +120,28 @@ def model_folder(tmp_path_factory):
     return make
 
 
+class Rows:
+    """A split of fixed windows."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows, self.sequence_length = rows, rows.shape[1]
+
+    def sequences(self, limit=None):
+        return self.rows[:limit]
+
+
+@pytest.fixture
+def data():
+    """Fit, dev and test windows of 32 tokens for the tiny models."""
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+
+    class Data:
+        fit, dev, test = Rows(windows[:64]), Rows(windows[64:80]), Rows(windows[80:120])
+
+    return Data
+
+
 @pytest.fixture
 def shared_data():
     """The folder of real inputs; tests that need it are skipped, visibly, where it is absent."""

@@ -127,3 +127,18 @@ def test_identity_follows_the_content_of_local_files(tmp_path):
 def test_canonical_form():
     assert config.digest({"a": 1, "b": [1.0, True]}) == config.digest({"b": [1, True], "a": 1.0})
     assert config.digest({"a": True}) != config.digest({"a": 1})
+
+
+def test_an_experiment_brings_its_own_sweep():
+    """`-m experiment=training_free` is a whole table; an axis named on the command line replaces the experiment's."""
+    found = config.compose_all(["experiment=training_free"], sweep=True)
+    axes = {(c["method"]["name"], c["method"]["sparsity"], c["seed"]) for c in found}
+    assert len(found) == len(axes) == 10 * 4 * 3
+    narrowed = config.compose_all(["experiment=training_free", "seed=4", "method=teal,wina"], sweep=True)
+    assert {(c["method"]["name"], c["seed"]) for c in narrowed} == {("teal", 4), ("wina", 4)} and len(narrowed) == 8
+    assert {c["method"]["calibration_tokens"] for c in found} == {20480} and {c["method"]["prompt"] for c in found} == {
+        "all"
+    }
+    assert len(config.compose_all(["experiment=training_free"])) == 1
+    with pytest.raises(config.ConfigError, match="experiment must be one of"):
+        config.compose_all(["experiment=training_fre"], sweep=True)

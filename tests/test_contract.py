@@ -18,6 +18,11 @@ NEUTRAL = {  # the setting at which a method changes nothing
     "dense": [],
     "prosparse": ["method.control=continued", "method.train=null"],
     "topk": ["method.keep=1", "method.activation=null", "method.train=null"],
+    "cats": ["method.sparsity=0"],
+    "duogpt": ["method.sparsity=0", "method.weight_sparsity=0", "method.alpha=0"],
+    "larosa": ["method.sparsity=0"],
+    "rsparse": ["method.sparsity=0", "method.rho=1"],
+    "wina": ["method.sparsity=0", "method.rotate=false"],
 }
 QUICK = {  # what makes a method that trains quick enough for these tests
     "prosparse": [

@@ -8,15 +8,15 @@ import transformers
 from safetensors.torch import load_file
 
 from sparsebench import allocate, config, evaluate, sparsity, state
-from sparsebench.allocate import Greedy, search
+from sparsebench.allocate import Greedy, search, table_of
 from sparsebench.calibrate import observe
 from sparsebench.hardware import Hardware
 from sparsebench.methods import Work
-from sparsebench.methods.teal import Teal, signed_quantile, table_of
+from sparsebench.methods.teal import Teal, signed_quantile
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear
-from tests.conftest import TEXT, tiny_model, tiny_tokenizer
+from tests.conftest import tiny_model
 
 
 def method(**changes) -> Teal:
@@ -29,27 +29,6 @@ def work(tmp_path) -> Work:
     hardware: Hardware = config.build(node, "hardware", [])
     hardware.prepare()
     return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)
-
-
-class Rows:
-    """A split of fixed windows."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows, self.sequence_length = rows, rows.shape[1]
-
-    def sequences(self, limit=None):
-        return self.rows[:limit]
-
-
-@pytest.fixture
-def data():
-    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
-
-    class Data:
-        fit, dev, test = Rows(windows[:64]), Rows(windows[64:80]), Rows(windows[80:120])
-
-    return Data
 
 
 def fitted(teal, data, tmp_path, kind="llama"):
@@ -90,9 +69,7 @@ def test_calibration_sparsity_per_tensor_within_a_point(data, tmp_path):
     for p in (0.25, 0.5, 0.9):
         shares.clear()
         observers = {
-            s.path: watch(s.name, teal.threshold(fit, s.layer, s.group, p))
-            for b in find_blocks(model)
-            for s in b.sites.values()
+            s.path: watch(s.name, teal.threshold(fit, s, p)) for b in find_blocks(model) for s in b.sites.values()
         }
         observe(model, data.fit.sequences(), observers, 8)
         assert len(shares) == 14
@@ -115,8 +92,8 @@ def test_threshold_does_not_decrease_in_p(data, tmp_path):
     """Check 4."""
     teal = method()
     _, fit = fitted(teal, data, tmp_path)
-    for group in ("attn_in", "attn_out", "mlp_in", "mlp_mid"):
-        found = [teal.threshold(fit, 1, group, p / 50) for p in range(50)]
+    for site in find_blocks(tiny_model())[1].sites.values():
+        found = [teal.threshold(fit, site, p / 50) for p in range(50)]
         assert found == sorted(found)
 
 
@@ -278,10 +255,10 @@ def test_published_histograms_and_tables_are_read(shared_data, tmp_path):
         table = table_of(fit, layer)
         assert float(table.effective[0]) == pytest.approx(0.05 / 12.0625, rel=1e-4)
         assert torch.all(table.greedy_error <= table.uniform_error)
-        for group in ("attn_in", "attn_out", "mlp_in", "mlp_mid"):
-            direct = [teal.threshold(fit, layer, group, p) for p in (0.25, 0.5, 0.65, 0.9)]
+        for site in find_blocks(model)[layer].sites.values():
+            direct = [teal.threshold(fit, site, p) for p in (0.25, 0.5, 0.65, 0.9)]
             signed = dataclasses.replace(teal, threshold_rule="signed-hist")
-            official = [signed.threshold(fit, layer, group, p) for p in (0.25, 0.5, 0.65, 0.9)]
+            official = [signed.threshold(fit, site, p) for p in (0.25, 0.5, 0.65, 0.9)]
             assert direct == sorted(direct) and official == sorted(official)
             assert direct == pytest.approx(official, rel=0.1)  # activations are close to symmetric about 0
 

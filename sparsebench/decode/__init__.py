@@ -90,6 +90,8 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
                 return f"it takes no bias at {role}"
             if getattr(linear, "low_rank", None) is not None:
                 return "it takes no low-rank remainder"
+            if getattr(linear, "top_k", None) is not None:
+                return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):
                 return "it takes no norm on queries and keys"
     return None

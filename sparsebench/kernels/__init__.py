@@ -45,24 +45,27 @@ def chain(name: str) -> tuple[ModuleType, ...]:
     return _chains[name]
 
 
-def serving(name: str, x: torch.Tensor, weight: torch.Tensor) -> ModuleType:
-    """The first backend of `chain(name)` that serves x [..., n] with weight [m, n]."""
+def serving(name: str, x: torch.Tensor, weight: torch.Tensor, function: str = "input_sparse_linear") -> ModuleType:
+    """The first backend of `chain(name)` that has `function` and serves x [..., n] with weight [m, n]."""
     for backend in chain(name):
-        if backend.unsupported(x, weight) is None:
+        if hasattr(backend, function) and backend.unsupported(x, weight) is None:
             return backend
     raise ValueError(
         f"no kernel serves input {tuple(x.shape)} {x.dtype} with weight {tuple(weight.shape)} {weight.dtype}"
     )
 
 
+def providing(name: str, function: str) -> ModuleType:
+    """The first backend of `chain(name)` that has `function`."""
+    return next(backend for backend in chain(name) if hasattr(backend, function))
+
+
+def ran(name: str, weight: torch.Tensor, function: str = "input_sparse_linear") -> str:
+    """The name of the backend that serves one token."""
+    row = torch.empty(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return serving(name, row, weight, function).__name__.rpartition(".")[2]
+
+
 def best(device: str) -> str:
     """The preferred backend for a device type."""
     return max((n for n in names() if device_of(n) in (None, device)), key=lambda n: load(n).RANK)
-
-
-def serving(function: str, name: str) -> str:
-    """Backend `name` if it has `function`, else the preferred one of the same device that has it."""
-    if hasattr(load(name), function):
-        return name
-    able = [n for n in names() if device_of(n) in (None, device_of(name)) and hasattr(load(n), function)]
-    return max(able, key=lambda n: load(n).RANK)

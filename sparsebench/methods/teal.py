@@ -16,8 +16,8 @@ import torch
 from sparsebench import allocate, calibrate
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods import Work
-from sparsebench.models.sites import GROUP_OF, Block, find_blocks
-from sparsebench.modules.input_sparse import PROMPT_POLICIES, InputSparseLinear, replace
+from sparsebench.models.sites import Block, Site, find_blocks
+from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
 from sparsebench.state import State
 
 # Tensor names of the official repository's histogram files, by group.
@@ -35,7 +35,7 @@ class Teal:
 
     name: str = setting(**NAME_PATTERN)
     sparsity: float = setting(ge=0, lt=1)
-    allocation: str = setting(choices=("uniform", "greedy"))
+    allocation: str = setting(choices=allocate.ALLOCATIONS)
     prompt: str = setting(choices=PROMPT_POLICIES)
     threshold_rule: str = setting(choices=("abs", "signed-hist"))
     calibration_tokens: int = setting(gt=0)
@@ -53,8 +53,7 @@ class Teal:
             raise ValueError(
                 f"histograms must be a folder with histograms/layer-N/{{mlp,self_attn}}/histograms.pt, got {self.histograms!r}"
             )
-        if self.allocation == "greedy" and self.sparsity > self.greedy.stop:
-            raise ValueError(f"sparsity must be at most method.greedy.stop={self.greedy.stop}, got {self.sparsity}")
+        allocate.check(self)
 
     @property
     def requested(self) -> float:
@@ -71,32 +70,11 @@ class Teal:
         blocks = find_blocks(loaded.module)
         if self.histograms is not None:
             return self.imported(Path(self.histograms), blocks)
-        length = data.fit.sequence_length
-        sequences = data.fit.sequences(max(1, self.calibration_tokens // length))
-        histograms = {
-            (b.index, group): calibrate.AbsHistogram(work.hardware.torch_device)
-            for b in blocks
-            for group in dict.fromkeys(s.group for s in b.sites.values())
-        }
-        first = {(b.index, s.group): s.path for b in reversed(blocks) for s in reversed(list(b.sites.values()))}
-        observers = {first[key]: histogram.add for key, histogram in histograms.items()}
-        calibrate.observe(loaded.module, sequences, observers, work.batch_size)
-        state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
-        for (layer, group), histogram in histograms.items():
-            name = f"hist.{layer}.{group}"
-            state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
-        if self.allocation == "greedy":
-            tables = allocate.greedy(
-                loaded.module,
-                blocks,
-                sequences,
-                lambda layer, role, p: self.threshold(state, layer, GROUP_OF[role], p),
-                self.greedy,
-                batch_size=work.batch_size,
-                progress=lambda done, total: work.log({"fit/greedy_blocks_done": done, "fit/greedy_blocks": total}),
-            )
-            for block, table in zip(blocks, tables, strict=True):
-                keep_table(state, block.index, table)
+        sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
+        state = calibrate.collect(loaded.module, blocks, sequences, work.batch_size)
+        allocate.add_tables(
+            self, state, loaded.module, blocks, sequences, work, lambda site, p: self.threshold(state, site, p)
+        )
         return state
 
     def imported(self, folder: Path, blocks: list[Block]) -> State:
@@ -117,16 +95,16 @@ class Teal:
                 state.tensors[f"{name}.centers"] = content[f"{tensor}_centers"].double()
             if self.allocation == "greedy":
                 table = folder / "lookup" / f"layer-{block.index}" / "results.csv"
-                keep_table(state, block.index, read_lookup(table, list(block.sites)))
+                allocate.keep_table(state, block.index, read_lookup(table, list(block.sites)))
         return state
 
-    def threshold(self, state: State, layer: int, group: str, p: float) -> float:
-        """t for target sparsity p of one tensor; 0 for p = 0."""
+    def threshold(self, state: State, site: Site, p: float) -> float:
+        """t for target sparsity p of the tensor that feeds a site; 0 for p = 0."""
         if p == 0:
             return 0.0
-        name = f"hist.{layer}.{group}"
-        if name in state.tensors:
-            return calibrate.quantile(state.info["first_bin"][name], state.tensors[name], p)
+        if state.info["kind"] == "calibrated":
+            return calibrate.threshold(state, site, p)
+        layer, group = site.layer, site.group
         counts = state.tensors[f"signed.{layer}.{group}.counts"]
         centers = state.tensors[f"signed.{layer}.{group}.centers"]
         if self.threshold_rule == "signed-hist":
@@ -139,18 +117,11 @@ class Teal:
     def apply(self, module, state: State, work: Work):
         """Replace every projection whose sparsity is above 0 by an input-sparse one."""
         for block in find_blocks(module):
-            shares = dict.fromkeys(block.sites, self.sparsity)
-            if self.allocation == "greedy":
-                shares = table_of(state, block.index).nearest(self.sparsity)
-            for role, site in block.sites.items():
-                if shares[role] == 0:
-                    continue
-                threshold = self.threshold(state, block.index, site.group, min(shares[role], 1.0))
-                linear = module.get_submodule(site.path)
-                sparse = InputSparseLinear(
-                    linear, site.name, threshold, prompt=self.prompt, kernel=work.hardware.kernel_name
-                )
-                replace(module, site.path, sparse)
+            for role, share in allocate.shares(self, state, block).items():
+                if share > 0:
+                    site = block.sites[role]
+                    threshold = self.threshold(state, site, share)
+                    swap(module, site, threshold, prompt=self.prompt, kernel=work.hardware.kernel_name)
         return module
 
 
@@ -166,17 +137,6 @@ def signed_quantile(centers: torch.Tensor, counts: torch.Tensor, q: float) -> fl
         return float(centers[min(index, len(counts) - 1)])
     low, high = float(cumulative[index - 1]), float(cumulative[index])
     return float(centers[index - 1] + (target - low) / (high - low) * (centers[index] - centers[index - 1]))
-
-
-def keep_table(state: State, layer: int, table: allocate.Table) -> None:
-    state.info.setdefault("roles", table.roles)
-    for name in ("effective", "greedy_error", "uniform_error", "sparsity"):
-        state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
-
-
-def table_of(state: State, layer: int) -> allocate.Table:
-    names = ("effective", "greedy_error", "uniform_error", "sparsity")
-    return allocate.Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in names))
 
 
 def read_lookup(file: Path, roles: list[str]) -> allocate.Table:

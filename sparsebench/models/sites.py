@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -78,6 +79,11 @@ def shape(module: nn.Module) -> tuple[int, int]:
     """(out features m, in features n) of a linear map, whichever way round its weight is stored."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map as [m, n], a view whichever way round it is stored."""
+    return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

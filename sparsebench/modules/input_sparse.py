@@ -46,13 +46,17 @@ class InputSparseLinear(nn.Module):
         threshold: keep x_i iff |x_i| c_i > threshold (strictly).
         scale: c [n], e.g. column norms; None = 1.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
+        top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, ties included); a negative
+            threshold still keeps all.
         low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None.
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
     """
 
     is_linear_map = True
 
-    def __init__(self, linear, site, threshold, *, scale=None, prompt="all", low_rank=None, kernel="masked_dense"):
+    def __init__(
+        self, linear, site, threshold, *, scale=None, top_k=None, prompt="all", low_rank=None, kernel="masked_dense"
+    ):
         super().__init__()
         transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()
         self.weight = nn.Parameter(transposed.contiguous().t(), requires_grad=False)  # [m, n], n outermost in memory
@@ -62,7 +66,7 @@ class InputSparseLinear(nn.Module):
         self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
         for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
             self.register_buffer(name, factor, persistent=False)
-        self.site, self.prompt, self.kernel_name = site, prompt, kernel
+        self.site, self.top_k, self.prompt, self.kernel_name = site, top_k, prompt, kernel
         self.counter: Counter | None = None
 
     @property
@@ -79,18 +83,21 @@ class InputSparseLinear(nn.Module):
     @property
     def ran(self) -> str:
         """The backend that serves one token."""
-        row = torch.empty(1, 1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-        return kernels.serving(self.kernel_name, row, self.weight).__name__.rpartition(".")[2]
+        return kernels.ran(self.kernel_name, self.weight)
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """bool, the shape of x [..., n]."""
-        return masked_dense.kept(x, self.threshold, self.scale)
+        if self.top_k is None:
+            return masked_dense.kept(x, self.threshold, self.scale)
+        return top_k_kept(x, self.top_k, self.scale) | (self.threshold < 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.shape[-2] if x.dim() > 2 else 1
         if tokens == 1 and self.counter is None:
+            rule = {"threshold": self.threshold, "scale": self.scale}
+            rule = rule if self.top_k is None else {"keep": self.keep(x)}
             return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
-                x, self.weight, self.bias, threshold=self.threshold, scale=self.scale, low_rank=self.low_rank
+                x, self.weight, self.bias, **rule, low_rank=self.low_rank
             )
         dense = dense_prefix(self.prompt, tokens)
         if dense == tokens and self.counter is None:
@@ -103,19 +110,41 @@ class InputSparseLinear(nn.Module):
         return masked_dense.input_sparse_linear(x, self.weight, self.bias, keep=keep, low_rank=self.low_rank)
 
     def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
-        """MACs and weight bytes of one decoded token, dense and as measured."""
+        """MACs and weight bytes of one decoded token, dense and as measured.
+
+        Overhead: r (m + n) of the low-rank part (an upper bound: kept inputs need not pass it), n for a scale and n for
+        a selection.
+        """
         m, n = self.weight.shape
-        share = 1 - measured[name].sparsity_of_sparse_tokens
+        found = measured[name]
+        kept = (1 - found.sparsity_of_sparse_tokens) * m * n
         rank = self.low_rank_a.shape[1] if self.low_rank_a is not None else 0
-        extra, element = rank * (m + n), self.weight.element_size()
-        return {name: Cost(m * n, share * m * n, extra, m * n * element, (share * m * n + extra) * element)}
+        factors, element = rank * (m + n), self.weight.element_size()
+        extra = factors + n * (self.scale is not None) + n * (self.top_k is not None)
+        both = kept if found.kept_nonzeros is None else found.kept_nonzeros
+        return {name: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
 
     def extra_repr(self) -> str:
         m, n = self.weight.shape
-        return f"{self.site}, {n}->{m}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"
+        rule = f"threshold={float(self.threshold):.4g}" if self.top_k is None else f"top_k={self.top_k}"
+        return f"{self.site}, {n}->{m}, {rule}, prompt={self.prompt}"
+
+
+def top_k_kept(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Which entries are among the k largest |x| c of their token: exactly k, ties included. x [..., n] -> bool [..., n]."""
+    score = x.abs() if scale is None else x.abs() * scale
+    chosen = score.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` in the place that `path` names."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def swap(model: nn.Module, site, threshold: float, **rule) -> InputSparseLinear:
+    """Replace the linear map at a site (models/sites.py) by an input-sparse one; `rule` as for InputSparseLinear."""
+    sparse = InputSparseLinear(model.get_submodule(site.path), site.name, threshold, **rule)
+    replace(model, site.path, sparse)
+    return sparse

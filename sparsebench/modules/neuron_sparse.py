@@ -57,7 +57,7 @@ class NeuronSparseFFN(nn.Module):
         self.up_activation, self.predictor = up_activation, predictor
         self.site, self.layer = f"{block.index}.ffn", block.index
         self.counter: Counter | None = None
-        self.kernel_name = kernels.serving("neuron_sparse_ffn", kernel) if kernel else "masked_dense"
+        self.kernel_name = kernel or "masked_dense"
         if kernel:
             self.lay_out()
 
@@ -82,13 +82,13 @@ class NeuronSparseFFN(nn.Module):
         return ("down",) if self.up_activation or self.map("up").bias is not None else ("up", "down")
 
     @property
-    def sites(self) -> dict[str, int]:
+    def covers(self) -> dict[str, int]:
         """Weights of each map that inactive neurons skip, by the name it has in records."""
         return {f"{self.layer}.{role}": self.map(role).weight.numel() for role in self.skipped_roles}
 
     @property
     def num_weights(self) -> int:
-        return sum(self.sites.values())
+        return sum(self.covers.values())
 
     def new_counter(self) -> Counter:
         last = self.map("down" if self.gated else "fc2")
@@ -105,7 +105,9 @@ class NeuronSparseFFN(nn.Module):
             return torch.where(self.threshold < 0, z, self.activation(z))
         wanted = self.predictor(x)
         if self.to_kernel(x) and self.gated and first.bias is None:
-            z = kernels.load(self.kernel_name).output_sparse_linear(x, first.weight, wanted)
+            z = kernels.providing(self.kernel_name, "output_sparse_linear").output_sparse_linear(
+                x, first.weight, wanted
+            )
         else:
             z = first(x)
         return torch.where(self.threshold < 0, z, torch.where(wanted, self.activation(z), 0))
@@ -127,11 +129,26 @@ class NeuronSparseFFN(nn.Module):
             self.counter.add(active.unsqueeze(-2) if active.dim() <= 2 else active, 0)
         return self.map("down" if self.gated else "fc2")(x1)
 
+    @property
+    def last_weight(self) -> torch.Tensor:
+        """[d, f], each neuron contiguous."""
+        last = self.map("down" if self.gated else "fc2")
+        return last.weight.t() if isinstance(last, Conv1D) else last.weight
+
+    @property
+    def function(self) -> str:
+        """The kernel function that serves one token."""
+        return "neuron_sparse_ffn" if "up" in self.skipped_roles else "input_sparse_linear"
+
+    @property
+    def ran(self) -> str:
+        """The backend that serves one token."""
+        return kernels.ran(self.kernel_name, self.last_weight, self.function)
+
     def skipping(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """The rest of a one-token call, by the kernel."""
-        backend = kernels.load(self.kernel_name)
-        last = self.map("down" if self.gated else "fc2")
-        weight = last.weight.t() if isinstance(last, Conv1D) else last.weight
+        weight, last = self.last_weight, self.map("down" if self.gated else "fc2")
+        backend = kernels.serving(self.kernel_name, a, weight, self.function)
         if "up" in self.skipped_roles:
             y = backend.neuron_sparse_ffn(x, a, self.map("up").weight, weight)
             return y if last.bias is None else y + last.bias

@@ -1,0 +1,135 @@
+"""WINA: keep the inputs with the largest |x_i| ||W_:,i||, optionally after making columns orthogonal (arXiv 2505.19427).
+
+Dropping the inputs D costs ||W_D x_D||^2; where the columns of W are orthogonal that is the sum of (x_i c_i)^2 over D,
+so the rule is optimal map by map (Lemma 3.1). The rotation makes them so for k and gate (Algorithm 1): the input of q,
+k, v is expressed in the right singular vectors of W_k, that of gate and up in those of W_gate.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from sparsebench import allocate, calibrate
+from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.methods import Work
+from sparsebench.models.sites import Block, Site, find_blocks, weight_of
+from sparsebench.modules import rotated_norm
+from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
+from sparsebench.state import State
+
+BASIS_OF = {"attn_in": ("k", "qkv"), "mlp_in": ("gate", "gate_up")}  # whose right singular vectors a group gets
+SCALED = {"none": (), "k_gate": ("k", "gate", "qkv", "gate_up")}
+
+
+@dataclass(kw_only=True)
+class Wina:
+    """Settings of WINA; `sparsity`, `selection` and `prompt` can be changed without calibrating again.
+
+    scope=none scores by |x| alone: with rotate=true that is the rotated TEAL of the paper's Table 8.
+    """
+
+    name: str = setting(**NAME_PATTERN)
+    sparsity: float = setting(ge=0, lt=1)
+    selection: str = setting(choices=("top_k", "threshold"))
+    scope: str = setting(choices=("k_gate", "all", "none"))
+    rotate: bool
+    allocation: str = setting(choices=allocate.ALLOCATIONS)
+    prompt: str = setting(choices=PROMPT_POLICIES)
+    calibration_tokens: int = setting(gt=0)
+    greedy: allocate.Greedy
+    kinds: ClassVar = ("language",)
+    operating_point: ClassVar = ("sparsity", "selection", "prompt")
+
+    def __post_init__(self):
+        allocate.check(self)
+
+    @property
+    def requested(self) -> float:
+        return self.sparsity
+
+    def problems(self, settings: Any) -> list[str]:
+        return []
+
+    def scaled(self, site: Site) -> bool:
+        """Whether a site is scored by |x| c."""
+        return self.scope == "all" or site.role in SCALED[self.scope]
+
+    def fit(self, loaded, data, work: Work) -> State:
+        """Bases Q (`basis.<layer>.<group>`), column norms c (`scale.<site>`, taken after folding and rotation),
+        histograms of the scores and, for greedy, its tables: all on the transformed model. The model is left as it was.
+        """
+        module, blocks = loaded.module, find_blocks(loaded.module)
+        sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
+        bases = bases_of(module, blocks) if self.rotate else {}
+        with rotated_norm.rotated(module, blocks, bases) if bases else nullcontext():
+            sites = [s for b in blocks for s in b.sites.values() if self.scaled(s)]
+            scales = {s.name: column_norms(weight_of(module.get_submodule(s.path))) for s in sites}
+            state = calibrate.collect(module, blocks, sequences, work.batch_size, scales)
+            allocate.add_tables(
+                self, state, module, blocks, sequences, work, lambda s, p: self.threshold(state, s, p), scales
+            )
+        state.tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
+        state.tensors |= {f"basis.{layer}.{group}": basis for (layer, group), basis in bases.items()}
+        state.info["extra"] = {"channels_of_k_without_effect": lossless(scales, blocks)} if self.rotate else {}
+        return state
+
+    def threshold(self, state: State, site: Site, p: float) -> float:
+        return 0.0 if p == 0 else calibrate.threshold(state, site, p, self.scaled(site))
+
+    def apply(self, module, state: State, work: Work):
+        """Rotate where asked, then replace every projection whose sparsity is above 0."""
+        blocks = find_blocks(module)
+        if self.rotate:
+            names = [(b.index, g) for b in blocks for g in rotated_norm.GROUPS]
+            rotated_norm.rotate(module, blocks, {key: state.tensors["basis.{}.{}".format(*key)] for key in names})
+        for block in blocks:
+            for role, share in allocate.shares(self, state, block).items():
+                site = block.sites[role]
+                if share == 0:
+                    continue
+                rule = {"prompt": self.prompt, "kernel": work.hardware.kernel_name}
+                if self.scaled(site):
+                    rule["scale"] = state.tensors[f"scale.{site.name}"].to(work.hardware.torch_device)
+                if self.selection == "top_k":
+                    width = weight_of(module.get_submodule(site.path)).shape[1]
+                    swap(module, site, 0.0, top_k=kept_count(width, share), **rule)
+                else:
+                    swap(module, site, self.threshold(state, site, share), **rule)
+        return module
+
+
+def kept_count(width: int, sparsity: float) -> int:
+    """K = floor(n (1 - s)), the number of inputs each token keeps (section 3); a float just below a whole number counts."""
+    return int(width * (1 - sparsity) + 1e-9)
+
+
+def column_norms(weight: torch.Tensor) -> torch.Tensor:
+    """c_i = ||W_:,i||, float32 [n], of a weight [m, n]."""
+    return weight.float().norm(dim=0)
+
+
+def bases_of(module: torch.nn.Module, blocks: list[Block]) -> dict[tuple[int, str], torch.Tensor]:
+    """Q by (layer, group), float32 [n, n]: right singular vectors of W_k and W_gate after the norms are folded."""
+    found = {}
+    for block in blocks:
+        for group, roles in BASIS_OF.items():
+            role = next((r for r in roles if r in block.sites), None)
+            if role is None:
+                raise ValueError(
+                    f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}"
+                )
+            weight = rotated_norm.folded(module, block, role)
+            found[block.index, group] = rotated_norm.principal_basis(weight.T @ weight).float().cpu()
+    return found
+
+
+def lossless(scales: dict[str, torch.Tensor], blocks: list[Block]) -> dict[str, float]:
+    """Share of k's rotated inputs whose column is zero, by site: under grouped queries W_k has fewer rows than columns,
+    so that much sparsity of k costs nothing and should not be counted as found in the activations.
+    """
+    sites = [b.sites["k"] for b in blocks if "k" in b.sites and b.sites["k"].name in scales]
+    return {s.name: float((scales[s.name] < 1e-4 * scales[s.name].max()).float().mean()) for s in sites}

@@ -1,0 +1,99 @@
+"""Gated FFN whose neurons are chosen by the gate: keep neuron i iff |act(x W_g)_i| >= t (CATS, arXiv 2404.08763).
+
+The gate is computed in full; up and down are computed for kept neurons only, so a dropped neuron saves a row of up and a
+column of down.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsebench import kernels
+from sparsebench.macs import Cost
+from sparsebench.models.sites import Block
+from sparsebench.modules.input_sparse import dense_prefix, replace
+from sparsebench.sparsity import Counter, SiteSparsity
+
+
+class GateSparseFFN(nn.Module):
+    """Takes over the maps of a gated FFN.
+
+    Args:
+        ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn.
+        layer: its index; the module counts neurons at the site `<layer>.ffn`, which covers up and down.
+        threshold: keep a neuron iff its gate's magnitude is at least this.
+        prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
+        kernel: backend for one-token calls.
+    """
+
+    def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prompt="all", kernel="masked_dense"):
+        super().__init__()
+        self.gate, self.up, self.activation = ffn.gate_proj, ffn.up_proj, ffn.act_fn
+        down = ffn.down_proj.weight.data
+        self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
+        self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
+        self.layer, self.site, self.prompt, self.kernel_name = layer, f"{layer}.ffn", prompt, kernel
+        self.covers = {f"{layer}.up": self.up.weight.numel(), f"{layer}.down": self.down.numel()}
+        self.counter: Counter | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self.covers.values())
+
+    def new_counter(self) -> Counter:
+        return Counter(self.down.shape[1], self.down.device)
+
+    def keep(self, gates: torch.Tensor) -> torch.Tensor:
+        """bool, the shape of gates act(x W_g) [..., f]."""
+        return gates.abs() >= self.threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.activation(self.gate(x))
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        dense = dense_prefix(self.prompt, tokens)
+        keep = self.keep(gates)
+        if self.counter is not None:
+            self.counter.add(keep.unsqueeze(-2) if x.dim() <= 2 else keep, dense)
+        if dense:
+            keep[..., :dense, :] = True
+        active = torch.where(keep, gates, 0)
+        name = self.kernel_name if tokens == 1 and self.counter is None else "masked_dense"
+        backend = kernels.serving(name, active, self.down, "neuron_sparse_ffn")
+        return backend.neuron_sparse_ffn(x, active, self.up.weight, self.down)
+
+    @property
+    def ran(self) -> str:
+        """The backend that serves one token."""
+        return kernels.ran(self.kernel_name, self.down, "neuron_sparse_ffn")
+
+    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+        """MACs and weight bytes of up and down for one decoded token; the gate stays dense."""
+        element, found = self.down.element_size(), {}
+        for site, count in self.covers.items():
+            kept = (1 - measured[site].sparsity_of_sparse_tokens) * count
+            found[site] = Cost(count, kept, 0, count * element, kept * element)
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{self.site}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"
+
+
+def gated_ffn(model: nn.Module, block: Block) -> str:
+    """The path of a block's gated FFN. Raises ValueError where a block has none of the form this module takes over."""
+    path = block.sites["gate"].path.rpartition(".")[0] if "gate" in block.sites else ""
+    ffn = model.get_submodule(path) if path else None
+    names = ("gate_proj", "up_proj", "down_proj")
+    if ffn is None or not all(hasattr(ffn, n) for n in (*names, "act_fn")):
+        raise ValueError(
+            f"method: a gated FFN with gate, up and down is needed, got a block with {', '.join(block.sites)}"
+        )
+    if any(getattr(ffn, n).bias is not None for n in names[1:]):
+        raise ValueError(f"method: up and down must have no bias, got one in {path}")
+    return path
+
+
+def swap_ffn(model: nn.Module, block: Block, threshold: float, **rule) -> None:
+    """Replace a block's FFN; `rule` as for GateSparseFFN."""
+    path = gated_ffn(model, block)
+    replace(model, path, GateSparseFFN(model.get_submodule(path), block.index, threshold, **rule))

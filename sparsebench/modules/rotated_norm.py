@@ -1,0 +1,97 @@
+"""A norm that hands the following maps its output in another orthonormal basis: x = norm(h) Q, with W' = W diag(g) Q.
+
+Rotating here, behind the norm, and not the residual stream itself gives every map the same input as a stream kept in
+the basis Q with adapters between the bases (WINA, Algorithm 1; LaRoSA), at the same two D x D products per block, and
+leaves embedding, head and the maps that write to the stream alone. [choice]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsebench.macs import Cost
+from sparsebench.models.sites import Block, weight_of
+from sparsebench.modules.input_sparse import replace
+
+GROUPS = ("attn_in", "mlp_in")  # the tensors that a norm feeds, in the order of a block's norms
+
+
+class RotatedNorm(nn.Module):
+    """RMSNorm without its weight (folded into the next maps), then a product with Q [D, D]."""
+
+    def __init__(self, norm: nn.Module, rotation: torch.Tensor, site: str):
+        super().__init__()
+        self.eps, self.site = norm.variance_epsilon, site
+        weight = norm.weight
+        self.rotation = nn.Parameter(rotation.to(weight.device, weight.dtype), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return h.to(hidden.dtype) @ self.rotation
+
+    def costs(self, measured: dict, name: str) -> dict[str, Cost]:
+        """D x D products and weights on top of the dense model's."""
+        count = self.rotation.numel()
+        return {name: Cost(0, 0, count, 0, count * self.rotation.element_size())}
+
+
+def norms(model: nn.Module, block: Block) -> dict[str, str]:
+    """Paths of the two RMSNorms of a block by the group they feed. Raises ValueError where there aren't just two."""
+    found = [n for n, m in model.get_submodule(block.path).named_children() if hasattr(m, "variance_epsilon")]
+    if len(found) != 2:
+        raise ValueError(f"method: a rotation needs blocks with two RMSNorms, got {len(found)} in {block.path}")
+    return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, found, strict=True)}
+
+
+def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:
+    """W diag(g), float64 [m, n]: a map with the weight g of the norm before it (no mean is subtracted: RMSNorm has none)."""
+    site = block.sites[role]
+    gain = model.get_submodule(norms(model, block)[site.group]).weight
+    return weight_of(model.get_submodule(site.path)).double() * gain.double()
+
+
+def principal_basis(gram: torch.Tensor) -> torch.Tensor:
+    """Q [n, n], float64: orthonormal eigenvectors of a symmetric matrix as columns, largest eigenvalue first.
+
+    For gram = W^T W these are the right singular vectors of W, and (W Q)^T (W Q) is diagonal.
+    """
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)
+
+
+def rotate(model: nn.Module, blocks: list[Block], bases: dict[tuple[int, str], torch.Tensor]) -> None:
+    """Fold the norms of `blocks` and rotate what they hand on, in place; bases: Q by (layer, group). fp64, cast at the end."""
+    for block in blocks:
+        for group in norms(model, block):
+            basis = bases[block.index, group].double()
+            for role, site in block.sites.items():
+                if site.group == group:
+                    weight = weight_of(model.get_submodule(site.path))
+                    weight.copy_(folded(model, block, role) @ basis.to(weight.device))
+        for group, path in norms(model, block).items():
+            norm = RotatedNorm(model.get_submodule(path), bases[block.index, group], f"{block.index}.{group}.rotation")
+            replace(model, path, norm)
+
+
+@contextmanager
+def rotated(model: nn.Module, blocks: list[Block], bases: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
+    """`rotate` while the context lasts; the original weights wait in host memory."""
+    kept = {
+        site.path: model.get_submodule(site.path).weight.data.cpu().clone()
+        for block in blocks
+        for site in block.sites.values()
+        if site.group in GROUPS
+    }
+    old = {path: model.get_submodule(path) for block in blocks for path in norms(model, block).values()}
+    try:
+        rotate(model, blocks, bases)
+        yield
+    finally:
+        for path, weight in kept.items():
+            model.get_submodule(path).weight.data.copy_(weight)
+        for path, norm in old.items():
+            replace(model, path, norm)
