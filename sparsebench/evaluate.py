@@ -63,7 +63,10 @@ def compare(dense: dict, sparse: dict, protocol: dict) -> dict:
 
 def logits(module: nn.Module, inputs) -> torch.Tensor:
     """Class logits [N, C] of any classifier; `inputs` is a tensor or a dict of keywords."""
-    output = module(**inputs) if isinstance(inputs, dict) else module(inputs)
+    if isinstance(inputs, dict):
+        output = module(**inputs)
+    else:
+        output = module(inputs.to(next(module.parameters()).dtype))
     return getattr(output, "logits", output)
 
 

@@ -53,7 +53,6 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
-    record.extra |= fitted.info.get("extra", {})
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
@@ -68,7 +67,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     if settings.measure.latency:
         log.info("timing dense against sparse")
         record.latency = kind.latency(dense, sparse, data, settings.measure, hardware, record.sparsity)
-    record.extra |= kind.extra(dense, sparse, (dense_quality, sparse_quality), data, folder)
+    record.extra |= fitted.info.get("extra", {}) | kind.extra(dense, sparse, (dense_quality, sparse_quality), data, folder)
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record
 
