@@ -64,9 +64,8 @@ def compare(dense: dict, sparse: dict, protocol: dict) -> dict:
 def logits(module: nn.Module, inputs) -> torch.Tensor:
     """Class logits [N, C] of any classifier; `inputs` is a tensor or a dict of keywords."""
     if isinstance(inputs, dict):
-        output = module(**inputs)
-    else:
-        output = module(inputs.to(next(module.parameters()).dtype))
+        return module(**inputs).logits
+    output = module(inputs.to(next(module.parameters()).dtype))
     return getattr(output, "logits", output)
 
 

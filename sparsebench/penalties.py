@@ -17,21 +17,26 @@ NAMES = ("tl1", "l1", "hoyer")
 EPSILON = 1e-12  # keeps Hoyer of an all-zero map at 0 instead of NaN
 
 
+def full(a: torch.Tensor) -> torch.Tensor:
+    """|a| in float32 at least: sums of a million bfloat16 terms would be off."""
+    return (a if a.dtype == torch.float64 else a.float()).abs()
+
+
 def transformed_l1(a: torch.Tensor, beta: float) -> torch.Tensor:
-    """Sum over all elements of (1 + beta)|a| / (beta + |a|), float32."""
-    magnitude = a.float().abs()
+    """Sum over all elements of (1 + beta)|a| / (beta + |a|)."""
+    magnitude = full(a)
     return ((1 + beta) * magnitude / (beta + magnitude)).sum()
 
 
 def l1(a: torch.Tensor) -> torch.Tensor:
     """Sum of |a| (Georgiadis, arXiv 1812.04056)."""
-    return a.float().abs().sum()
+    return full(a).sum()
 
 
 def squared_hoyer(a: torch.Tensor) -> torch.Tensor:
     """(sum |a|)^2 / sum a^2 over the whole tensor (Kurtz et al., ICML 2020): 1 for one-hot, n for n equal entries."""
-    a = a.float()
-    return a.abs().sum().square() / (a.square().sum() + EPSILON)
+    magnitude = full(a)
+    return magnitude.sum().square() / (magnitude.square().sum() + EPSILON)
 
 
 def regulariser(name: str, beta: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -67,7 +67,9 @@ def maps(dense: nn.Module, sparse: nn.Module, batch, path: Path) -> str:
     """
     before, after = seen(dense, batch.inputs), seen(sparse, batch.inputs)
     sites = list(before)
-    chosen = [sites[round(i * (len(sites) - 1) / max(1, min(MAPS, len(sites)) - 1))] for i in range(min(MAPS, len(sites)))]
+    chosen = [
+        sites[round(i * (len(sites) - 1) / max(1, min(MAPS, len(sites)) - 1))] for i in range(min(MAPS, len(sites)))
+    ]
     images, count = batch.inputs.float().cpu(), len(batch.labels)
     figure = Figure(figsize=(2 * (len(chosen) + 1), 2.3 * 2 * count), dpi=90, layout="constrained")
     axes = figure.subplots(2 * count, len(chosen) + 1, squeeze=False)
@@ -80,7 +82,9 @@ def maps(dense: nn.Module, sparse: nn.Module, batch, path: Path) -> str:
             line[0].set_title(f"{name}, label {int(batch.labels[n])}", fontsize=8)
             for axis, site in zip(line[1:], chosen, strict=True):
                 a = found[site][n]
-                axis.imshow(tiles(a), cmap="viridis", vmin=0, vmax=float(before[site][n].max()) or 1, interpolation="none")
+                axis.imshow(
+                    tiles(a), cmap="viridis", vmin=0, vmax=float(before[site][n].max()) or 1, interpolation="none"
+                )
                 axis.set_title(f"{site}: {float((a == 0).float().mean()):.0%} zero", fontsize=8)
             for axis in line:
                 axis.set_xticks([])
@@ -100,7 +104,9 @@ def confusion(dense: list, sparse: list, classes: list[str], path: Path) -> str:
         axis.set_xlabel("predicted")
         axis.set_ylabel("true")
         if len(classes) <= 20:
-            axis.set_xticks(range(len(classes)), classes, fontsize=7, rotation=90 if len(max(classes, key=len)) > 2 else 0)
+            axis.set_xticks(
+                range(len(classes)), classes, fontsize=7, rotation=90 if len(max(classes, key=len)) > 2 else 0
+            )
             axis.set_yticks(range(len(classes)), classes, fontsize=7)
             for i, j in zip(*np.nonzero(counts), strict=True):
                 colour = "white" if share[i, j] > 0.5 else "black"

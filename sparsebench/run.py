@@ -67,7 +67,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     if settings.measure.latency:
         log.info("timing dense against sparse")
         record.latency = kind.latency(dense, sparse, data, settings.measure, hardware, record.sparsity)
-    record.extra |= fitted.info.get("extra", {}) | kind.extra(dense, sparse, (dense_quality, sparse_quality), data, folder)
+    record.extra |= fitted.info.get("extra", {}) | kind.extra(
+        dense, sparse, (dense_quality, sparse_quality), data, folder
+    )
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record
 

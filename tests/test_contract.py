@@ -12,10 +12,22 @@ from sparsebench.data.text import Document, Split, TextData
 from sparsebench.models import Loaded
 from tests.conftest import TEXT, tiny_model, tiny_tokenizer
 from tests.test_teal import work
+from tests.tiny_vision import tiny_cnn, tiny_images
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(sparsebench.methods.__path__))
-NEUTRAL = {"teal": ["method.sparsity=0"], "dense": []}  # the setting at which a method changes nothing
-QUICK = {}  # settings that make a fit short, by method
+NEUTRAL = {  # the setting at which a method changes nothing
+    "teal": ["method.sparsity=0"],
+    "dense": [],
+    "dstf": ["method.stages=weight", "method.weight_sparsity=0"],
+    "fatrelu": ["method.upper=1.0e-30"],
+    "spatial_topk": ["method.keep=1.0"],
+}
+QUICK = {  # settings that make a fit short, by method
+    "dstf": [
+        "method.train.steps=6", "method.train.batch_size=8", "method.train.micro_batch=8", "method.l1_steps=3",
+        "method.finetune_steps=3", "method.strengths=[1.0,10.0]",
+    ],
+}  # fmt: skip
 
 
 class Language:
@@ -47,7 +59,26 @@ class Language:
         return sparsity.model_wide({site: share.sparsity for site, share in found.items()}, weights)
 
 
-KINDS = {"language": Language()}
+class Vision:
+    """The same for the kind `vision`."""
+
+    default_model = "lenet5"
+
+    def loaded(self):
+        return Loaded(tiny_cnn(), None, {})
+
+    def data(self):
+        return tiny_images()
+
+    def inputs(self, count):
+        return next(self.data().test.batches(count, count, "cpu")).inputs
+
+    def logits(self, model, rows):
+        with torch.no_grad():
+            return model(rows)
+
+
+KINDS = {"language": Language(), "vision": Vision()}
 
 
 def kinds_of(name):

@@ -116,7 +116,9 @@ class ImageSplit:
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         x = x.expand(-1, self.channels, -1, -1) if x.shape[1] == 1 else x
-        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.settings.mean, self.settings.std))
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.settings.mean, self.settings.std)
+        )
         return ((x - mean) / std).contiguous()
 
     def fingerprints(self) -> list[str]:
@@ -323,7 +325,5 @@ def folders(settings: Images) -> tuple[Files, Files | None, list[str]]:
         raise ValueError(f"dataset.path: {' '.join(str(error).split())}") from error
     if len({tuple(p.classes) for p in parts}) > 1:
         raise ValueError(f"dataset.path: {root}/train and {root}/{names[1]} have different classes")
-    stores = [
-        Files([f for f, _ in p.samples], torch.tensor(p.targets), settings.size, settings.augment) for p in parts
-    ]
+    stores = [Files([f for f, _ in p.samples], torch.tensor(p.targets), settings.size, settings.augment) for p in parts]
     return stores[0], stores[1] if len(stores) > 1 else None, parts[0].classes

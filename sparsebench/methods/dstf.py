@@ -90,13 +90,20 @@ class DSTF:
                 row |= self.score(module, data, work)
                 row["admissible"] = row["accuracy"] >= baseline["accuracy"] - self.delta - 1e-12
                 candidates.append(row)
-                log.info("dstf: alpha %.3g: dev accuracy %.4f, map sparsity %.4f", alpha, row["accuracy"], row["map_sparsity"])
+                log.info(
+                    "dstf: alpha %.3g: dev accuracy %.4f, map sparsity %.4f",
+                    alpha,
+                    row["accuracy"],
+                    row["map_sparsity"],
+                )
                 if best is None or rank(row) > rank(best):
                     best, chosen = row, module
             if best is None:
                 raise Diverged("method.strengths: training diverged at every strength")
             if not best["admissible"]:
-                log.warning("dstf: no strength keeps dev accuracy %.4f; the most accurate is taken", baseline["accuracy"])
+                log.warning(
+                    "dstf: no strength keeps dev accuracy %.4f; the most accurate is taken", baseline["accuracy"]
+                )
             best["chosen"] = True
         facts: dict[str, Any] = {"search": rows + candidates}
         if candidates:
@@ -166,7 +173,9 @@ class DSTF:
         """Stage 2, in place. Returns the masks (True = kept). Raises Diverged."""
         fine = True
         if self.l1_steps:
-            fine = self.stage("weights-l1", module, data, work, self.l1_steps, penalties.WeightL1(module, self.gamma), {})
+            fine = self.stage(
+                "weights-l1", module, data, work, self.l1_steps, penalties.WeightL1(module, self.gamma), {}
+            )
         masks, tau = penalties.magnitude_masks(module, self.weight_sparsity)
         log.info("dstf: |w| <= %.3g pruned", tau)
         if fine and self.finetune_steps:
@@ -189,7 +198,9 @@ class DSTF:
         sites = [m.site for m in maps_of(module)]
         if isinstance(self.alpha, list):
             if len(self.alpha) != len(sites):
-                raise ValueError(f"method.alpha must list {len(sites)} numbers ({', '.join(sites)}), got {len(self.alpha)}")
+                raise ValueError(
+                    f"method.alpha must list {len(sites)} numbers ({', '.join(sites)}), got {len(self.alpha)}"
+                )
             return [(None, 1.0)], dict(zip(sites, self.alpha, strict=True)), {}
         function = penalties.regulariser(self.regulariser, self.beta)
         probe = penalties.MapPenalty(module, function, 1.0, norm=self.reg_norm)

@@ -46,7 +46,6 @@ class FATReLU:
 
 def needs_maps(settings: Any) -> list[str]:
     """The problem of a method for activation maps with a model that has none."""
-    if getattr(settings.model, "architecture", "").__class__ is str and settings.model.kind == "vision":
-        if settings.model.architecture.startswith("vit"):
-            return [f"method={settings.method.name} needs a network with ReLU maps, got model={settings.model.name}"]
+    if settings.model.kind == "vision" and settings.model.architecture.startswith("vit"):
+        return [f"method={settings.method.name} needs a network with ReLU maps, got model={settings.model.name}"]
     return []

@@ -86,9 +86,7 @@ class Vision:
                     f"{self.downloaded().parent} and can't be downloaded; set model.path=<file> or model.weights=scratch"
                 )
         if self.path is not None and not Path(self.path).is_file():
-            found.append(
-                f"model.path must be an existing .safetensors or .pth file of a state dict, got {self.path!r}"
-            )
+            found.append(f"model.path must be an existing .safetensors or .pth file of a state dict, got {self.path!r}")
         return found
 
     def downloaded(self) -> Path:
@@ -103,7 +101,9 @@ class Vision:
         if self.architecture in VIT:
             shape = VIT[self.architecture]
             if size % shape["patch_size"]:
-                raise ValueError(f"dataset.size must be a multiple of {shape['patch_size']} for {self.name}, got {size}")
+                raise ValueError(
+                    f"dataset.size must be a multiple of {shape['patch_size']} for {self.name}, got {size}"
+                )
             settings = transformers.ViTConfig(
                 **shape, intermediate_size=4 * shape["hidden_size"], image_size=size, num_channels=channels,
                 num_labels=classes, layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
