@@ -72,6 +72,8 @@ class Evaluation:
     test_sequences: int | None = setting(gt=0)
     dev_sequences: int | None = setting(gt=0)
     batch_size: int = setting(gt=0)
+    test_examples: int | None = setting(gt=0)
+    examples_per_batch: int = setting(gt=0)
     neurons: NeuronMetrics
 
 
@@ -84,6 +86,7 @@ class Measurement:
     warmup: int = setting(ge=3)
     context: int = setting(gt=0)
     prompt: int = setting(gt=1)
+    batch: int = setting(gt=1)
 
 
 @dataclass(kw_only=True)

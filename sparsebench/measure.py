@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsebench import decode, kernels
+from sparsebench import decode, evaluate, kernels
 from sparsebench.sparsity import measured_modules
 
 BLOCK = 8  # decode steps per sample on a GPU
@@ -197,6 +197,38 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         },
         "compile_seconds": compile_seconds,
         "warmup_seconds": warmup_seconds + more_seconds,
+    }  # fmt: skip
+
+
+def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, object], settings, hardware) -> dict:
+    """The latency section of a classifier: whole forward passes at each batch size, eager, dense and sparse in turn.
+
+    inputs: batch size -> inputs on the device. A speed-up is claimed only where a kernel that skips ran.
+    """
+    device = hardware.torch_device
+    sparse_modules = [m for _, m in measured_modules(sparse)]
+    skips = hardware.skips and any(getattr(m, "skips", False) for m in sparse_modules)
+
+    def forward(module, batch) -> Contender:
+        def call(_):
+            with torch.no_grad():
+                return evaluate.logits(module, batch)
+
+        return Contender(call)
+
+    found, seconds = {}, 0.0
+    for size, batch in inputs.items():
+        times, warmup = interleaved(
+            [forward(dense, batch), forward(sparse, batch)], settings.warmup, settings.samples, device
+        )
+        pair = {"dense": summary(times[0]), "sparse": summary(times[1]), "batch": size}
+        pair |= {"kernel": hardware.kernel_name if skips else "masked_dense" if sparse_modules else None}
+        if skips:
+            pair["speedup"] = pair["dense"]["median_ms"] / pair["sparse"]["median_ms"]
+        found[str(size)], seconds = pair, seconds + warmup
+    return {
+        "kernel": hardware.kernel_name if sparse_modules else None, "device": str(device), "forward": found,
+        "compile_seconds": 0.0, "warmup_seconds": seconds,
     }  # fmt: skip
 
 

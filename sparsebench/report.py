@@ -25,17 +25,21 @@ def ratio(dense: float | None, sparse: float | None) -> str:
 
 def headline(found: dict, path: Path) -> str:
     """One line of JSON for scripts: the main figures of a record and where it lies."""
-    quality = (found.get("quality") or {}).get("perplexity") or {}
-    decode = (found.get("latency") or {}).get("decode") or {}
+    quality, latency = found.get("quality") or {}, found.get("latency") or {}
+    name = "accuracy" if "accuracy" in quality else "perplexity"
+    metric = quality.get(name) or {}
     content = {
         "status": found["status"],
         "name": found["name"],
         "record": str(path),
-        "perplexity_dense": quality.get("dense"),
-        "perplexity_sparse": quality.get("sparse"),
+        f"{name}_dense": metric.get("dense"),
+        f"{name}_sparse": metric.get("sparse"),
         "sparsity_model_wide": (found.get("sparsity") or {}).get("model_wide"),
-        "decode_speedup": decode.get("speedup"),
     }
+    if "forward" in latency:
+        content["forward_speedup"] = latency["forward"]["1"].get("speedup")
+    else:
+        content["decode_speedup"] = (latency.get("decode") or {}).get("speedup")
     if found["error"]:
         content["error"] = found["error"]["message"]
     return json.dumps(content)
@@ -60,18 +64,16 @@ def table(found: dict) -> Table:
     for name, justify in (("", "left"), ("dense", "right"), ("sparse", "right"), ("sparse / dense", "right")):
         grid.add_column(name, justify=justify)
     for name, metric in found["quality"].items():
-        if name != "nll":
-            grid.add_row(
-                name, f"{metric['dense']:.4g}", f"{metric['sparse']:.4g}", ratio(metric["dense"], metric["sparse"])
-            )
-    measured = found["sparsity"]
-    grid.add_row("sparsity, model-wide (measured)", "-", f"{measured['model_wide']:.2%}", "")
-    for role, (share, count) in by_role(measured["per_site"]).items():
-        grid.add_row(f"  {role} ({count} maps)", "-", f"{share:.2%}", "")
+        if name == "nll":
+            continue
+        change = ratio(metric["dense"], metric["sparse"])
+        if name == "accuracy":
+            change = f"{100 * (metric['sparse'] - metric['dense']):+.2f} points"
+        grid.add_row(name, f"{metric['dense']:.4g}", f"{metric['sparse']:.4g}", change)
+    sparsity_rows(grid, found["sparsity"])
     macs, traffic = found["macs"], found["bytes"]
-    grid.add_row(
-        "MACs per decoded token", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"])
-    )
+    per = f"per {macs.get('per', 'decoded token')}"
+    grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
     grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
     grid.add_row(
         "MACs the kernel executed",
@@ -80,28 +82,12 @@ def table(found: dict) -> Table:
         ratio(macs["dense"], macs["executed"]),
     )
     grid.add_row(
-        "bytes per decoded token",
+        f"bytes {per}",
         scaled(traffic["dense"], "B"),
         scaled(traffic["sparse"], "B"),
         ratio(traffic["dense"], traffic["sparse"]),
     )
-    latency = found["latency"]
-    if latency:
-        for part in ("decode", "prefill"):
-            times = latency[part]
-            dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
-            label = (
-                f"decode, context {times['context']} (ms)"
-                if part == "decode"
-                else f"prefill, {times['tokens']} tokens (ms)"
-            )
-            kernel = latency["kernel"] if part == "decode" else times["kernel"]
-            label += f", {times['sparse_engine']}" if part == "decode" else ""
-            gain = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "simulated" if kernel else "-"
-            grid.add_row(f"{label}, {kernel or 'dense'}", f"{dense:.3f}", f"{sparse:.3f}", gain)
-        if "break_even_sparsity" in latency["decode"]:
-            point = latency["decode"]["break_even_sparsity"]
-            grid.add_row("decode break-even sparsity", "", "not reached" if point is None else f"{point:.0%}", "")
+    latency_rows(grid, found["latency"] or {})
     memory = found["memory"]
     grid.add_row(
         "weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), ""
@@ -110,11 +96,58 @@ def table(found: dict) -> Table:
     return grid
 
 
+def sparsity_rows(grid: Table, measured: dict) -> None:
+    """Measured sparsity, model-wide and by role; with a baseline of its own (activation maps), both and the change."""
+    base = measured.get("baseline")
+    roles, base_roles = by_role(measured["per_site"]), by_role(base["per_site"]) if base else {}
+    rows = [(measured.get("label", "sparsity, model-wide (measured)"), "model_wide")]
+    rows += [(label, key) for key, label in measured.get("more", {}).items()]
+    for label, key in rows:
+        before = base.get(key) if base else None
+        change = "" if before is None else gain(before, measured[key])
+        grid.add_row(label, "-" if before is None else f"{before:.2%}", f"{measured[key]:.2%}", change)
+    for role, (share, count) in roles.items():
+        before = f"{base_roles[role][0]:.2%}" if role in base_roles else "-"
+        grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, f"{share:.2%}", "")
+
+
+def gain(before: float, after: float) -> str:
+    """A change of a share in points and relative to where it started."""
+    relative = f" ({(after - before) / before:+.1%})" if before else ""
+    return f"{100 * (after - before):+.2f} points{relative}"
+
+
+def latency_rows(grid: Table, latency: dict) -> None:
+    """Dense and sparse times: decode and prefill of a language model, whole forward passes of a classifier."""
+    for part in ("decode", "prefill"):
+        if part not in latency:
+            continue
+        times = latency[part]
+        dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
+        label = (
+            f"decode, context {times['context']} (ms)"
+            if part == "decode"
+            else f"prefill, {times['tokens']} tokens (ms)"
+        )
+        kernel = latency["kernel"] if part == "decode" else times["kernel"]
+        label += f", {times['sparse_engine']}" if part == "decode" else ""
+        claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "simulated" if kernel else "-"
+        grid.add_row(f"{label}, {kernel or 'dense'}", f"{dense:.3f}", f"{sparse:.3f}", claim)
+    if "break_even_sparsity" in latency.get("decode", {}):
+        point = latency["decode"]["break_even_sparsity"]
+        grid.add_row("decode break-even sparsity", "", "not reached" if point is None else f"{point:.0%}", "")
+    for times in latency.get("forward", {}).values():
+        dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
+        claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "no speed-up claimed"
+        label = f"forward, batch {times['batch']} (ms), {times['kernel'] or 'dense'}"
+        grid.add_row(label, f"{dense:.3f}", f"{sparse:.3f}", claim)
+
+
 def by_role(per_site: dict) -> dict[str, tuple[float, int]]:
-    """Per kind of projection: (sparsity over its maps weighted by parameters, number of maps)."""
+    """Per kind of site: (sparsity over its sites by their weight, number of sites)."""
     groups: dict[str, list] = {}
     for name, site in per_site.items():
-        groups.setdefault(name.rpartition(".")[2], []).append(site)
+        groups.setdefault(site.get("role", name.rpartition(".")[2]), []).append(site)
     return {
         role: (sum(s["sparsity"] * s["weight"] for s in sites) / sum(s["weight"] for s in sites), len(sites))
         for role, sites in groups.items()

@@ -7,7 +7,6 @@ config -> model + dataset -> method.fit (train or calibrate) -> state -> method.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import shutil
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, evaluate, macs, measure, neurons, processes, sparsity, state
+from sparsebench import config, env, kinds, measure, processes, state
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -31,27 +30,25 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     Raises ConfigError before anything slow, and whatever a later stage raises.
     """
     settings = config.build_settings(configuration)
-    hardware, method = settings.hardware, settings.method
+    hardware, method, kind = settings.hardware, settings.method, kinds.load(settings.model.kind)
     hardware.prepare()
     processes.start(on_cpu=hardware.torch_device.type == "cpu")
     torch.manual_seed(settings.seed)
     record.env = env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
 
     output_dir = Path(settings.output_dir)
-    work = Work(settings.seed, hardware, output_dir, folder, settings.eval.batch_size, track)
+    work = Work(settings.seed, hardware, output_dir, folder, kind.batch_size(settings.eval), track)
     data = settings.dataset.load(settings.seed)
     data.check_disjoint()
     loaded = settings.model.load(work, data)
-    data.set_tokenizer(loaded.tokenizer)
     record.model = loaded.info
 
     log.info("dense model: evaluating")
-    limit, batch = settings.eval.test_sequences, settings.eval.batch_size
-    dense_quality, _ = evaluate.language_quality(loaded.module, data.test, limit, batch)
-    dense_neurons = neurons.measure(loaded.module, data, settings.eval) if settings.eval.neurons.enabled else None
-    dense_costs = macs.dense_sites(loaded.module)
+    dense_quality, dense_counts = kind.quality(loaded.module, data.test, settings.eval)
+    dense_more = kind.more(loaded.module, data, settings.eval)
+    dense_costs = kind.dense_costs(loaded.module, data)
     dense_bytes = measure.weight_bytes(loaded.module)
-    dense = copy.deepcopy(loaded.module) if settings.measure.latency else None
+    dense = copy.deepcopy(loaded.module) if settings.measure.latency or kind.KEEPS_DENSE else None
 
     log.info("%s: fitting", method.name)
     key = state.key(settings, configuration, env.machine())
@@ -59,59 +56,30 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
-    record.extra |= fitted.info.get("extra", {})
     if not processes.first():
         return record
     shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
-    sparse_quality, counters = evaluate.language_quality(sparse, data.test, limit, batch)
-    protocol = {
-        "split": "test", "window": data.test.sequence_length, "stride": data.test.sequence_length,
-        "bos": data.test.bos, "prompt_policy": getattr(method, "prompt", "all"),
-    }  # fmt: skip
-    record.quality = evaluate.compare(dense_quality, sparse_quality, protocol)
+    sparse_quality, counts = kind.quality(sparse, data.test, settings.eval)
+    sparse_more = kind.more(sparse, data, settings.eval)
+    record.extra |= {name: {"dense": dense_more[name], "sparse": found} for name, found in sparse_more.items()}
+    record.quality = kind.compare(dense_quality, sparse_quality, kind.protocol(data.test, method))
     record.dataset = data.describe()
-    measured = sparsity.summarise(sparse, counters)
-    record.sparsity = describe_sparsity(method.requested, measured, dense_costs, sparsity.zero_weights(sparse))
-    if settings.eval.neurons.enabled:
-        record.sparsity["neurons"] = {"dense": dense_neurons, "sparse": neurons.measure(sparse, data, settings.eval)}
-    skips = measure.skips(sparse, hardware)
-    record.macs, record.bytes = macs.account(dense_costs, sparse, measured, settings.measure.context, skips)
+    record.sparsity, record.macs, record.bytes = kind.figures(
+        method, sparse, dense_costs, dense_counts, counts, settings.measure, measure.skips(sparse, hardware)
+    )
     record.memory = {"weight_bytes": measure.weight_bytes(sparse), "dense_weight_bytes": dense_bytes}
 
     if settings.measure.latency:
         log.info("timing dense against sparse")
-        needed = max(settings.measure.context + settings.measure.samples, settings.measure.prompt)
-        tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
-        share = record.sparsity["model_wide_of_sparse_tokens"]
-        record.latency = measure.latency(dense, sparse, tokens, settings.measure, hardware, share)
+        record.latency = kind.latency(dense, sparse, data, settings.measure, hardware, record.sparsity)
+    record.extra |= fitted.info.get("extra", {}) | kind.extra(
+        dense, sparse, (dense_quality, sparse_quality), data, folder
+    )
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record
-
-
-def describe_sparsity(requested: float | None, measured: dict, dense_costs: dict, zero_weights: int) -> dict:
-    """The record's sparsity section: what was asked for beside what was counted, per site and model-wide."""
-    weights = {name: int(cost.dense_macs) for name, cost in dense_costs.items()}
-    shares = {name: site.sparsity for name, site in measured.items()}
-    decode = {name: site.sparsity_of_sparse_tokens for name, site in measured.items()}
-    zero = dict.fromkeys(weights, 0.0)
-    tokens = next(iter(measured.values()), None)
-    total = tokens.sparse_tokens + tokens.dense_tokens if tokens else 0
-    return {
-        "requested": requested,
-        "model_wide": sparsity.model_wide(zero | shares, weights),
-        "model_wide_of_sparse_tokens": sparsity.model_wide(zero | decode, weights),
-        "weights": zero_weights / sum(weights.values()) if weights else 0.0,
-        "sparse_token_fraction": tokens.sparse_tokens / total if total else 0.0,
-        "per_site": {
-            name: dataclasses.asdict(measured[name]) if name in measured else {"sparsity": 0.0, "weight": weight}
-            for name, weight in weights.items()
-        },
-        "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps; "
-        "`weights`: share of the block maps' weights that are 0",
-    }
 
 
 def now() -> str:

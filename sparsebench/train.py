@@ -23,7 +23,9 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from sparsebench import evaluate
 from sparsebench.config import setting
+from sparsebench.data.labelled import Labelled, LabelledSplit
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,11 @@ def next_token_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
+def classification_loss(module: nn.Module, batch: Labelled) -> torch.Tensor:
+    """Mean cross-entropy of the label over a batch of examples."""
+    return F.cross_entropy(evaluate.logits(module, batch.inputs).float(), batch.labels)
+
+
 def order(rows: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of one epoch: a function of seed and epoch only."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -153,7 +160,7 @@ def dropping(module: nn.Module, share: float) -> Iterator[None]:
 
 def train(
     module: nn.Module,
-    rows: torch.Tensor,
+    rows: torch.Tensor | LabelledSplit,
     settings: Training,
     *,
     folder: Path,
@@ -165,7 +172,9 @@ def train(
     track: Callable[[dict], None] = lambda row: None,
     label: str = "train",
 ) -> History:
-    """Train `module` in place on `rows` [N, ...] and return the history; resumes by itself from `folder`.
+    """Train `module` in place on `rows` (tokens [N, T], or a split of examples) and return the history.
+
+    Resumes by itself from `folder`.
 
     loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `before_step(step)` and
     `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Under FSDP
@@ -189,7 +198,7 @@ def train(
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
     pick = Order(len(rows), seed)
     start = history.resumed_at = resume(accelerator, folder)
-    first_loss, begun = math.inf, time.perf_counter()
+    first_loss, begun, unit = math.inf, time.perf_counter(), getattr(rows, "unit", "tokens")
     since, tokens = begun, 0
 
     def gradients(step: int, scale: float) -> tuple[float, float]:
@@ -231,14 +240,14 @@ def train(
             history.steps = step + 1
             if history.steps % settings.log_every == 0 or history.steps == settings.steps:
                 now = time.perf_counter()
-                row = {"step": history.steps, "loss": total, "lr": rate, "tokens_per_s": tokens / (now - since)}
+                row = {"step": history.steps, "loss": total, "lr": rate, f"{unit}_per_s": tokens / (now - since)}
                 if penalty is not None:
                     row |= {"penalty": extra, "lambda": scale, **penalty.stats()}
                 row["eta_s"] = (settings.steps - history.steps) * (now - begun) / (history.steps - start)
                 history.rows.append({f"{label}/{k}": v for k, v in row.items()})
                 if accelerator.is_main_process:
                     track(history.rows[-1])
-                    log.info("%s %s", label, progress(row, settings.steps))
+                    log.info("%s %s", label, progress(row, settings.steps, unit))
                 since, tokens = now, 0
             if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
                 checkpoint(accelerator, folder, history.steps)
@@ -249,12 +258,12 @@ def train(
     return history
 
 
-def progress(row: dict, steps: int) -> str:
+def progress(row: dict, steps: int, unit: str) -> str:
     """A row of history as one line for people."""
     minutes, seconds = divmod(int(row["eta_s"]), 60)
     penalty = f" penalty {row['penalty']:.4g} lambda {row['lambda']:.3g}" if "penalty" in row else ""
     return (
-        f"{row['step']}/{steps} loss {row['loss']:.4f}{penalty} lr {row['lr']:.2e} {row['tokens_per_s']:.3g} tokens/s "
+        f"{row['step']}/{steps} loss {row['loss']:.4f}{penalty} lr {row['lr']:.2e} {row[f'{unit}_per_s']:.3g} {unit}/s "
         f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )
 

@@ -109,8 +109,8 @@ def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
     )
 
 
-def test_backends_without_the_function_hand_over_to_one_of_their_device():
-    assert kernels.serving("cpu_numba", "neuron_sparse_ffn") is kernels.load("cpu_numba")
-    assert kernels.serving("masked_dense", "neuron_sparse_ffn") is kernels.load("masked_dense")
-    pytest.importorskip("triton")
-    assert kernels.serving("cuda_gather", "neuron_sparse_ffn") is kernels.load("cuda_triton")
+def test_a_backend_that_can_not_serve_hands_over():
+    down, rows = torch.randn(8, 16).t().contiguous().t(), torch.zeros(9, 16)
+    assert kernels.serving("cpu_numba", rows[:1], down, "neuron_sparse_ffn") is kernels.load("cpu_numba")
+    assert kernels.serving("cpu_numba", rows, down, "neuron_sparse_ffn") is kernels.load("masked_dense")
+    assert kernels.providing("cpu_numba", "neuron_sparse_ffn") is kernels.load("cpu_numba")

@@ -155,7 +155,7 @@ def test_in_the_record_of_a_run(sparsebench, tmp_path, text_file, model_folder):
         "eval.test_sequences=8", "eval.dev_sequences=8", "hardware=cpu", "hardware.threads=1", "wandb.mode=disabled",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)["sparsity"]["neurons"]
+    found = record_of(process, tmp_path)["extra"]["neurons"]
     assert json.dumps(found["dense"]) == json.dumps(found["sparse"])  # method=dense changes nothing
     assert found["dense"]["x1_zero"] == 0.0 and set(found["dense"]["aggregate"]) == {"1", "4", "16", "64"}
     assert math.isfinite(found["dense"]["cett"]["ratio"]) and 0 <= found["dense"]["cett"]["test"]["sparsity"] <= 1

@@ -118,7 +118,7 @@ def test_budget_holds_for_every_matrix_with_its_true_shape(name):
 
 def test_budget_over_all_layers_is_reported(data, tmp_path):
     """Check 6, second half."""
-    found = fitted(method(rho=0.7), data, tmp_path).info["findings"]["budget"]
+    found = fitted(method(rho=0.7), data, tmp_path).info["extra"]["budget"]
     total = sum(m * n for m, n in SHAPES["tiny"]) * 2
     assert found["allowed"] == 0.5 * total and found["taken"] <= found["allowed"] < found["taken"] / 0.93
     assert found["rho_mean"] == pytest.approx(0.7)
@@ -214,7 +214,7 @@ def test_searched_rho_is_no_worse_than_thresholding_and_reloads(data, tmp_path):
     model = tiny_model()
     state = rule.fit(Loaded(model, None, {}), data, work(tmp_path))
     assert torch.equal(logits(model, data.test.rows[:2]), logits(tiny_model(), data.test.rows[:2]))
-    found = state.info["findings"]["search"]
+    found = state.info["extra"]["search"]
     assert found["best"] <= found["rho=1"] and found["best"] == found["history"][-1]["best"]
     rows = data.fit.rows[8:12]
     sparse = rule.apply(tiny_model(), state, work(tmp_path))

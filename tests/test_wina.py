@@ -194,7 +194,7 @@ def test_k_is_lossless_up_to_its_rank_under_grouped_queries(data, tmp_path):
     """Check 10: one key head for four query heads, so three quarters of k's rotated columns are zero."""
     rule = method(sparsity=0.75)
     state = fitted(rule, data, tmp_path, "qwen2")
-    assert state.info["findings"]["channels_of_k_without_effect"] == {"0.k": 0.75, "1.k": 0.75}
+    assert state.info["extra"]["channels_of_k_without_effect"] == {"0.k": 0.75, "1.k": 0.75}
     model = rule.apply(shaped("qwen2"), state, work(tmp_path))
     k = model.model.layers[0].self_attn.k_proj
     x = model.model.layers[0].input_layernorm(torch.randn(2, 9, 64))

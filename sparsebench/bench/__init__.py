@@ -38,7 +38,9 @@ class Bench:
 
     def problems(self) -> list[str]:
         found = self.hardware.problems(None)
-        if self.model.architecture is None:
+        if self.model.kind != "language":
+            found.append(f"model must be a language model, got {self.model.name} ({self.model.kind})")
+        elif self.model.architecture is None:
             found.append(f"model={self.model.name} has no architecture to time with random weights")
         if self.histograms is not None and not Path(self.histograms, "histograms").is_dir():
             found.append(f"histograms must be a folder with histograms/layer-N/..., got {self.histograms!r}")

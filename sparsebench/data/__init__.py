@@ -1,1 +1,1 @@
-"""Data sets, split into fit, dev and test that never mix: `text` (documents to token windows)."""
+"""Data sets, split into fit, dev and test that never mix: `text` (documents to token windows), `images`, `labelled`."""

@@ -15,7 +15,7 @@ class Dense:
     """Nothing fitted, nothing swapped."""
 
     name: str = setting(**NAME_PATTERN)
-    kinds: ClassVar = ("language",)
+    kinds: ClassVar = ("language", "vision", "classification")
     operating_point: ClassVar = ()
     requested: ClassVar = 0.0
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 import sparsebench
 from sparsebench import hub
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods import Work
-from sparsebench.models import scratch
+from sparsebench.models import Loaded, scratch
 from sparsebench.models.sites import find_blocks
 from sparsebench.train import Training
 
@@ -23,15 +22,6 @@ transformers.utils.logging.disable_progress_bar()
 
 log = logging.getLogger(__name__)
 ASSETS = Path(sparsebench.__file__).parent / "assets"
-
-
-@dataclass
-class Loaded:
-    """A model ready to use: eval mode, on the device, parameters frozen."""
-
-    module: nn.Module
-    tokenizer: Any
-    info: dict  # for the record: name, num_parameters, source, ...
 
 
 @dataclass(kw_only=True)
@@ -93,7 +83,7 @@ class CausalLM:
         }
 
     def load(self, work: Work, data) -> Loaded:
-        """The model on the target's device in its dtype. Raises ValueError where its structure is unknown."""
+        """The model on the target's device in its dtype; `data` gets its tokenizer. Raises ValueError where its structure is unknown."""
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
             location = str(scratch.trained(self, config, work, data))
@@ -128,4 +118,6 @@ class CausalLM:
             "tokenizer": "llama-tiny (stand-in)" if tokens_from != location else "its own",
             "trust_remote_code": self.trust_remote_code,
         }
+        if data is not None:
+            data.set_tokenizer(tokenizer)
         return Loaded(module, tokenizer, info)

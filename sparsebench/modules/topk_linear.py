@@ -64,5 +64,7 @@ class TopKLinear(InputSparseLinear):
             keep[..., : dense_prefix(self.prompt, tokens), :] = True
         if self.rescale:
             x = rescaled(torch.where(keep, x, 0), x)
-        backend = kernels.load(self.kernel_name) if tokens == 1 and self.counter is None else masked_dense
+        backend = (
+            kernels.serving(self.kernel_name, x, self.weight) if tokens == 1 and self.counter is None else masked_dense
+        )
         return backend.input_sparse_linear(x, self.weight, self.bias, keep=keep)

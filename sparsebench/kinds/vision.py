@@ -1,0 +1,160 @@
+"""Image classifiers: accuracy, zeros of activation maps, products with both operands non-zero, whole forward passes.
+
+A trained network with ReLUs is sparse before any method touches it, so its own map sparsity stands beside the method's
+and every change is given in points and relative to it. `macs.dense` counts all products, `macs.sparse` those with both
+operands non-zero; `macs.executed` is what the kernels that ran really did.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsebench import evaluate, measure, pictures, products
+from sparsebench.modules.activation_map import MapCounter, maps_of
+from sparsebench.products import Products
+
+KEEPS_DENSE = True
+compare = evaluate.compare_classes
+
+
+def batch_size(evaluation) -> int:
+    return evaluation.examples_per_batch
+
+
+def quality(module: nn.Module, split, evaluation) -> tuple[dict, tuple]:
+    """(metrics, (zeros by map, products by layer, weight sparsity)): one pass, norms in eval mode."""
+    limit, size = evaluation.test_examples, evaluation.examples_per_batch
+    with products.counting(module) as found:
+        metrics, maps = evaluate.classification_quality(module, split, limit, size)
+    maps = {site: counter for site, counter in maps.items() if isinstance(counter, MapCounter)}
+    return metrics, (maps, found, products.weight_sparsity(module))
+
+
+def more(module: nn.Module, data, evaluation) -> dict:
+    return {}
+
+
+def protocol(split, method) -> dict:
+    return {"split": "test", "size": split.size, "channels": split.channels, "augment": "none"}
+
+
+def dense_costs(module: nn.Module, data) -> dict[str, int]:
+    """Bytes of each layer's weights. Products are counted while images pass."""
+    return {n: m.weight.numel() * m.weight.element_size() for n, m in module.named_modules() if is_product(m)}
+
+
+def is_product(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def figures(method, sparse, costs, dense_counts, counts, measurement, skips) -> tuple[dict, dict, dict]:
+    (maps, found, weights), (base_maps, base_found, base_weights) = counts, dense_counts
+    section = shares(maps) | {"requested": method.requested, "sparse_token_fraction": 1.0}
+    section |= {"weight_sparsity": weights, "baseline": shares(base_maps) | {"weight_sparsity": base_weights}}
+    for key in ("model_wide", "layer_mean"):
+        section[f"{key}_gain_points"] = 100 * (section[key] - section["baseline"][key])
+    section |= {
+        "label": "activation maps, zeros pooled", "sites": "maps",
+        "more": {"layer_mean": "activation maps, mean over layers", "weight_sparsity": "weights of conv and linear"},
+        "definition": "share of exact zeros among all elements of the post-ReLU maps, over all test images; model_wide "
+        "pools elements (large early maps weigh more), layer_mean averages the maps' shares",
+    }  # fmt: skip
+    return section, multiplications(sparse, found, base_found, skips), weight_traffic(costs, sparse)
+
+
+def shares(maps: dict[str, MapCounter]) -> dict:
+    """Zeros over elements per map, pooled and averaged over maps."""
+    sites = {
+        name: {
+            "sparsity": c.zeros / c.elements, "weight": c.elements // c.images,
+            "role": name.partition(".")[0], "elements": c.elements, "zeros": c.zeros,
+        }
+        for name, c in maps.items()
+    }  # fmt: skip
+    total = sum(c.elements for c in maps.values())
+    return {
+        "model_wide": sum(c.zeros for c in maps.values()) / total if total else 0.0,
+        "layer_mean": sum(s["sparsity"] for s in sites.values()) / len(sites) if sites else 0.0,
+        "per_site": sites,
+    }
+
+
+def multiplications(sparse: nn.Module, found: dict, base: dict, skips: bool) -> dict:
+    """The record's macs section, per image, from the products counted on the test images."""
+    images = next(iter(found.values())).images
+    total = {k: sum(getattr(p, k) for p in found.values()) / images for k in ("dense", "both", "activation", "weight")}
+    natural = {k: products.reduction(base, k) for k in ("both",)}
+    attention = attention_products(sparse, found)
+    reductions = {k: products.reduction(found, k) for k in ("both", "activation", "weight")}
+    independent = 1 - (1 - reductions["activation"]) * (1 - reductions["weight"])
+    skipping = {n for n, m in sparse.named_modules() if getattr(m, "skips", False)} if skips else set()
+    executed = sum((p.activation if n in skipping else p.dense) for n, p in found.items()) / images
+    return {
+        "dense": total["dense"] + attention,
+        "sparse": total["both"] + attention,
+        "executed": executed + attention,
+        "overhead": 0,
+        "per": "image",
+        "unit": "multiply-accumulates per image, mean over the test images; FLOPs = 2 x MACs",
+        "definition": "sparse: both operands non-zero, by mask convolution; padding, biases and norms cost nothing",
+        "parts": {"attention": attention},
+        "reduction": reductions | {"if_independent": independent, "baseline": natural["both"]},
+        "reduction_gain_points": 100 * (reductions["both"] - natural["both"]),
+        "per_site": {name: site_cost(p, base.get(name)) for name, p in found.items()},
+    }
+
+
+def site_cost(found: Products, base: Products | None) -> dict:
+    each = found.per_image()
+    return {
+        "dense_macs": each["dense"], "sparse_macs": each["both"], "activation_only": each["activation"],
+        "weight_only": each["weight"], "baseline_macs": base.per_image()["both"] if base else None,
+    }  # fmt: skip
+
+
+def attention_products(module: nn.Module, found: dict[str, Products]) -> float:
+    """Scores and weighted values of a vision transformer, per image; 0 for others."""
+    settings = getattr(module, "config", None)
+    if settings is None or not hasattr(settings, "num_attention_heads"):
+        return 0
+    tokens = max(p.per_image()["rows"] for p in found.values())
+    return 2 * settings.num_hidden_layers * settings.hidden_size * tokens**2
+
+
+def weight_traffic(costs: dict[str, int], sparse: nn.Module) -> dict:
+    """The record's bytes section. Pruned weights are stored dense: nothing is saved until a format packs them."""
+    layers = [m.weight for m in sparse.modules() if is_product(m)]
+    nonzero = sum(int(torch.count_nonzero(w)) * w.element_size() for w in layers)
+    return {
+        "dense": sum(costs.values()),
+        "sparse": sum(w.numel() * w.element_size() for w in layers),
+        "nonzero_weights": nonzero,
+        "unit": "bytes of conv and linear weights read per forward pass; pruned weights are stored as zeros",
+    }
+
+
+def latency(dense, sparse, data, measurement, hardware, found: dict) -> dict:
+    """Whole forward passes at batch 1 and `measure.batch`, and every layer that a skipping kernel serves by itself."""
+    device = hardware.torch_device
+    inputs = {
+        size: next(data.test.batches(size, size, device)).inputs for size in dict.fromkeys((1, measurement.batch))
+    }
+    return measure.forward_latency(dense, sparse, inputs, measurement, hardware)
+
+
+def extra(dense: nn.Module, sparse: nn.Module, qualities: tuple[dict, dict], data, folder: Path) -> dict:
+    """Confusion matrices, accuracy per class, and pictures in the run's folder."""
+    names = ("dense", "sparse")
+    found = {"classes": data.classes, "per_class": {n: q["per_class"] for n, q in zip(names, qualities, strict=True)}}
+    if len(data.classes) <= 100:
+        found["confusion"] = {n: q["confusion"] for n, q in zip(names, qualities, strict=True)}
+    batch = next(data.test.batches(3, 3, next(sparse.parameters()).device))
+    drawn = []
+    if any(True for _ in maps_of(sparse)):
+        drawn.append(pictures.maps(dense, sparse, batch, folder / "maps.png"))
+    if len(data.classes) <= 100:
+        drawn.append(pictures.confusion(*(q["confusion"] for q in qualities), data.classes, folder / "confusion.png"))
+    return {"classification": found, "pictures": drawn}

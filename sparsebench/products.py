@@ -1,0 +1,110 @@
+"""Multiplications of convolutions and linear maps whose two operands are both non-zero, counted by mask convolution.
+
+A product w * a counts iff w != 0 and a != 0; additions, biases, norms and pooling are free (dstf.md, section 2). For a
+convolution with input X, weight W and geometry theta (stride, padding, dilation, groups):
+
+    both = sum conv2d(1[X != 0], 1[W != 0]; theta)        dense = sum conv2d(1, 1; theta)
+
+A product with a padding zero counts in neither, so a network without zeros has no reduction. The sum over output
+channels is taken on the weight mask first, which changes no sum and makes the count cheap beside the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Products:
+    """Products of one map, summed over images. `activation` and `weight`: only that operand's zeros are skipped."""
+
+    dense: int = 0
+    both: int = 0
+    activation: int = 0
+    weight: int = 0
+    images: int = 0
+    rows: int = 0  # output positions of a convolution, tokens of a linear map
+    shapes: dict = field(default_factory=dict, repr=False)  # input shape -> (dense, weight) of one image
+
+    def merge(self, other: Products) -> None:
+        for name in ("dense", "both", "activation", "weight", "images", "rows"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def per_image(self) -> dict[str, float]:
+        names = ("dense", "both", "activation", "weight", "rows")
+        return {k: v / self.images for k, v in asdict(self).items() if k in names}
+
+
+def conv_counts(x: torch.Tensor, mask: torch.Tensor, conv: nn.Conv2d) -> tuple[int, int]:
+    """(products with x != 0 and mask != 0, products with x != 0) of one call; x [N, C, H, W], mask as conv.weight."""
+    groups, per_group = conv.groups, conv.out_channels // conv.groups
+    listed = mask.view(groups, per_group, *mask.shape[1:]).sum(1).float()
+    filters = torch.stack([listed, torch.full_like(listed, per_group)], dim=1).flatten(0, 1)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
+        found = F.conv2d((x != 0).float(), filters, None, conv.stride, conv.padding, conv.dilation, groups)
+    sums = found.double().sum((0, 2, 3)).view(groups, 2).sum(0)
+    return round(float(sums[0])), round(float(sums[1]))
+
+
+def count(module: nn.Conv2d | nn.Linear, x: torch.Tensor, output: torch.Tensor, found: Products) -> None:
+    """Add one call of `module` with input x to `found`."""
+    mask = module.weight != 0
+    images = x.shape[0]
+    if isinstance(module, nn.Conv2d):
+        both, activation = conv_counts(x, mask, module)
+        if x.shape[1:] not in found.shapes:
+            weight, dense = conv_counts(torch.ones_like(x[:1]), mask, module)
+            found.shapes[x.shape[1:]] = (dense, weight)
+        dense, weight = found.shapes[x.shape[1:]]
+        rows = output[0, 0].numel()
+    else:
+        live = (x != 0).flatten(0, -2).sum(0)
+        both = int((live * mask.sum(0)).sum())
+        activation = int(live.sum()) * mask.shape[0]
+        rows = x[0].numel() // x.shape[-1]
+        dense, weight = rows * mask.numel(), rows * int(mask.sum())
+    found.both += both
+    found.activation += activation
+    found.dense += dense * images
+    found.weight += weight * images
+    found.images += images
+    found.rows += rows * images
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[str, Products]]:
+    """Count at every Conv2d and Linear, by module path, while the block runs. Give figures over images: divide once."""
+    found: dict[str, Products] = {}
+
+    def watch(path):
+        def hook(module, args, output):
+            count(module, args[0].detach(), output.detach(), found.setdefault(path, Products()))
+
+        return hook
+
+    watched = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(watch(p)) for p, m in watched]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reduction(found: dict[str, Products], which: str = "both") -> float:
+    """1 - sum kept / sum dense over all maps, in [0, 1]; which: both, activation or weight."""
+    dense = sum(p.dense for p in found.values())
+    return 1 - sum(getattr(p, which) for p in found.values()) / dense if dense else 0.0
+
+
+def weight_sparsity(model: nn.Module) -> float:
+    """Share of exact zeros among the weights of all convolutions and linear maps (biases and norms left out)."""
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    total = sum(w.numel() for w in weights)
+    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / total if total else 0.0
