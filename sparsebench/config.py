@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
 # Keys that say where and whether to write, not what is computed: they are no part of a run's identity.
-NOT_IDENTITY = ("output_dir", "force", "fail_fast", "wandb", "save_model")
+NOT_IDENTITY = ("output_dir", "force", "fail_fast", "sweep", "wandb")
 
 
 class ConfigError(ValueError):
@@ -85,6 +85,13 @@ class Tracking:
 
 
 @dataclass(kw_only=True)
+class Sweeping:
+    """What a sweeper such as Optuna is told: see sweep.objective."""
+
+    budget: float = setting(ge=1)
+
+
+@dataclass(kw_only=True)
 class Settings:
     """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
 
@@ -98,6 +105,7 @@ class Settings:
     hardware: Any
     eval: Evaluation
     measure: Measurement
+    sweep: Sweeping
     wandb: Tracking
 
 

@@ -56,6 +56,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     work.folder = path.with_suffix("")
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    state.keep(path, folder)
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
