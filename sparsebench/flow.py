@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, evaluate, macs, measure, sparsity, state
+from sparsebench import config, env, estimate, evaluate, macs, measure, sparsity, state
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -79,6 +79,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
         share = record.sparsity["model_wide_of_sparse_tokens"]
         record.latency = measure.latency(dense, sparse, tokens, settings.measure, hardware, share)
+        if hardware.estimate:
+            peaks = estimate.read_bandwidth(hardware.torch_device), estimate.arithmetic_rate(hardware.torch_device, hardware.torch_dtype)
+            record.estimate = estimate.predict(hardware, record, *peaks)
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record
 

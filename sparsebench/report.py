@@ -102,6 +102,12 @@ def table(found: dict) -> Table:
         if "break_even_sparsity" in latency["decode"]:
             point = latency["decode"]["break_even_sparsity"]
             grid.add_row("decode break-even sparsity", "", "not reached" if point is None else f"{point:.0%}", "")
+    if found.get("estimate"):
+        guess = found["estimate"]["decode"]
+        grid.add_row(
+            f"decode on {found['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
+            f"estimated {guess['speedup']:.2f}x",
+        )  # fmt: skip
     memory = found["memory"]
     grid.add_row(
         "weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), ""

@@ -6,6 +6,7 @@ import csv
 import io
 from dataclasses import dataclass
 
+from sparsebench import config
 from sparsebench.comparison.rows import Group, Row, differences, over_seeds
 from sparsebench.report import scaled
 
@@ -84,17 +85,35 @@ def seeds(group: Group) -> Table | None:
 
 
 def estimates(group: Group) -> Table | None:
-    """Predicted times of absent targets. Never mixed with measured ones."""
+    """Predicted times of absent targets, beside the same run measured on the target where the records hold one."""
     rows = []
     for row in group.rows:
         found = row.found.get("estimate")
-        if found:
-            decode = found["decode"]
-            rows.append([row.label, found["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
-                         f"≈ {decode['speedup']:.2f}x", found["fitted_on"]["device"]])  # fmt: skip
-    head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on"]
-    note = "Estimates, not measurements: the target's roofline times the efficiency measured on the present device."
+        if not found:
+            continue
+        decode, real = found["decode"], on_target(row, group)
+        rows.append([
+            row.label, found["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
+            f"≈ {decode['speedup']:.2f}x", found["fitted_on"]["device"],
+            f"{real.decode['dense']:.3f}, {real.decode['sparse']:.3f}, {speedup(real)}" if real else DASH,
+            "; ".join(found["cautions"]) or DASH,
+        ])  # fmt: skip
+    head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
+    note = "Estimates, not measurements: the target's roofline over the efficiency measured on the present device."
     return Table(head, rows, {2, 3, 4}, set(), note) if rows else None
+
+
+def on_target(row: Row, group: Group) -> Row | None:
+    """A measured row of the same settings on the device that `row` estimates, or None."""
+
+    def settings(each: Row) -> dict:
+        return {k: v for k, v in each.found["config"].items() if k not in (*config.NOT_IDENTITY, "hardware")}
+
+    device = row.found["config"]["hardware"]["requires"]
+    return next(
+        (r for r in group.rows if device and device in r.machine and r.decode and not r.found.get("estimate")
+         and config.digest(settings(r)) == config.digest(settings(row))), None,
+    )  # fmt: skip
 
 
 def protocols(found: list[Group]) -> Table | None:
