@@ -163,7 +163,7 @@ def heat_map(group: Group) -> Figure | None:
     step = max(1, len(columns) // 16)
     shown = range(0, len(columns), step)
     long = any(len(columns[i]) > 4 for i in shown)
-    axes.set_xticks(list(shown), [columns[i] for i in shown], fontsize=7, rotation=60 if long else 0)
+    axes.set_xticks(list(shown), [shortened(columns[i], 16) for i in shown], fontsize=7, rotation=60 if long else 0)
     axes.set_yticks(range(len(rows)), [shortened(r.label) for r, _ in rows], fontsize=7)
     axes.set_xlabel("layer", fontsize=9)
     axes.set_title("Sparsity per layer, measured", fontsize=10, loc="left")

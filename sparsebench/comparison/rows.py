@@ -212,10 +212,11 @@ def groups(rows: list[Row]) -> list[Group]:
     ordered = sorted(found.values(), key=lambda g: -len(g.rows))
     for title in {g.title for g in ordered}:
         alike = [g for g in ordered if g.title == title]
-        for key, values in differences(alike).items():
+        told = differences(alike)
+        short = {k: v for k, v in told.items() if k not in ("fingerprint", "tokens")} or told
+        for key, values in short.items():
             for group, value in zip(alike, values, strict=True):
-                if key not in ("test", "fingerprint", "tokens"):
-                    group.apart += f", {key} {value}"
+                group.apart += f", {key} {str(value)[:24] if key != 'test' else str(value)[:8]}"
     return ordered
 
 
