@@ -94,4 +94,6 @@ def check_trusted(configuration: dict, trust_remote_code: bool) -> None:
         if module and module.split(".")[0] != "sparsebench" and module not in sys.modules:
             raise ValueError(f"{group}._target_ is in {module}, which is not part of sparsebench: import it first")
         if node.get("trust_remote_code") and not trust_remote_code:
-            raise ValueError(f"{group}.trust_remote_code is set in the record: load(..., trust_remote_code=True) allows it")
+            raise ValueError(
+                f"{group}.trust_remote_code is set in the record: load(..., trust_remote_code=True) allows it"
+            )

@@ -42,7 +42,7 @@ def main() -> None:
                 check(configuration)
         except config.ConfigError as error:
             for line in error.problems:
-                print(f"error: {line}", file=sys.stderr)
+                complain(line)
             sys.exit(WRONG)
     app = hydra.main(version_base="1.3", config_path=f"pkg://{config.CONFIG_MODULE}", config_name="config")
     if planned and arguments.multirun:
@@ -50,6 +50,11 @@ def main() -> None:
     codes: list[int] = []
     app(lambda composed: codes.append(task(config.to_dict(composed))))()
     sys.exit(max(codes, default=OK))
+
+
+def complain(line: str) -> None:
+    """One line of error for the user."""
+    print(record.scrub(f"error: {line}"), file=sys.stderr, flush=True)
 
 
 def set_up_logging() -> None:
@@ -66,7 +71,7 @@ def many(app, planned: list[dict], overrides: list[str]) -> int:
     try:
         folder = sweep.new_folder(planned[0]["output_dir"], overrides)
     except OSError as error:
-        print(f"error: output_dir={planned[0]['output_dir']}: {error}", file=sys.stderr)
+        complain(f"output_dir={planned[0]['output_dir']}: {error}")
         return FAILED
     chosen_later = any(o.startswith("hydra/sweeper=") for o in overrides)  # by a sweeper other than Hydra's own
     paths = [] if chosen_later else [location(each)[0] / "result.json" for each in planned]
@@ -87,6 +92,7 @@ def job(composed) -> float:
     configuration, hydra_config = config.to_dict(composed), HydraConfig.get()
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
+    (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
     overrides = [o for o in hydra_config.overrides.task if not o.startswith("hydra.")]
     path = location(configuration)[0] / "result.json"
     if configuration["wandb"]["group"] is None:
@@ -153,7 +159,7 @@ def obtain(configuration: dict) -> dict | None:
             if found is None:
                 return isolated(configuration, folder, identity)
     except OSError as error:
-        print(f"error: output_dir={configuration['output_dir']}: {error}", file=sys.stderr)
+        complain(f"output_dir={configuration['output_dir']}: {error}")
         return None
     log.info("finished before; force=true runs it again")
     return found
@@ -168,9 +174,11 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
     context = multiprocessing.get_context("fork")
     child = context.Process(target=child_main, args=(configuration, folder, identity), name="sparsebench-run")
     child.start()
+    status = "failed"
     try:
         child.join()
     except KeyboardInterrupt:
+        status = "interrupted"
         child.join(timeout=20)
         if child.is_alive():
             child.kill()
@@ -182,7 +190,7 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         message = f"the run's process ended without a record: {signalled}{hint}"
         name = f"{configuration['model']['name']}/{configuration['method']['name']}"
-        failed = record.Record(identity, name, configuration, status="failed")
+        failed = record.Record(identity, name, configuration, status=status)
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
         record.write(failed, path)
         found = record.read(path)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import re
@@ -61,6 +62,15 @@ class Evaluation:
     test_sequences: int | None = setting(gt=0)
     dev_sequences: int | None = setting(gt=0)
     batch_size: int = setting(gt=0)
+    tasks: list[str]
+    task_limit: int | None = setting(gt=0)
+    task_path: str | None
+
+    def __post_init__(self):
+        if self.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise ValueError(f"tasks={','.join(self.tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
+        if self.task_path is not None and not Path(self.task_path).is_dir():
+            raise ValueError(f"task_path must be a folder with task files of lm-eval, got {self.task_path!r}")
 
 
 @dataclass(kw_only=True)
@@ -82,6 +92,7 @@ class Tracking:
     project: str
     entity: str | None
     group: str | None
+    artifacts: bool
 
 
 @dataclass(kw_only=True)
@@ -261,6 +272,8 @@ def mismatches(settings: Settings) -> list[str]:
         problems.append(
             f"method={method.name} takes models of kind {', '.join(method.kinds)}, got model={model.name} ({model.kind})"
         )
+    if settings.eval.tasks and model.kind != "language":
+        problems.append(f"eval.tasks must be [] for model={model.name} ({model.kind}), got {settings.eval.tasks}")
     for part in (model, dataset, method, settings.hardware):
         problems += part.problems(settings)
     return problems

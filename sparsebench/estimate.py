@@ -57,7 +57,9 @@ def predict(target, record, bandwidth_gbs: float, tflops: float) -> dict:
         efficiency[name] = roofline_ms(num_bytes, macs, bandwidth_gbs, tflops) / decode[name]["median_ms"]
         peak = roofline_ms(num_bytes, macs, target.peak_bandwidth_gbs, target.peak_tflops)
         times[f"{name}_ms"] = peak / efficiency[name]
-    cautions = [f"the {n} step ran faster than this device's memory: it was cached" for n, e in efficiency.items() if e > 1]
+    cautions = [
+        f"the {n} step ran faster than this device's memory: it was cached" for n, e in efficiency.items() if e > 1
+    ]
     env = record.env or {}
     return {
         "label": LABEL,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, estimate, evaluate, macs, measure, sparsity, state
+from sparsebench import config, env, estimate, evaluate, macs, measure, sparsity, state, tasks
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -46,6 +46,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     log.info("dense model: evaluating")
     limit, batch = settings.eval.test_sequences, settings.eval.batch_size
     dense_quality, _ = evaluate.language_quality(loaded.module, data.test, limit, batch)
+    dense_tasks = tasks.score(loaded.module, loaded.tokenizer, settings.eval) if settings.eval.tasks else {}
     dense_costs = macs.dense_sites(loaded.module)
     dense_bytes = measure.weight_bytes(loaded.module)
     dense = copy.deepcopy(loaded.module) if settings.measure.latency else None
@@ -66,6 +67,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
         "bos": data.test.bos, "prompt_policy": getattr(method, "prompt", "all"),
     }  # fmt: skip
     record.quality = evaluate.compare(dense_quality, sparse_quality, protocol)
+    if dense_tasks:
+        sparse_tasks = tasks.score(sparse, loaded.tokenizer, settings.eval)
+        record.quality |= tasks.compare(dense_tasks, sparse_tasks, settings.eval, protocol["prompt_policy"])
     record.dataset = data.describe()
     measured = sparsity.summarise(sparse, counters)
     record.sparsity = describe_sparsity(method.requested, measured, dense_costs)
@@ -80,7 +84,10 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
         share = record.sparsity["model_wide_of_sparse_tokens"]
         record.latency = measure.latency(dense, sparse, tokens, settings.measure, hardware, share)
         if hardware.estimate:
-            peaks = estimate.read_bandwidth(hardware.torch_device), estimate.arithmetic_rate(hardware.torch_device, hardware.torch_dtype)
+            peaks = (
+                estimate.read_bandwidth(hardware.torch_device),
+                estimate.arithmetic_rate(hardware.torch_device, hardware.torch_dtype),
+            )
             record.estimate = estimate.predict(hardware, record, *peaks)
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record

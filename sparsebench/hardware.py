@@ -52,7 +52,9 @@ class Hardware:
                     f"hardware.estimate=true needs hardware.peak_bandwidth_gbs and hardware.peak_tflops, which {self.name} leaves null"
                 )
             if settings is None or not settings.measure.latency:
-                found.append("hardware.estimate=true needs a run with measure.latency=true: it starts from measured times")
+                found.append(
+                    "hardware.estimate=true needs a run with measure.latency=true: it starts from measured times"
+                )
         elif self.device == "cuda" and not gpus:
             found.append(
                 "hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found"

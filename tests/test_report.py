@@ -54,7 +54,12 @@ def vision(accuracy=0.95, method="dstf") -> dict:
     found = made(method, speedup=None)
     found["config"]["model"] = {"name": "lenet5"}
     found["config"]["dataset"] = {"name": "digits"}
-    quality = {"dense": 0.96, "sparse": accuracy, "higher_is_better": True, "protocol": {"split": "test", "images": 360}}
+    quality = {
+        "dense": 0.96,
+        "sparse": accuracy,
+        "higher_is_better": True,
+        "protocol": {"split": "test", "images": 360},
+    }
     ece = {"dense": 0.01, "sparse": 0.02, "higher_is_better": False, "protocol": "as accuracy"}
     found["quality"] = {"accuracy": quality, "ece": ece}
     pair = {"dense": {"median_ms": 2.0}, "sparse": {"median_ms": 2.1}}
@@ -178,7 +183,9 @@ def test_the_page_needs_no_network_and_no_script(tmp_path):
 
 
 def test_seeds_are_summed_up(tmp_path):
-    _, groups, html, _ = reported(laid(tmp_path, *(made(seed=s, perplexity=12 + s) for s in range(3)), made(sparsity=0.3)))
+    _, groups, html, _ = reported(
+        laid(tmp_path, *(made(seed=s, perplexity=12 + s) for s in range(3)), made(sparsity=0.3))
+    )
     (same,) = rows.over_seeds(groups[0].rows)
     assert (same["seeds"], same["mean"], same["sd"]) == (3, 13.0, 1.0) and "Over seeds" in html
 

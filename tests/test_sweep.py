@@ -27,7 +27,9 @@ def command(sparsebench, model_folder, text_file):
 
 def needs(*modules):
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install sparsebench[sweep,launchers]")
+    return pytest.mark.skipif(
+        bool(missing), reason=f"needs {', '.join(missing)}: pip install sparsebench[sweep,launchers]"
+    )
 
 
 def test_one_failure_stops_nothing_and_hides_nowhere(command, tmp_path):
@@ -118,7 +120,6 @@ def test_optuna_seeks_the_largest_sparsity_within_the_budget(command, tmp_path):
     assert process.returncode == 0, process.stderr
     assert sum(last["outcomes"].values()) == 5 and last["status"] == "finished"
     values = [sweep.objective(json.loads((tmp_path / path).read_text()), 1.05) for path in last["records"]]
-
 
     best = yaml.safe_load((tmp_path / last["sweep"] / "optimization_results.yaml").read_text())
     assert best["best_value"] == pytest.approx(max(values))

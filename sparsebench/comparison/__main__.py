@@ -13,7 +13,9 @@ from pathlib import Path
 
 def main() -> None:
     """Entry point of the console script."""
-    parser = argparse.ArgumentParser(prog="sparsebench-report", description="Many records on one page: HTML, Markdown, CSV, PNG.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="sparsebench-report", description="Many records on one page: HTML, Markdown, CSV, PNG."
+    )
     parser.add_argument("paths", nargs="+", type=Path, help="folders with records, or result.json files")
     parser.add_argument("--output", type=Path, help="folder for the report; default: report/ in the first folder given")
     parser.add_argument("--title", default="sparsebench report")
@@ -43,7 +45,10 @@ def main() -> None:
         from sparsebench.comparison import upload
 
         uploaded = upload.send(found, folder, arguments.project)
-    print(f"{len(found.finished)} finished, {len(found.failed)} failed, {len(found.unreadable)} unreadable", file=sys.stderr)
+    print(
+        f"{len(found.finished)} finished, {len(found.failed)} failed, {len(found.unreadable)} unreadable",
+        file=sys.stderr,
+    )
     summary = {"report": str(folder / "report.html"), "finished": len(found.finished), "failed": len(found.failed),
                "unreadable": len(found.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
     print(json.dumps(summary))

@@ -47,6 +47,7 @@ details{margin:6px 0}summary{cursor:pointer;font-size:14px}
  th:first-child,td:first-child{min-width:9em;max-width:9.5em}table{font-size:12px}th,td{padding:4px 7px}}
 @media print{body{background:#fff}section{break-inside:avoid;border:0}}
 """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass
@@ -127,8 +128,10 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
     beside = published.beside(found.finished)
     if beside:
         page.open("published", "Published beside measured")
-        page.text("A published figure stands beside a run of the same method at the same operating point. Where model, data "
-                  "or settings are not the published ones, the two are no reproduction of each other: the last column says so.")  # fmt: skip
+        page.text(
+            "A published figure stands beside a run of the same method at the same operating point. Where model, data or "
+            "settings are not the published ones, neither reproduces the other: the last column says what differs."
+        )
         page.table(tables.beside(beside))
         page.close()
     if found.failed or found.unreadable:
@@ -191,7 +194,7 @@ def document(page: Page, title: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(page.html)}</main></body></html>\n"
     )
 

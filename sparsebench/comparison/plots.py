@@ -12,11 +12,11 @@ from collections.abc import Callable
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import PercentFormatter  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from sparsebench.comparison.rows import Group, Row, pareto, sites_by_layer  # noqa: E402
+from sparsebench.comparison.rows import Group, Row, pareto, sites_by_layer
 
 SIZE, MARKERS = (4.8, 3.6), "osD^vPX*<>"
 MOST_LINES = 60  # rows of the heat map: more can't be read
@@ -86,7 +86,9 @@ def against(group: Group, look: dict, x: Callable[[Row], float | None], title: s
                           markerfacecolor="white" if hollow else style["color"],
                           label=f"{method}{' (simulated)' if hollow else ''}")  # fmt: skip
     if dense:
-        axes.plot(*zip(*dense, strict=True), linestyle="", marker="*", markersize=10, color="black", label="dense", zorder=4)
+        axes.plot(
+            *zip(*dense, strict=True), linestyle="", marker="*", markersize=10, color="black", label="dense", zorder=4
+        )
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(metric_label(group), fontsize=9)
     if worst_is_far(rows):

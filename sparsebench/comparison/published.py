@@ -109,7 +109,9 @@ def differs(row: Row, entry: dict, settings: dict) -> list[str]:
             found.append(f"{row.machine.partition(',')[0]} instead of {entry['hardware']}")
     else:
         data = row.found["config"]["dataset"]
-        ours = f"{data['name']}, windows of {data.get('sequence_length')}" if "sequence_length" in data else data["name"]
+        ours = (
+            f"{data['name']}, windows of {data.get('sequence_length')}" if "sequence_length" in data else data["name"]
+        )
         found.append(f"data {ours}; published: {entry.get('protocol', 'protocol not stated')}")
     for key, value in entry["with"].items():
         if not same(settings.get(key), value):

@@ -85,7 +85,9 @@ class Collection:
 
 def collect(paths: Iterable[Path]) -> Collection:
     """All records below `paths` (files or folders). One run found twice (copied folders) counts once, the later one."""
-    files = {f.resolve(): f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("result.json")))}
+    files = {
+        f.resolve(): f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("result.json")))
+    }
     found, latest = Collection(), {}
     for file in files.values():
         content = record.read(file)
@@ -150,7 +152,10 @@ def timings(latency: dict) -> Iterable[tuple[str, dict]]:
         if isinstance(content.get("dense"), dict) and "median_ms" in content["dense"]:
             kernel = content.get("kernel", latency.get("kernel"))
             medians = {name: content[name]["median_ms"] for name in ("dense", "sparse")}
-            yield part, {**medians, "speedup": content.get("speedup"), "kernel": kernel, "context": content.get("context")}
+            yield (
+                part,
+                {**medians, "speedup": content.get("speedup"), "kernel": kernel, "context": content.get("context")},
+            )
         else:
             yield from ((f"{part} {inner}", times) for inner, times in timings(content))
 

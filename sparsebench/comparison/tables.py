@@ -69,7 +69,9 @@ def metrics(group: Group) -> Table | None:
     rows = []
     for row in group.rows:
         quality = row.found.get("quality") or {}
-        cells = [f"{number(quality[m]['dense'])} → {number(quality[m]['sparse'])}" if m in quality else DASH for m in names]
+        cells = [
+            f"{number(quality[m]['dense'])} → {number(quality[m]['sparse'])}" if m in quality else DASH for m in names
+        ]
         rows.append([row.label, *cells])
     return Table(["run", *names], rows, set(range(1, len(names) + 1)), set())
 
@@ -77,7 +79,12 @@ def metrics(group: Group) -> Table | None:
 def seeds(group: Group) -> Table | None:
     found = over_seeds(group.rows)
     rows = [
-        [s["label"], str(s["seeds"]), f"{s['sparsity']:.1%} ± {s['sparsity_sd']:.1%}", f"{s['mean']:.4g} ± {s['sd']:.2g}"]
+        [
+            s["label"],
+            str(s["seeds"]),
+            f"{s['sparsity']:.1%} ± {s['sparsity_sd']:.1%}",
+            f"{s['mean']:.4g} ± {s['sd']:.2g}",
+        ]
         for s in found
     ]
     head = ["setting", "seeds", "sparsity, mean ± s.d.", f"{group.protocol['metric']}, mean ± s.d."]
