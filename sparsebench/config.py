@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -304,10 +305,12 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException:
             problems.append(f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m")
-    if config_dir:
-        parsed += OverridesParser.create().parse_overrides([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"])
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        if config_dir:
+            search_first(config_dir)
         choices = [alternatives(override, sweep, problems) for override in parsed]
         groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
         values = [o for o in parsed if not is_group(o)]
@@ -321,6 +324,14 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
             return [to_dict(compose("config", overrides=list(c))) for c in itertools.product(*choices)]
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def search_first(folder: str) -> None:
+    """Let options of groups be found in `folder`, too, as Hydra's --config-dir does."""
+    repository = GlobalHydra.instance().config_loader().repository
+    path = GlobalHydra.instance().config_loader().get_search_path()
+    path.prepend("command-line", f"file://{Path(folder).resolve()}", SearchPathQuery(provider="schema"))
+    repository.initialize_sources(path)
 
 
 def is_group(override: Override) -> bool:

@@ -127,3 +127,15 @@ def test_identity_follows_the_content_of_local_files(tmp_path):
 def test_canonical_form():
     assert config.digest({"a": 1, "b": [1.0, True]}) == config.digest({"b": [1, True], "a": 1.0})
     assert config.digest({"a": True}) != config.digest({"a": 1})
+
+
+def test_options_of_an_own_folder(tmp_path):
+    """--config-dir adds options to the groups; a folder that is not there is said."""
+    (tmp_path / "method").mkdir()
+    source = (CONF / "method" / "teal.yaml").read_text().replace("sparsity: 0.5", "sparsity: 0.33")
+    (tmp_path / "method" / "mine.yaml").write_text(source)
+    assert config.compose_all(["method=mine"], config_dir=str(tmp_path))[0]["method"]["sparsity"] == 0.33
+    with pytest.raises(config.ConfigError, match="method must be one of dense, .*mine.*, got 'yours'"):
+        config.compose_all(["method=yours"], config_dir=str(tmp_path))
+    with pytest.raises(config.ConfigError, match="--config-dir must be an existing folder, got 'nowhere'"):
+        config.compose_all([], config_dir="nowhere")
