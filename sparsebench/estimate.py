@@ -7,7 +7,7 @@ the sparse step. The target is assumed to reach the same efficiency of its own p
     estimated time = roofline on the target / efficiency measured here
 
 What it can't know: caches (an efficiency above 1 means that the model sat in one here), launch overheads, and whether
-kernels of the same quality exist for the target.
+kernels of the same quality exist for the target. A CPU fitted to a GPU, or the reverse, is flagged for that reason.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def predict(target, record, bandwidth_gbs: float, tflops: float) -> dict:
     cautions = [
         f"the {n} step ran faster than this device's memory: it was cached" for n, e in efficiency.items() if e > 1
     ]
+    here = str(record.latency.get("device")).partition(":")[0]
+    if here != target.device:
+        cautions.append(
+            f"fitted on a {here} device for a {target.device} target: its kernels and overheads are other ones"
+        )
     env = record.env or {}
     return {
         "label": LABEL,

@@ -13,13 +13,13 @@ TARGETS = ("a100", "a6000", "h100", "h200", "rtx4090", "arm-phone", "cpu-2core")
 
 
 class Target:
-    name, peak_bandwidth_gbs, peak_tflops = "there", 1000.0, 10.0
+    name, device, peak_bandwidth_gbs, peak_tflops = "there", "cpu", 1000.0, 10.0
 
 
 def a_record(dense_ms, sparse_ms):
     found = record.Record("ab" * 32, "m/t", {"seed": 0})
     found.bytes, found.macs = {"dense": 1e9, "sparse": 4e8}, {"dense": 5e8, "executed": 2e8}
-    found.latency = {"decode": {"dense": {"median_ms": dense_ms}, "sparse": {"median_ms": sparse_ms}}}
+    found.latency = {"device": "cpu", "decode": {"dense": {"median_ms": dense_ms}, "sparse": {"median_ms": sparse_ms}}}
     return found
 
 
@@ -36,6 +36,14 @@ def test_each_step_keeps_its_own_efficiency():
     assert found["decode"] == pytest.approx({"dense_ms": 2.0, "sparse_ms": 0.5, "speedup": 4.0})
     assert "estimate" in found["label"] and not found["cautions"]
     assert len(estimate.predict(Target, a_record(5.0, 2.0), 100.0, 10.0)["cautions"]) == 2  # faster than memory
+
+
+def test_another_kind_of_device_is_flagged():
+    class Other(Target):
+        device = "cuda"
+
+    (caution,) = estimate.predict(Other, a_record(20.0, 5.0), 100.0, 10.0)["cautions"]
+    assert caution.startswith("fitted on a cpu device for a cuda target")
 
 
 def test_predicts_a_device_it_was_not_fitted_on():

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -240,6 +241,32 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     (tmp_path / "empty").mkdir()
     nothing = subprocess.run([*command, "empty"], cwd=tmp_path, capture_output=True, text=True)
     assert nothing.returncode == 1 and nothing.stderr.strip() == "error: no records below empty"
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+FRAME = """<iframe id=f src="{page}" style="width:{width}px;height:2000px;border:0"></iframe><p id=o></p><script>
+f.onload = () => {{ const d = f.contentDocument
+  o.textContent = d.documentElement.scrollWidth + " " + [...d.images].filter(i => i.naturalWidth > 0).length }}
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_nothing_sticks_out_and_every_plot_is_drawn(tmp_path, width):
+    long_names = made("a-method-with-a-rather-long-name", sparsity=0.3)
+    folder = laid(tmp_path / "records", made(), made(sparsity=0.25), long_names, vision(), failed("x" * 300, "y" * 300))
+    written = page.write(
+        rows.collect([folder]), tmp_path, "A title that takes more than one line on a small screen, surely"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(page=(tmp_path / "report.html").as_uri(), width=width))
+    process = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         "--virtual-time-budget=5000", "--window-size=1400,2000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    (seen,) = re.findall(r'<p id="o">(\d+) (\d+)</p>', process.stdout)
+    assert int(seen[0]) <= width and int(seen[1]) == len(written.pictures) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
