@@ -123,6 +123,18 @@ def test_one_protocol_is_one_table_whatever_machine_and_times_are_flagged(tmp_pa
     assert html.count('alt="Quality against measured decode time"') == 2  # one plot per machine
 
 
+def test_times_of_a_busy_machine_are_flagged(tmp_path):
+    quiet, busy = made(), made(sparsity=0.25)
+    quiet["env"] |= {"load_average": [0.9, 1, 1], "cores": 2}
+    busy["env"] = {**quiet["env"], "load_average": [7.5, 1, 1]}
+    _, groups, html, _ = reported(laid(tmp_path, quiet, busy))
+    assert tables.busy(groups[0]).startswith(
+        "1 of 2 runs started on a busy machine (load average up to 7.5 on 2 cores)"
+    )
+    assert "not to be trusted" in html
+    assert tables.busy(rows.Group({}, [r for r in groups[0].rows if r.sparsity == 0.5])) is None
+
+
 def test_the_dense_method_stands_beside_every_prompt_policy(tmp_path):
     plain = made("dense", sparsity=0.0, perplexity=10.0, speedup=None)
     _, groups, _, _ = reported(laid(tmp_path, made(), made(policy="half"), plain))

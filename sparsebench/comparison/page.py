@@ -180,6 +180,9 @@ def one_group(page: Page, group: Group, number: int, look: dict) -> None:
                   + "; ".join(machines) + ".", "flag")  # fmt: skip
     elif machines:
         page.text(f"Times: {machines[0]}.", "soft")
+    busy = tables.busy(group)
+    if busy:
+        page.text(busy, "flag")
     page.table(tables.comparison(group))
     for title, table in (("Further metrics", tables.metrics(group)), ("Over seeds", tables.seeds(group)),
                          ("Estimates", tables.estimates(group))):  # fmt: skip

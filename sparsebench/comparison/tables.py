@@ -127,7 +127,7 @@ def protocols(found: list[Group]) -> Table | None:
     """What keeps the groups apart; None where there is one group."""
     values = differences(found)
     rows = [[k, *(shown(v) for v in each)] for k, each in values.items()]
-    head = ["protocol", *(f"{i + 1}. {g.title}" for i, g in enumerate(found))]
+    head = ["protocol", *(f"group {i + 1}" for i in range(len(found)))]
     return Table(head, rows, set(), set()) if rows else None
 
 
@@ -139,6 +139,23 @@ def shown(value) -> str:
 def machines(group: Group) -> list[str]:
     """The machines whose times stand in one table."""
     return list(dict.fromkeys(r.machine for r in group.rows if r.times))
+
+
+def busy(group: Group) -> str | None:
+    """A warning where times were taken on a machine that had more to do than it has cores."""
+    loads = [
+        (env["load_average"][0], env.get("cores"))
+        for env in (r.found.get("env") or {} for r in group.rows if r.times)
+        if env.get("load_average") and env.get("cores") and "cuda" not in str((env.get("hardware") or {}).get("device"))
+    ]
+    over = [(load, cores) for load, cores in loads if load > cores]
+    if not over:
+        return None
+    load, cores = max(over)
+    return (
+        f"{len(over)} of {len(loads)} runs started on a busy machine (load average up to {load:.1f} on {cores} cores): "
+        "their times and speed-ups are not to be trusted."
+    )
 
 
 def beside(found: list) -> Table:
