@@ -6,8 +6,11 @@ Whatever W&B does, a run goes on.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+
+from sparsebench import record
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def start(
                 id=run_id,
                 resume="allow" if run_id and mode == "online" else None,
                 dir=str(folder),
-                config=configuration,
+                config=json.loads(record.scrub(json.dumps(record.plain(configuration)))),
                 mode=mode,
                 settings=wandb.Settings(
                     silent=True,
@@ -113,6 +116,7 @@ def start(
                     disable_git=True,
                     disable_code=True,
                     x_disable_stats=True,
+                    x_disable_meta=True,  # the command line, secrets and all
                 ),
             )
             return WandbTracker(run, folder if settings["artifacts"] else None)

@@ -86,6 +86,7 @@ def test_pickle_in_place_of_a_state(sparsebench, arguments, evil, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_pickle_in_place_of_histograms(sparsebench, arguments, evil, tmp_path):
     content, mark = evil
     for layer in range(2):
@@ -97,6 +98,7 @@ def test_pickle_in_place_of_histograms(sparsebench, arguments, evil, tmp_path):
     assert process.returncode == 1 and not mark.exists()
 
 
+@pytest.mark.slow
 def test_code_in_a_model_folder_is_not_run(sparsebench, arguments, model_folder, tmp_path):
     """A config.json that names code of the folder is refused as long as trust_remote_code is off."""
     folder, mark = tmp_path / "model", tmp_path / "code-ran"
