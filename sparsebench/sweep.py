@@ -129,7 +129,8 @@ def show(folder: Path, planned: list[Path]) -> bool:
 
 def row(each: dict, common: set[str]) -> list[str]:
     """The cells of one run; of its overrides those that are not `common` to all."""
-    quality = "" if each["sparse"] is None else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']})"
+    known = each["dense"] is not None and each["sparse"] is not None
+    quality = "" if not known else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']})"
     problem = f": {each['error']}" if each["error"] else ""
     return [
         each["name"] or Path(each["record"]).parent.name,
@@ -150,7 +151,7 @@ def objective(found: dict, budget: float) -> float:
     """
     quality = found.get("quality") or {}
     name = main_metric(quality)
-    if found["status"] != "finished" or name is None:
+    if found["status"] != "finished" or name is None or None in (quality[name]["dense"], quality[name]["sparse"]):
         return FAILED_OBJECTIVE
     metric = quality[name]
     better, worse = metric["dense"], metric["sparse"]

@@ -133,6 +133,10 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
             "settings are not the published ones, neither reproduces the other: the last column says what differs."
         )
         page.table(tables.beside(beside))
+        others = tables.beside_other_models(beside)
+        if others is not None:
+            page.title("Same setting, other model")
+            page.table(others)
         page.close()
     if found.failed or found.unreadable:
         page.open("failures", "Failures")

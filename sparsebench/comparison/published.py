@@ -33,6 +33,8 @@ class Beside:
     published: str
     source: str
     differs: list[str]
+    model: str  # of the published figure
+    exact: bool  # whether it is the row's own model
 
 
 @functools.cache
@@ -85,8 +87,9 @@ def compare(row: Row, entry: dict, point: float, settings: dict) -> Beside:
     dense, sparse = measured(row, metric)
     unsure = "recalled" if point in entry.get("recalled", ()) else entry["seen"]
     source = f"{entry['source']}; {SEEN[unsure]}"
-    return Beside(row, metric, words(metric, dense, sparse), words(metric, entry.get("dense"), value), source,
-                  differs(row, entry, settings))  # fmt: skip
+    ours, theirs = words(metric, dense, sparse), words(metric, entry.get("dense"), value)
+    exact = row.found["config"]["model"]["name"] == entry["model"]
+    return Beside(row, metric, ours, theirs, source, differs(row, entry, settings), entry["model"], exact)
 
 
 def words(metric: str, dense: float | None, sparse: float) -> str:

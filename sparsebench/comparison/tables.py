@@ -158,9 +158,38 @@ def busy(group: Group) -> str | None:
     )
 
 
-def beside(found: list) -> Table:
-    rows = [[b.row.label, b.metric, b.ours, b.published, b.source, "; ".join(b.differs) or "nothing"] for b in found]
-    return Table(["run", "metric", "measured", "published", "source", "what differs"], rows, set(), set())
+def beside(found: list) -> Table | None:
+    """Published figures about the very model of the row, one to a line."""
+    rows = [
+        [b.row.label, b.metric, b.ours, b.published, b.source, "; ".join(b.differs) or "nothing"]
+        for b in found
+        if b.exact
+    ]
+    return (
+        Table(["run", "metric", "measured", "published", "source", "what differs"], rows, set(), set())
+        if rows
+        else None
+    )
+
+
+def beside_other_models(found: list) -> Table | None:
+    """Published figures about other models, those of one run and metric together on a line."""
+    lines: dict[tuple, list] = {}
+    for each in sorted((b for b in found if not b.exact), key=lambda b: (b.metric, b.row.label, str(b.row.path))):
+        lines.setdefault((each.metric, each.row.path), []).append(each)
+    rows = []
+    for same in lines.values():
+        first, figures = (
+            same[0],
+            "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same),
+        )
+        settings = dict.fromkeys(d for b in same for d in b.differs if not d.startswith("model "))
+        sources = dict.fromkeys(b.source.rpartition("; ")[0] for b in same)
+        rows.append(
+            [first.row.label, first.metric, first.ours, figures, "; ".join(sources), "; ".join(settings) or "nothing"]
+        )
+    head = ["run", "metric", "measured", "published, by model", "source", "what else differs"]
+    return Table(head, rows, set(), set()) if rows else None
 
 
 def failures(found: list) -> Table:
