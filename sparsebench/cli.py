@@ -44,6 +44,8 @@ def main() -> None:
             for line in error.problems:
                 complain(line)
             sys.exit(WRONG)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
     app = hydra.main(version_base="1.3", config_path=f"pkg://{config.CONFIG_MODULE}", config_name="config")
     if planned and arguments.multirun:
         sys.exit(many(app, planned, arguments.overrides))

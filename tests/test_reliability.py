@@ -70,6 +70,13 @@ def last_line(text: str) -> dict:
     return json.loads(text.strip().splitlines()[-1])
 
 
+def child_of(process: subprocess.Popen, output: Path) -> psutil.Process:
+    """The process of the run itself, once it works."""
+    while process.poll() is None and not list(output.glob("*/*/*/run.log")):
+        time.sleep(0.02)
+    return psutil.Process(process.pid).children()[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 
@@ -129,10 +136,7 @@ def test_kill_9_of_a_sweep(start, arguments, tmp_path, count):
 def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, arguments, sparsebench, tmp_path):
     """What the kernel's out-of-memory killer does: SIGKILL to the run's own process."""
     process = start(*arguments)
-    child = None
-    while child is None and process.poll() is None:
-        child = next(iter(psutil.Process(process.pid).children()), None)
-        time.sleep(0.01)
+    child = child_of(process, tmp_path / "outputs")
     child.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "ended without a record: SIGKILL (out of memory?)" in err
@@ -144,8 +148,7 @@ def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, a
 def test_ctrl_c_ends_a_sweep_with_its_table(start, arguments, tmp_path):
     process = start("-m", *arguments, "method.sparsity=0.2,0.4,0.6", "output_dir=o", start_new_session=True,
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # whatever the tests' own shell set  # fmt: skip
-    while not psutil.Process(process.pid).children() and process.poll() is None:
-        time.sleep(0.02)
+    child_of(process, tmp_path / "o")
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

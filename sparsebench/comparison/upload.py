@@ -10,6 +10,8 @@ import logging
 import os
 from pathlib import Path
 
+import wandb
+
 from sparsebench import tracking
 from sparsebench.comparison import tables
 from sparsebench.comparison.rows import Collection, groups
@@ -31,13 +33,12 @@ def send(found: Collection, folder: Path, project: str) -> int:
         tracker.finish(content)
         sent += 1
     send_report(found, folder, settings)
+    wandb.teardown()  # waits until everything is written or sent
     return sent
 
 
 def send_report(found: Collection, folder: Path, settings: dict) -> None:
     """The tables, plots and page of the report as one W&B run."""
-    import wandb
-
     tracker = tracking.start(settings, f"report of {len(found)} records", folder, {})
     if isinstance(tracker, tracking.NullTracker):
         return
