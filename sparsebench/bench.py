@@ -24,7 +24,6 @@ import transformers
 
 from sparsebench import decode, env, kernels, record
 from sparsebench.config import setting
-from sparsebench.estimate import read_bandwidth
 from sparsebench.measure import Contender, break_even, interleaved, summary
 from sparsebench.models.language import Loaded
 from sparsebench.modules.input_sparse import InputSparseLinear
@@ -111,6 +110,13 @@ def clock(
         scale = 1e3
     times, _ = interleaved(contenders, settings.warmup, settings.samples, device)
     return {name: [t * scale for t in each] for name, each in zip(bodies, times, strict=True)}
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """GB/s of reading memory: a sum over 1 GiB (256 MiB on a CPU), best of several."""
+    values = torch.randn((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
+    times, _ = interleaved([Contender(lambda _: values.sum())], 3, 10, device)
+    return values.numel() * 4 / min(times[0]) / 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import torch
 
+from sparsebench.bench import read_bandwidth
 from sparsebench.measure import Contender, interleaved
 
 LABEL = "estimate, not a measurement"
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """GB/s of reading memory: a sum over 1 GiB (256 MiB on a CPU), best of several."""
-    values = torch.randn((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
-    times, _ = interleaved([Contender(lambda _: values.sum())], 3, 10, device)
-    return values.numel() * 4 / min(times[0]) / 1e6
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(GB/s of reading memory, TFLOP/s of a matrix product), measured on the present device."""
+    return read_bandwidth(device), arithmetic_rate(device, dtype)
 
 
 def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -84,11 +84,8 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
         share = record.sparsity["model_wide_of_sparse_tokens"]
         record.latency = measure.latency(dense, sparse, tokens, settings.measure, hardware, share)
         if hardware.estimate:
-            peaks = (
-                estimate.read_bandwidth(hardware.torch_device),
-                estimate.arithmetic_rate(hardware.torch_device, hardware.torch_dtype),
-            )
-            record.estimate = estimate.predict(hardware, record, *peaks)
+            rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
+            record.estimate = estimate.predict(hardware, record, *rates)
     record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
     return record
 

@@ -236,9 +236,8 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     laid(tmp_path / "a", made(), made(sparsity=0.25, perplexity=10.5), failed())
     laid(tmp_path / "b", vision())
     (tmp_path / "b" / "bench").mkdir()
-    bench = {"kind": "bench", "model": "m", "input": "normal", "read_bandwidth_gbs": 1.0,
-             "env": {"cpu": "c", "threads": 1, "versions": {}, "hardware": {"dtype": "float32"}}}  # fmt: skip
-    (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps(bench))
+    (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m"}))
+    (tmp_path / "b" / "bench" / "table.md").write_text("# m <b>\n| 50% | 1.8x |\n")
     command = [sys.executable, "-m", "sparsebench.comparison"]
     process = subprocess.run([*command, "a", "b", "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -247,7 +246,8 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"report.html", "report.md", "report.csv"} <= names and set(last["plots"]) <= names
     assert all((tmp_path / "out" / n).read_bytes().startswith(b"\x89PNG") for n in last["plots"])
-    assert "Benchmark: m" in (tmp_path / "out" / "report.html").read_text()
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Benchmark: m" in html and "| 50% | 1.8x |" in html and "<b>\n" not in html
     again = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "no such file or folder: nowhere" in again.stderr
     (tmp_path / "empty").mkdir()

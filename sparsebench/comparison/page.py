@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from sparsebench import bench_report, record
+from sparsebench import record
 from sparsebench.comparison import plots, published, tables
 from sparsebench.comparison.rows import Collection, Group, groups
 from sparsebench.comparison.tables import Table
@@ -149,11 +149,7 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
             page.text(f"{path} can't be read as a record and was left out.", "bad")
         page.close()
     for i, (path, content) in enumerate(found.benches):
-        page.open(f"bench-{i}", f"Benchmark: {content.get('model')}")
-        page.text(str(path), "soft")
-        page.details("Table", bench_report.table(content))
-        page.markdown.append(bench_report.table(content).replace("\n#", "\n###"))
-        page.close()
+        one_bench(page, path, content, i)
     return page, parts
 
 
@@ -194,6 +190,20 @@ def one_group(page: Page, group: Group, number: int, look: dict) -> None:
             page.title(title)
             page.table(table)
     page.plots(plots.quality_plots(group, look), f"group-{number + 1}")
+    page.close()
+
+
+def one_bench(page: Page, path: Path, content: dict, number: int) -> None:
+    """A benchmark as it was written: its plot and its table, which lie beside the record."""
+    page.open(f"bench-{number}", f"Benchmark: {content.get('model')}")
+    page.text(str(path), "soft")
+    plot, table = path.with_name("speedup.png"), path.with_name("table.md")
+    if plot.exists():
+        source = base64.b64encode(plot.read_bytes()).decode()
+        page.html.append(f'<figure><img alt="speed-up over sparsity" src="data:image/png;base64,{source}"></figure>')
+    if table.exists():
+        page.details("Table", table.read_text())
+        page.markdown.append(table.read_text().replace("# ", "### "))
     page.close()
 
 
