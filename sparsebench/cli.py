@@ -3,7 +3,8 @@
 No torch here before it is needed, so that --help, --cfg, completion and the answer from a finished record are instant.
 Each run is a forked child: whatever kills it, the parent still writes its record and goes on with the next.
 
-Exit codes: 0 finished; 1 a run failed; 2 the configuration is wrong; 130 interrupted.
+Exit codes: 0 finished; 1 a run failed (in a sweep: any run failed or was not reached); 2 the configuration is wrong;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 import hydra
 from filelock import FileLock
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
-from sparsebench import config, env, processes, record
+from sparsebench import config, env, processes, record, sweep
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -28,12 +31,10 @@ OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 def main() -> None:
     """Entry point of the console script."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].addFilter(scrubbing)
-    for name in ("accelerate", "httpx", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    set_up_logging()
     arguments = get_args_parser().parse_args()
     asks_only = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    planned: list[dict] = []
     if not asks_only:
         try:
             planned = config.compose_all(arguments.overrides, arguments.multirun, arguments.config_dir)
@@ -41,12 +42,81 @@ def main() -> None:
                 check(configuration)
         except config.ConfigError as error:
             for line in error.problems:
-                print(f"error: {line}", file=sys.stderr)
+                complain(line)
             sys.exit(WRONG)
-    outcomes: list[int] = []
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
     app = hydra.main(version_base="1.3", config_path=f"pkg://{config.CONFIG_MODULE}", config_name="config")
-    app(lambda composed: outcomes.append(task(config.to_dict(composed))))()
-    sys.exit(max(outcomes, default=OK))
+    if planned and arguments.multirun:
+        sys.exit(many(app, planned, arguments.overrides))
+    codes: list[int] = []
+    app(lambda composed: codes.append(task(config.to_dict(composed))))()
+    sys.exit(max(codes, default=OK))
+
+
+def complain(line: str) -> None:
+    """One line of error for the user."""
+    print(record.scrub(f"error: {line}"), file=sys.stderr, flush=True)
+
+
+def set_up_logging() -> None:
+    """Messages to stderr, without secrets; also called in the worker processes of a launcher."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].addFilter(scrubbing)
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    for name in ("accelerate", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def many(app, planned: list[dict], overrides: list[str]) -> int:
+    """A sweep: all jobs through Hydra's launcher and sweeper, then the table of outcomes. Returns the exit code."""
+    try:
+        folder = sweep.new_folder(planned[0]["output_dir"], overrides)
+    except OSError as error:
+        complain(f"output_dir={planned[0]['output_dir']}: {error}")
+        return FAILED
+    chosen_later = any(o.startswith("hydra/sweeper=") for o in overrides)  # by a sweeper other than Hydra's own
+    paths = [] if chosen_later else [location(each)[0] / "result.json" for each in planned]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    sys.argv.append(f"hydra.sweep.dir='{quoted}'")
+    log.info("sweep of %s runs in %s", len(paths) or "chosen", folder)
+    try:
+        app(job)()
+    except KeyboardInterrupt:
+        sweep.show(folder, paths)
+        return INTERRUPTED
+    return OK if sweep.show(folder, paths) else FAILED
+
+
+def job(composed) -> float:
+    """One job of a sweep, in whatever process the launcher gave it. Returns what a sweeper maximises."""
+    set_up_logging()
+    configuration, hydra_config = config.to_dict(composed), HydraConfig.get()
+    assert hydra_config.mode == RunMode.MULTIRUN
+    folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
+    (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith("hydra.")]
+    path = location(configuration)[0] / "result.json"
+    if configuration["wandb"]["group"] is None:
+        configuration["wandb"]["group"] = sweep.group_of(folder)
+    failure = sweep.first_failure(folder) if configuration["fail_fast"] else None
+    if failure:
+        log.info("not run, since %s failed (fail_fast): %s", failure, " ".join(overrides))
+        sweep.note(folder, number, overrides, path, None, sweep.NOT_RUN)
+        return sweep.FAILED_OBJECTIVE
+    log.info("[%d] %s", number, " ".join(overrides))
+    before = finished(configuration)
+    found = before or obtain(configuration)
+    if found is None:  # no record can be written
+        sweep.note(folder, number, overrides, path, None, "failed")
+        return sweep.FAILED_OBJECTIVE
+    sweep.note(folder, number, overrides, path, found, sweep.BEFORE if before else found["status"])
+    if found["status"] != "finished":
+        error = found["error"] or {}
+        print(f"{found['status']}: {error.get('message')}\n{error.get('traceback') or ''}", file=sys.stderr, flush=True)
+    if found["status"] == "interrupted":
+        raise KeyboardInterrupt
+    return sweep.objective(found, configuration["sweep"]["budget"])
 
 
 def check(configuration: dict) -> None:
@@ -71,25 +141,33 @@ def finished(configuration: dict) -> dict | None:
 
 
 def task(configuration: dict) -> int:
-    """One run: answer from its record, or do it in a child process. Returns the exit code."""
-    folder, identity = location(configuration)
+    """One run: answer from its record, or do it in a child process, and show it. Returns the exit code."""
     if not processes.first():
+        folder, identity = location(configuration)
         return follow(configuration, folder / f"rank-{processes.rank()}", identity)
+    found = obtain(configuration)
+    if found is None:
+        return FAILED
+    from sparsebench import report
+
+    report.show(found, location(configuration)[0] / "result.json")
+    return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
+
+
+def obtain(configuration: dict) -> dict | None:
+    """The record of one run, made in a child process where there is none; None where output_dir can't be written."""
+    folder, identity = location(configuration)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             found = finished(configuration)
             if found is None:
-                found = isolated(configuration, folder, identity)
-            else:
-                log.info("finished before; force=true runs it again")
+                return isolated(configuration, folder, identity)
     except OSError as error:
-        print(f"error: output_dir={configuration['output_dir']}: {error}", file=sys.stderr)
-        return FAILED
-    from sparsebench import report
-
-    report.show(found, folder / "result.json")
-    return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
+        complain(f"output_dir={configuration['output_dir']}: {error}")
+        return None
+    log.info("finished before; force=true runs it again")
+    return found
 
 
 def follow(configuration: dict, folder: Path, identity: str) -> int:
@@ -106,16 +184,18 @@ def follow(configuration: dict, folder: Path, identity: str) -> int:
 
 def isolated(configuration: dict, folder: Path, identity: str) -> dict:
     """Run in a forked child and return the record it left, or one made here if it died without."""
-    from sparsebench import run  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
+    from sparsebench import flow  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
 
     path = folder / "result.json"
     path.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=child_main, args=(configuration, folder, identity), name="sparsebench-run")
     child.start()
+    status = "failed"
     try:
         child.join()
     except KeyboardInterrupt:
+        status = "interrupted"
         child.join(timeout=20)
         if child.is_alive():
             child.kill()
@@ -127,7 +207,7 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         message = f"the run's process ended without a record: {signalled}{hint}"
         name = f"{configuration['model']['name']}/{configuration['method']['name']}"
-        failed = record.Record(identity, name, configuration, status="failed")
+        failed = record.Record(identity, name, configuration, status=status)
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
         record.write(failed, path)
         found = record.read(path)
@@ -136,7 +216,7 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
 
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
     """The child's life: log file, tracker, run, record. Exits with the run's code."""
-    from sparsebench import run, tracking
+    from sparsebench import flow, tracking
 
     die_with_parent()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
@@ -150,13 +230,13 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     code = FAILED
     try:
         tracker = tracking.start(configuration["wandb"], name, folder, configuration)
-        run.timed_run(configuration, found, folder, tracker.log)
+        flow.timed_run(configuration, found, folder, tracker.log)
         found.status, code = "finished", OK
     except BaseException as error:
         found.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
         found.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
-        logging.getLogger("sparsebench.run").debug("failed", exc_info=True)
+        logging.getLogger("sparsebench.flow").debug("failed", exc_info=True)
         with open(folder / "run.log", "a") as file:
             file.write(record.scrub(traceback.format_exc()))
     record.write(found, folder / "result.json")

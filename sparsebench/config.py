@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import re
@@ -20,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
 # Keys that say where and whether to write, not what is computed: they are no part of a run's identity.
-NOT_IDENTITY = ("output_dir", "force", "fail_fast", "wandb", "save_model")
+NOT_IDENTITY = ("output_dir", "force", "fail_fast", "sweep", "wandb")
 
 
 class ConfigError(ValueError):
@@ -75,6 +77,15 @@ class Evaluation:
     test_examples: int | None = setting(gt=0)
     examples_per_batch: int = setting(gt=0)
     neurons: NeuronMetrics
+    tasks: list[str]
+    task_limit: int | None = setting(gt=0)
+    task_path: str | None
+
+    def __post_init__(self):
+        if self.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise ValueError(f"tasks={','.join(self.tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
+        if self.task_path is not None and not Path(self.task_path).is_dir():
+            raise ValueError(f"task_path must be a folder with task files of lm-eval, got {self.task_path!r}")
 
 
 @dataclass(kw_only=True)
@@ -97,6 +108,14 @@ class Tracking:
     project: str
     entity: str | None
     group: str | None
+    artifacts: bool
+
+
+@dataclass(kw_only=True)
+class Sweeping:
+    """What a sweeper such as Optuna is told: see sweep.objective."""
+
+    budget: float = setting(ge=1)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +132,7 @@ class Settings:
     hardware: Any
     eval: Evaluation
     measure: Measurement
+    sweep: Sweeping
     wandb: Tracking
 
 
@@ -270,6 +290,10 @@ def mismatches(settings: Settings) -> list[str]:
         )
     if settings.eval.neurons.enabled and model.kind != "language":
         problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
+    if settings.hardware.estimate and model.kind != "language":
+        problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
+    if settings.eval.tasks and model.kind != "language":
+        problems.append(f"eval.tasks must be [] for model={model.name} ({model.kind}), got {settings.eval.tasks}")
     for part in (model, dataset, method, settings.hardware):
         problems += part.problems(settings)
     return problems
@@ -300,10 +324,12 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException:
             problems.append(f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m")
-    if config_dir:
-        parsed += OverridesParser.create().parse_overrides([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"])
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        if config_dir:
+            search_first(config_dir)
         parsed += swept_by_experiment(parsed) if sweep else []
         choices = [alternatives(override, sweep, problems) for override in parsed]
         groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
@@ -338,6 +364,14 @@ def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     named = {o.key_or_group for o in parsed}
     texts = [f"{key}={value}" for key, value in (params or {}).items() if key not in named]
     return OverridesParser.create().parse_overrides(texts)
+
+
+def search_first(folder: str) -> None:
+    """Let options of groups be found in `folder`, too, as Hydra's --config-dir does."""
+    repository = GlobalHydra.instance().config_loader().repository
+    path = GlobalHydra.instance().config_loader().get_search_path()
+    path.prepend("command-line", f"file://{Path(folder).resolve()}", SearchPathQuery(provider="schema"))
+    repository.initialize_sources(path)
 
 
 def is_group(override: Override) -> bool:

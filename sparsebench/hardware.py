@@ -31,21 +31,31 @@ class Hardware:
     engine: str = setting(choices=ENGINES)
     peak_bandwidth_gbs: float | None = setting(gt=0)
     peak_tflops: float | None = setting(gt=0)
+    estimate: bool
     torch_device: torch.device = field(init=False, default=torch.device("cpu"))
     torch_dtype: torch.dtype = field(init=False, default=torch.float32)
     kernel_name: str = field(init=False, default="masked_dense")
 
     @property
     def found_device(self) -> str:
-        """`cpu` or `cuda`: what `auto` stands for on this machine."""
-        if self.device == "auto":
+        """`cpu` or `cuda`: what `auto` stands for on this machine; an estimated target is measured on what is here."""
+        if self.device == "auto" or self.estimate:
             return "cuda" if env.gpu_names() else "cpu"
         return self.device
 
     def problems(self, settings: Any) -> list[str]:
         gpus = env.gpu_names()
         found = []
-        if self.device == "cuda" and not gpus:
+        if self.estimate:
+            if self.peak_bandwidth_gbs is None or self.peak_tflops is None:
+                found.append(
+                    f"hardware.estimate=true needs hardware.peak_bandwidth_gbs and hardware.peak_tflops, which {self.name} leaves null"
+                )
+            if settings is None or not settings.measure.latency:
+                found.append(
+                    "hardware.estimate=true needs a run with measure.latency=true: it starts from measured times"
+                )
+        elif self.device == "cuda" and not gpus:
             found.append(
                 "hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found"
             )

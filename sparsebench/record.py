@@ -38,6 +38,7 @@ class Record:
     macs: dict | None = None
     bytes: dict | None = None
     latency: dict | None = None
+    estimate: dict | None = None  # of a target that is not here; never mixed with latency, which is measured
     memory: dict | None = None
     extra: dict = field(default_factory=dict)  # a method's own findings (search history, training curves, ...)
     schema_version: int = SCHEMA_VERSION

@@ -88,6 +88,12 @@ def table(found: dict) -> Table:
         ratio(traffic["dense"], traffic["sparse"]),
     )
     latency_rows(grid, found["latency"] or {})
+    if found.get("estimate"):
+        guess = found["estimate"]["decode"]
+        grid.add_row(
+            f"decode on {found['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
+            f"estimated {guess['speedup']:.2f}x",
+        )  # fmt: skip
     memory = found["memory"]
     grid.add_row(
         "weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), ""

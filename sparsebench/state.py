@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from safetensors.torch import save
 from sparsebench import config, processes, record
 
 log = logging.getLogger(__name__)
+FILE = "state.safetensors"  # in a run's folder
 
 
 @dataclass
@@ -45,6 +48,22 @@ def read(path: Path) -> State | None:
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("cached state %s is damaged (%s): fitting again", path.name, error)
         return None
+
+
+def keep(path: Path, folder: Path) -> None:
+    """Put the state at `path` into a run's folder, so that the folder alone rebuilds the sparse model.
+
+    A hard link where the file system has them (no second copy on the disk; a later refit replaces the cached file, not
+    this one), a copy otherwise.
+    """
+    target, partial = folder / FILE, folder / f".{FILE}.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    os.replace(partial, target)
+    partial.unlink(missing_ok=True)  # replacing a link to the same file leaves both
 
 
 def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict]:

@@ -6,8 +6,11 @@ Whatever W&B does, a run goes on.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+
+from sparsebench import record
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,8 @@ class NullTracker:
 class WandbTracker:
     """Logs config at the start, rows of history as they come, and the whole record as the summary."""
 
-    def __init__(self, run):
-        self.run = run
+    def __init__(self, run, artifact: Path | None = None):
+        self.run, self.artifact = run, artifact
 
     def log(self, row: dict) -> None:
         try:
@@ -46,9 +49,21 @@ class WandbTracker:
                 table.add_data(name, site["sparsity"], site["weight"], cost.get("dense_macs"), cost.get("sparse_macs"))
             self.run.log({"per_site": table})
             self.run.summary.update(summary(record))
+            if self.artifact is not None and record["status"] == "finished":
+                self.run.log_artifact(self.files(record))
             self.run.finish(exit_code=0 if record["status"] == "finished" else 1)
         except Exception as error:
             log.warning("W&B: %s", error)
+
+    def files(self, record: dict):
+        """The run's folder as a W&B artifact: what `sparsebench.load` needs."""
+        import wandb
+
+        artifact = wandb.Artifact(f"run-{record['config_hash'][:10]}", type="sparse-model")
+        for file in (self.artifact / "result.json", self.artifact / "state.safetensors"):
+            if file.exists():
+                artifact.add_file(str(file))
+        return artifact
 
 
 def summary(record: dict) -> dict:
@@ -70,8 +85,13 @@ def summary(record: dict) -> dict:
     return found
 
 
-def start(settings: dict, name: str, folder: Path, configuration: dict) -> NullTracker | WandbTracker:
-    """A tracker for one run, with W&B's files inside the run's `folder`. Falls back to offline, then to none."""
+def start(
+    settings: dict, name: str, folder: Path, configuration: dict, run_id: str | None = None
+) -> NullTracker | WandbTracker:
+    """A tracker for one run, with W&B's files inside the run's `folder`. Falls back to offline, then to none.
+
+    run_id: W&B's id of the run, where sending it again must not make a second one.
+    """
     if settings["mode"] == "disabled":
         return NullTracker()
     import wandb
@@ -84,8 +104,10 @@ def start(settings: dict, name: str, folder: Path, configuration: dict) -> NullT
                 entity=settings["entity"],
                 group=settings["group"],
                 name=name,
+                id=run_id,
+                resume="allow" if run_id and mode == "online" else None,
                 dir=str(folder),
-                config=configuration,
+                config=json.loads(record.scrub(json.dumps(record.plain(configuration)))),
                 mode=mode,
                 settings=wandb.Settings(
                     silent=True,
@@ -94,9 +116,10 @@ def start(settings: dict, name: str, folder: Path, configuration: dict) -> NullT
                     disable_git=True,
                     disable_code=True,
                     x_disable_stats=True,
+                    x_disable_meta=True,  # the command line, secrets and all
                 ),
             )
-            return WandbTracker(run)
+            return WandbTracker(run, folder if settings["artifacts"] else None)
         except Exception as error:
             log.warning("W&B %s: %s", mode, " ".join(str(error).split())[:200])
     return NullTracker()

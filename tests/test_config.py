@@ -142,3 +142,15 @@ def test_an_experiment_brings_its_own_sweep():
     assert len(config.compose_all(["experiment=training_free"])) == 1
     with pytest.raises(config.ConfigError, match="experiment must be one of"):
         config.compose_all(["experiment=training_fre"], sweep=True)
+
+
+def test_options_of_an_own_folder(tmp_path):
+    """--config-dir adds options to the groups; a folder that is not there is said."""
+    (tmp_path / "method").mkdir()
+    source = (CONF / "method" / "teal.yaml").read_text().replace("sparsity: 0.5", "sparsity: 0.33")
+    (tmp_path / "method" / "mine.yaml").write_text(source)
+    assert config.compose_all(["method=mine"], config_dir=str(tmp_path))[0]["method"]["sparsity"] == 0.33
+    with pytest.raises(config.ConfigError, match="method must be one of dense, .*mine.*, got 'yours'"):
+        config.compose_all(["method=yours"], config_dir=str(tmp_path))
+    with pytest.raises(config.ConfigError, match="--config-dir must be an existing folder, got 'nowhere'"):
+        config.compose_all([], config_dir="nowhere")

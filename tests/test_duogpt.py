@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsebench import config, evaluate, macs, prune, run, sparsity
+from sparsebench import config, evaluate, macs, prune, sparsity
+from sparsebench.kinds import language
 from sparsebench.methods.duogpt import DuoGPT, groups
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks, weight_of
@@ -286,7 +287,7 @@ def test_both_sparsities_and_what_both_leave_are_reported(name, data, tmp_path):
     for hook in hooks:
         hook.remove()
     measured = sparsity.summarise(model, counters)
-    found = run.describe_sparsity(rule.requested, measured, dense, sparsity.zero_weights(model))
+    found = language.describe_sparsity(rule.requested, measured, dense, sparsity.zero_weights(model))
     assert found["weights"] == pytest.approx(0.5, abs=2e-3) and found["model_wide"] == pytest.approx(0.25)
     counted, _ = macs.account(dense, model, measured, context=1, skips=True)
     assert counted["parts"]["blocks_sparse"] - counted["overhead"] == pytest.approx(products / tokens)

@@ -4,10 +4,14 @@ import json
 import struct
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2 as messages
 
+from sparsebench import config as configuration
 from sparsebench import record, tracking
+from sparsebench.comparison import page, rows, upload
 from tests.conftest import record_of
+from tests.test_report import failed, laid, made
 
 SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.test_sequences=8", "measure.context=8",
          "measure.prompt=8", "measure.samples=30", "measure.warmup=3")  # fmt: skip
@@ -32,6 +36,10 @@ def entries(file):
 def read_back(folder):
     """Config, history rows and summary of the one offline run below `folder`."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return read_back_file(file)
+
+
+def read_back_file(file):
     config, history, summary = {}, [], {}
     for content in entries(file):
         entry = messages.Record()
@@ -94,3 +102,30 @@ def test_a_tracker_that_breaks_is_only_a_warning(caplog):
     tracking.WandbTracker(Broken()).log({"a": 1})
     assert "lost" in caplog.text
     assert record.SECRETS
+
+
+def test_late_upload_of_records_and_report(tmp_path):
+    """Records made without W&B, sent afterwards: each a run with its figures, and the report with its plots and tables."""
+    folder = laid(tmp_path / "outputs", made(), made(sparsity=0.25), failed())
+    found = rows.collect([folder])
+    page.write(found, tmp_path / "report", "title")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        assert upload.send(found, tmp_path / "report", "project") == 3
+    files = sorted((tmp_path / "report").glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 4
+    sent = [read_back_file(file) for file in files]
+    perplexities = {s.get("quality/perplexity/sparse") for _, _, s in sent}
+    assert {12.0} <= perplexities and {s.get("status") for _, _, s in sent} >= {"finished", "failed"}
+    keys = {key for _, history, _ in sent for line in history for key in line}
+    assert any("group-1-sparsity" in k for k in keys) and any("table-1" in k for k in keys)
+
+
+def test_artifacts_are_off_by_default_and_hold_what_load_needs(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "state.safetensors").write_bytes(b"x")
+    tracker = tracking.WandbTracker(None, tmp_path)
+    artifact = tracker.files({"config_hash": "ab" * 32})
+    assert isinstance(artifact, wandb.Artifact)
+    assert set(artifact.manifest.entries) == {"result.json", "state.safetensors"}
+    assert configuration.compose_all([])[0]["wandb"]["artifacts"] is False

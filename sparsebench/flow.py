@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench import config, env, kinds, measure, processes, state
+from sparsebench import config, env, estimate, kinds, measure, processes, state, tasks
 from sparsebench.methods import Work
 from sparsebench.record import Record
 
@@ -46,6 +46,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     log.info("dense model: evaluating")
     dense_quality, dense_counts = kind.quality(loaded.module, data.test, settings.eval)
     dense_more = kind.more(loaded.module, data, settings.eval)
+    dense_tasks = tasks.score(loaded.module, loaded.tokenizer, settings.eval) if settings.eval.tasks else {}
     dense_costs = kind.dense_costs(loaded.module, data)
     dense_bytes = measure.weight_bytes(loaded.module)
     dense = copy.deepcopy(loaded.module) if settings.measure.latency or kind.KEEPS_DENSE else None
@@ -59,13 +60,18 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     if not processes.first():
         return record
     shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
+    state.keep(path, folder)
     sparse = method.apply(loaded.module, fitted, work)
 
     log.info("sparse model: evaluating")
     sparse_quality, counts = kind.quality(sparse, data.test, settings.eval)
     sparse_more = kind.more(sparse, data, settings.eval)
     record.extra |= {name: {"dense": dense_more[name], "sparse": found} for name, found in sparse_more.items()}
-    record.quality = kind.compare(dense_quality, sparse_quality, kind.protocol(data.test, method))
+    protocol = kind.protocol(data.test, method)
+    record.quality = kind.compare(dense_quality, sparse_quality, protocol)
+    if dense_tasks:
+        sparse_tasks = tasks.score(sparse, loaded.tokenizer, settings.eval)
+        record.quality |= tasks.compare(dense_tasks, sparse_tasks, settings.eval, protocol["prompt_policy"])
     record.dataset = data.describe()
     record.sparsity, record.macs, record.bytes = kind.figures(
         method, sparse, dense_costs, dense_counts, counts, settings.measure, measure.skips(sparse, hardware)
@@ -75,6 +81,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     if settings.measure.latency:
         log.info("timing dense against sparse")
         record.latency = kind.latency(dense, sparse, data, settings.measure, hardware, record.sparsity)
+        if hardware.estimate:
+            rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
+            record.estimate = estimate.predict(hardware, record, *rates)
     record.extra |= fitted.info.get("extra", {}) | kind.extra(
         dense, sparse, (dense_quality, sparse_quality), data, folder
     )

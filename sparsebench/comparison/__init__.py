@@ -1,0 +1,1 @@
+"""`sparsebench-report`: many records on one page. rows.py reads and groups, tables.py and plots.py show, page.py writes."""

@@ -1,0 +1,163 @@
+"""Many runs in one command: the folder where a sweep notes its outcomes, the table that ends it, what a sweeper optimises.
+
+Every job writes one small file into the sweep's folder when it ends, so the table is the same whether jobs ran here one
+after another, in other processes (joblib), or on other machines (submitit, Ray). The records stay the results; a sweep
+is resumed by giving its command again, since finished runs answer from their records. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsebench import config, record
+
+FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
+HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "speed-up", "seconds")
+FAILED_OBJECTIVE = -1e9  # finite: a sweeper's model of the objective must be able to use it
+
+
+def group_name(overrides: list[str]) -> str:
+    """The name under which runs of one sweep stand together (W&B's group): the same when the command is given again."""
+    return f"sweep-{config.digest(sorted(filter(matters, overrides)))[:8]}"
+
+
+def group_of(folder: Path) -> str:
+    """The group name inside a sweep folder's name."""
+    return re.search(r"sweep-[0-9a-f]{8}", folder.name).group()
+
+
+def matters(override: str) -> bool:
+    """Whether an override says what is computed, not where to or through which launcher."""
+    key = override.lstrip("+~").partition("=")[0].split(".")[0].split("/")[0]
+    return key != "hydra" and key not in config.NOT_IDENTITY
+
+
+def new_folder(output_dir: str, overrides: list[str]) -> Path:
+    """A folder of this very call, created: <output_dir>/sweeps/<time>-<group>, numbered where the clock repeats itself."""
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{group_name(overrides)}"
+    for number in range(1000):
+        folder = Path(output_dir, "sweeps", stamp + (f"-{number}" if number else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{output_dir}/sweeps holds a thousand sweeps named {stamp}")
+
+
+def note(folder: Path, number: int, overrides: list[str], path: Path, found: dict | None, outcome: str) -> None:
+    """Keep the outcome of job `number`; `path` is its record's, `found` the record or None where it was not run."""
+    content = {"number": number, "overrides": overrides, "record": str(path), "outcome": outcome, **figures(found)}
+    record.write_atomic(folder / f"{number}.json", record.scrub(json.dumps(record.plain(content))).encode())
+
+
+def figures(found: dict | None) -> dict:
+    """The few figures of a record that the table shows."""
+    found = found or {}
+    quality = found.get("quality") or {}
+    name = main_metric(quality)
+    decode = (found.get("latency") or {}).get("decode") or {}
+    return {
+        "name": found.get("name"),
+        "error": (found.get("error") or {}).get("message"),
+        "seconds": found.get("seconds"),
+        "metric": name,
+        "dense": quality[name]["dense"] if name else None,
+        "sparse": quality[name]["sparse"] if name else None,
+        "sparsity": (found.get("sparsity") or {}).get("model_wide"),
+        "speedup": decode.get("speedup"),
+    }
+
+
+def main_metric(quality: dict) -> str | None:
+    """The metric that stands for a record's quality: its first one."""
+    return next(iter(quality), None)
+
+
+def outcomes(folder: Path) -> list[dict]:
+    """What was noted so far, in the order of the jobs."""
+    found = [json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")]
+    return sorted(found, key=lambda each: each["number"])
+
+
+def first_failure(folder: Path) -> str | None:
+    """Name of a run that failed in this sweep, or None."""
+    return next((each["name"] or each["record"] for each in outcomes(folder) if each["outcome"] == "failed"), None)
+
+
+def show(folder: Path, planned: list[Path]) -> bool:
+    """Print the table of outcomes and, as the last line, one line of JSON; True where every run finished.
+
+    planned: the records that the sweep was to make (empty where a sweeper chooses them as it goes); those that no job
+    reported are listed as not run.
+    """
+    found = outcomes(folder)
+    reported = Counter(each["record"] for each in found)
+    missing = [path for path in map(str, planned) if not reported[path]]
+    grid = Table(title=f"sweep {folder}", title_justify="left")
+    for name in HEADINGS:
+        grid.add_column(name, justify="left" if name in HEADINGS[:3] else "right", overflow="fold")
+    common = set.intersection(*(set(each["overrides"]) for each in found)) if len(found) > 1 else set()
+    for each in found:
+        grid.add_row(*row(each, common), style="red" if each["outcome"] not in (FINISHED, BEFORE) else None)
+    for path in missing:
+        grid.add_row(Path(path).parent.name, "", NOT_RUN, "", "", "", "", style="red")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(grid)
+    counts = Counter(each["outcome"] for each in found)
+    counts[NOT_RUN] += len(missing)
+    done = not any(n for outcome, n in counts.items() if outcome not in (FINISHED, BEFORE))
+    summary = {
+        "status": "finished" if done else "failed",
+        "sweep": str(folder),
+        "outcomes": {k: n for k, n in counts.items() if n},
+        "records": [each["record"] for each in found],
+    }
+    print(json.dumps(summary), flush=True)
+    return done
+
+
+def row(each: dict, common: set[str]) -> list[str]:
+    """The cells of one run; of its overrides those that are not `common` to all."""
+    known = each["dense"] is not None and each["sparse"] is not None
+    quality = "" if not known else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']})"
+    problem = f": {each['error']}" if each["error"] else ""
+    return [
+        each["name"] or Path(each["record"]).parent.name,
+        " ".join(o for o in each["overrides"] if o not in common and matters(o)),
+        each["outcome"] + problem,
+        quality,
+        "" if each["sparsity"] is None else f"{each['sparsity']:.1%}",
+        "" if each["speedup"] is None else f"{each['speedup']:.2f}x",
+        "" if each["seconds"] is None else f"{each['seconds']:.0f}",
+    ]
+
+
+def objective(found: dict, budget: float) -> float:
+    """What a sweeper maximises: the measured model-wide sparsity while the main metric keeps the budget.
+
+    budget: the worst allowed factor of the dense model, e.g. 1.05 = perplexity at most 5 % above dense, or an accuracy
+    at most 5 % below. Past it the value falls below zero by the excess, so that a sweeper is led back.
+    """
+    quality = found.get("quality") or {}
+    name = main_metric(quality)
+    if found["status"] != "finished" or name is None or None in (quality[name]["dense"], quality[name]["sparse"]):
+        return FAILED_OBJECTIVE
+    metric = quality[name]
+    better, worse = metric["dense"], metric["sparse"]
+    if metric["higher_is_better"]:
+        better, worse = worse, better
+    factor = worse / better if better else math.inf
+    if factor <= budget:
+        return found["sparsity"]["model_wide"]
+    return max(budget - factor, FAILED_OBJECTIVE)

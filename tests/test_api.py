@@ -1,0 +1,122 @@
+"""sparsebench.run and sparsebench.load: a finished run's folder, wherever it lies, gives back the very same sparse model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import sparsebench
+from sparsebench import config, evaluate, record, state
+from sparsebench.modules.input_sparse import InputSparseLinear
+
+SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.test_sequences=8",
+         "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, text_file, tmp_path_factory):
+    """(record, folder) of one run made through the Python API."""
+    root = tmp_path_factory.mktemp("api")
+    overrides = ["model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL]
+    found = sparsebench.run([*overrides, f"output_dir={root}/outputs"])
+    return found, next((root / "outputs" / "hf" / "teal").iterdir()), overrides
+
+
+def test_run_returns_the_record_of_the_command(finished):
+    found, folder, overrides = finished
+    assert found == json.loads((folder / "result.json").read_text()) and found["status"] == "finished"
+    again = sparsebench.run([*overrides, f"output_dir={folder.parents[2]}"])
+    assert again["started_at"] == found["started_at"]  # answered from the record
+
+
+def test_run_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"method.sparsity must be a number in \[0, 1\), got 2"):
+        sparsebench.run(["method.sparsity=2"])
+
+
+def test_run_that_fails_raises_with_its_record(finished, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" ")
+    overrides = [o for o in finished[2] if not o.startswith("dataset.path")]
+    with pytest.raises(sparsebench.RunFailed, match="holds no text") as error:
+        sparsebench.run([*overrides, f"dataset.path={empty}", f"output_dir={tmp_path}/o"])
+    assert error.value.record["status"] == "failed"
+
+
+def test_loaded_model_is_the_one_that_was_scored(finished, text_file):
+    found, folder, _ = finished
+    module = sparsebench.load(folder)
+    settings = config.build(found["config"]["dataset"], "dataset", [])
+    text = settings.load(0)
+    text.set_tokenizer(module.tokenizer)
+    scored, _ = evaluate.language_quality(module, text.test, 8, 8)
+    assert scored["perplexity"] == pytest.approx(found["quality"]["perplexity"]["sparse"], rel=1e-6)
+
+
+def test_loaded_model_generates_with_the_fast_kernel(finished):
+    module = sparsebench.load(finished[1] / "result.json")
+    kernels = {m.kernel_name for m in module.modules() if isinstance(m, InputSparseLinear)}
+    assert kernels == {"cpu_numba"}
+    ids = module.tokenizer("Paragraph 3. word", return_tensors="pt")["input_ids"]
+    written = module.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    for m in module.modules():
+        if isinstance(m, InputSparseLinear):
+            m.kernel_name = "masked_dense"
+    assert torch.equal(written, module.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert written.shape[1] == ids.shape[1] + 6
+
+
+def test_the_folder_alone_is_the_artifact(finished, tmp_path):
+    folder = finished[1]
+    assert {"result.json", state.FILE} <= {p.name for p in folder.iterdir()}
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    here, there = sparsebench.load(folder), sparsebench.load(tmp_path / "elsewhere")
+    ids = torch.arange(12)[None]
+    assert torch.equal(here(input_ids=ids).logits, there(input_ids=ids).logits)
+
+
+def changed(folder, target, **changes):
+    """A copy of a run's folder with other entries in its record's config."""
+    shutil.copytree(folder, target)
+    content = json.loads((folder / "result.json").read_text())
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        content["config"][group][name] = value
+    (target / "result.json").write_text(json.dumps(content))
+    return target
+
+
+def test_load_refuses_what_it_should(finished, tmp_path):
+    folder = finished[1]
+    with pytest.raises(ValueError, match="is no record of a finished run"):
+        sparsebench.load(tmp_path)
+    with pytest.raises(ValueError, match="not part of sparsebench: import it first"):
+        sparsebench.load(changed(folder, tmp_path / "a", method___target_="evil_package.Method"))
+    with pytest.raises(ValueError, match=r"trust_remote_code is set in the record"):
+        sparsebench.load(changed(folder, tmp_path / "b", model__trust_remote_code=True))
+    with pytest.raises(ValueError, match=r"hardware must be one of .*, got 'h999'"):
+        sparsebench.load(folder, hardware="h999")
+    damaged = changed(folder, tmp_path / "c")
+    (damaged / state.FILE).write_bytes(b"junk")
+    with pytest.raises(ValueError, match="missing or damaged: run with force=true"):
+        sparsebench.load(damaged)
+
+
+def test_a_target_that_is_absent_loads_on_this_machine(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsebench.env.gpu_names", list)
+    target = changed(finished[1], tmp_path / "d", hardware__device="cuda", hardware__requires="H200")
+    assert next(sparsebench.load(target).parameters()).device.type == "cpu"
+
+
+def test_keep_replaces_an_older_state_and_survives_a_file_system_without_links(tmp_path, monkeypatch):
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    state.write(state.State({"a": torch.zeros(2)}), first)
+    state.write(state.State({"a": torch.ones(2)}), second)
+    state.keep(first, tmp_path)
+    state.keep(first, tmp_path)
+    assert torch.equal(state.read(tmp_path / state.FILE).tensors["a"], torch.zeros(2))
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    state.keep(second, tmp_path)
+    assert torch.equal(state.read(tmp_path / state.FILE).tensors["a"], torch.ones(2))
+    assert not list(tmp_path.glob(".*partial")) and record.read(tmp_path / state.FILE) is None
