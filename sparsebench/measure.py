@@ -128,10 +128,11 @@ def check_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
 def break_even(dense_ms: float, nothing_skipped_ms: float, sparse_ms: float, sparsity: float) -> float | None:
     """Sparsity at which sparse and dense take equally long, on the line through (0, nothing skipped) and (s, sparse).
 
-    0 where the sparse kernel is no slower than dense even when it skips nothing; None where the line never gets there.
+    0 where the sparse kernel is no slower than dense even when it skips nothing; None where the line never gets there or
+    the sparse one is slower all the same (a busy machine).
     """
     if nothing_skipped_ms <= dense_ms:
-        return 0.0
+        return 0.0 if sparse_ms <= dense_ms else None
     if sparse_ms >= nothing_skipped_ms:
         return None
     point = sparsity * (nothing_skipped_ms - dense_ms) / (nothing_skipped_ms - sparse_ms)
