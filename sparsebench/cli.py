@@ -69,7 +69,13 @@ def set_up_logging() -> None:
 
 
 def many(app, planned: list[dict], overrides: list[str]) -> int:
-    """A sweep: all jobs through Hydra's launcher and sweeper, then the table of outcomes. Returns the exit code."""
+    """A sweep: all jobs through Hydra's launcher and sweeper, then the table of outcomes. Returns the exit code.
+
+    Of several processes (torchrun) the first one keeps the sweep's folder and tells how it went; the others follow.
+    """
+    if not processes.first():
+        app(job)()
+        return OK
     try:
         folder = sweep.new_folder(planned[0]["output_dir"], overrides)
     except OSError as error:
@@ -95,6 +101,9 @@ def job(composed) -> float:
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
+    if not processes.first():
+        task(configuration)
+        return sweep.FAILED_OBJECTIVE
     overrides = [o for o in hydra_config.overrides.task if not o.startswith("hydra.")]
     path = location(configuration)[0] / "result.json"
     if configuration["wandb"]["group"] is None:

@@ -314,6 +314,14 @@ def test_no_published_figure_where_the_setting_does_not_match(tmp_path, changes)
     assert not published.beside(rows.collect([laid(tmp_path, made(**changes))]).finished)
 
 
+def test_zeros_of_neurons_are_compared_where_they_were_measured(tmp_path):
+    found = made("prosparse", extra={"neurons": {"dense": {"x1_zero": 0.0}, "sparse": {"x1_zero": 0.85}}})
+    found["config"]["method"]["threshold"] = 0.01
+    rows_found = rows.collect([laid(tmp_path, found)]).finished
+    beside = [b for b in published.beside(rows_found) if b.metric == "x1_zero"]
+    assert {b.published for b in beside} == {"0.8932", "0.888"} and {b.ours for b in beside} == {"0.85"}
+
+
 def test_recalled_figures_are_unverified():
     entry = next(e for e in published.figures() if e["model"] == "mistral-7b" and e["method"] == "teal")
     assert entry["recalled"] == [0.25, 0.5, 0.65] and record.SCHEMA_VERSION == 1

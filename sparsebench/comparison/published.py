@@ -76,7 +76,7 @@ def measured(row: Row, metric: str) -> tuple[float | None, float] | None:
         value = row.decode.get("speedup")
         return None if value is None else (None, value)
     if metric == "x1_zero":
-        neurons = ((row.found.get("sparsity") or {}).get("neurons") or {}).get("sparse") or {}
+        neurons = ((row.found.get("extra") or {}).get("neurons") or {}).get("sparse") or {}
         return None if neurons.get(metric) is None else (None, neurons[metric])
     quality = (row.found.get("quality") or {}).get(metric)
     return None if quality is None or quality["sparse"] is None else (quality["dense"], quality["sparse"])
