@@ -68,6 +68,8 @@ def table(found: dict) -> Table:
     grid.add_row("sparsity, model-wide (measured)", "-", f"{measured['model_wide']:.2%}", "")
     for role, (share, count) in by_role(measured["per_site"]).items():
         grid.add_row(f"  {role} ({count} maps)", "-", f"{share:.2%}", "")
+    if measured.get("weights", 0) > 0.01:
+        grid.add_row("weight sparsity (measured)", "-", f"{measured['weights']:.2%}", "")
     macs, traffic = found["macs"], found["bytes"]
     grid.add_row(
         "MACs per decoded token", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"])

@@ -54,8 +54,10 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     key = state.key(settings, configuration, env.machine())
     path = output_dir / "states" / f"{settings.model.name}-{method.name}-{key}.safetensors"
     work.folder = path.with_suffix("")
+    peak_before = measure.restart_peak(hardware.torch_device)
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    record.fit |= {"peak_bytes": measure.peak_bytes(hardware.torch_device), "model_bytes": dense_bytes}
     record.extra |= fitted.info.get("findings", {})
     sparse = method.apply(loaded.module, fitted, work)
 
@@ -79,7 +81,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
         share = record.sparsity["model_wide_of_sparse_tokens"]
         record.latency = measure.latency(dense, sparse, tokens, settings.measure, hardware, share)
-    record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
+    record.memory["peak_bytes"] = max(peak_before, measure.peak_bytes(hardware.torch_device))
     return record
 
 
