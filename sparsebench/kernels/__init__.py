@@ -30,12 +30,12 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def serving(name: str, function: str) -> ModuleType:
+def serving(name: str, function: str) -> str:
     """Backend `name` where it has `function`, otherwise the preferred one of the same device that has it."""
     if hasattr(load(name), function):
-        return load(name)
+        return name
     others = [n for n in names() if device_of(n) in (None, device_of(name)) and hasattr(load(n), function)]
-    return load(max(others, key=lambda n: load(n).RANK))
+    return max(others, key=lambda n: load(n).RANK)
 
 
 def best(device: str) -> str:

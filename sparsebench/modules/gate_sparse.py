@@ -33,7 +33,7 @@ class GateSparseFFN(nn.Module):
         down = ffn.down_proj.weight.data
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
-        self.layer, self.site, self.prompt, self.kernel_name = layer, f"{layer}.ffn", prompt, kernel
+        self.site, self.prompt, self.kernel_name = f"{layer}.ffn", prompt, kernels.serving(kernel, "neuron_sparse_ffn")
         self.covers = {f"{layer}.up": self.up.weight.numel(), f"{layer}.down": self.down.numel()}
         self.counter: Counter | None = None
 
@@ -59,7 +59,7 @@ class GateSparseFFN(nn.Module):
             keep[..., :dense, :] = True
         active = torch.where(keep, gates, 0)
         name = self.kernel_name if tokens == 1 and self.counter is None else "masked_dense"
-        return kernels.serving(name, "neuron_sparse_ffn").neuron_sparse_ffn(x, active, self.up.weight, self.down)
+        return kernels.load(name).neuron_sparse_ffn(x, active, self.up.weight, self.down)
 
     def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
         """MACs and weight bytes of up and down for one decoded token; the gate stays dense."""
