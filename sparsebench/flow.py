@@ -55,8 +55,10 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     key = state.key(settings, configuration, env.machine())
     path = output_dir / "states" / f"{settings.model.name}-{method.name}-{key}.safetensors"
     work.folder = path.with_suffix("")
+    peak_before = measure.restart_peak(hardware.torch_device)
     fitted, record.fit = state.cached(path, lambda: method.fit(loaded, data, work))
     record.fit |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    record.fit |= {"peak_bytes": measure.peak_bytes(hardware.torch_device), "model_bytes": dense_bytes}
     if not processes.first():
         return record
     shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
@@ -87,7 +89,7 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.extra |= fitted.info.get("extra", {}) | kind.extra(
         dense, sparse, (dense_quality, sparse_quality), data, folder
     )
-    record.memory["peak_bytes"] = measure.peak_bytes(hardware.torch_device)
+    record.memory["peak_bytes"] = max(peak_before, measure.peak_bytes(hardware.torch_device))
     return record
 
 

@@ -160,6 +160,14 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def restart_peak(device: torch.device) -> int:
+    """`peak_bytes` up to here; on CUDA it is counted anew from here on (a process's on a CPU can't be)."""
+    before = peak_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return before
+
+
 def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware, sparsity: float) -> dict:
     """The record's latency section. tokens: held-out text, int64 [n], longer than context and prompt.
 

@@ -115,6 +115,8 @@ def sparsity_rows(grid: Table, measured: dict) -> None:
     for role, (share, count) in roles.items():
         before = f"{base_roles[role][0]:.2%}" if role in base_roles else "-"
         grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, f"{share:.2%}", "")
+    if measured.get("weights", 0) > 0.01:
+        grid.add_row("weight sparsity (measured)", "-", f"{measured['weights']:.2%}", "")
 
 
 def gain(before: float, after: float) -> str:

@@ -34,6 +34,7 @@ QUICK = {  # what makes a method that trains quick enough for these tests
         "method.train.steps=3", "method.train.warmup=1", "method.stages=[1,2,3]", "method.lambdas=[0,0.1,1]",
         "method.predictor.tokens=256", "method.predictor.epochs=2", "method.dev_sequences=4",
     ],
+    "duogpt": ["method.calibration_tokens=1024"],  # it passes over the text ten times
     "topk": ["method.train.steps=3", "method.train.warmup=1", "method.probe_sequences=4"],
     "dstf": [
         "method.train.steps=6", "method.train.batch_size=8", "method.train.micro_batch=8", "method.l1_steps=3",

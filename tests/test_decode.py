@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from sparsebench import decode
+from sparsebench import decode, lowrank
 from sparsebench.decode import fused_cpu, fused_cuda
 from sparsebench.kernels import _nvrtc, cuda_gather
 from sparsebench.kernels.cuda_gather import Tuning
@@ -23,14 +23,15 @@ from tests.conftest import tiny_model
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 
 
-def sparse_model(kind="llama", threshold=0.3, dtype=torch.float32, scale=False, **changes):
+def sparse_model(kind="llama", threshold=0.3, dtype=torch.float32, scale=False, rank=0, **changes):
     model = tiny_model(kind, **changes).to(dtype)
     for block in find_blocks(model):
         for i, site in enumerate(block.sites.values()):
             linear = model.get_submodule(site.path)
             weights = torch.rand(linear.weight.shape[1]) + 0.5 if scale else None
+            low_rank = tuple(f.to(dtype) for f in lowrank.factors(linear.weight, rank)) if rank else None
             sparse = InputSparseLinear(
-                linear, site.name, threshold * (1 + 0.1 * i), scale=weights, kernel="masked_dense"
+                linear, site.name, threshold * (1 + 0.1 * i), scale=weights, low_rank=low_rank, kernel="masked_dense"
             )
             replace(model, site.path, sparse)
     return model
@@ -55,6 +56,20 @@ def test_cpu_step_equals_torch(kind, threshold, scale, threads):
     for i in range(20, 24):
         expected, found = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 1e9])
+def test_cpu_step_takes_a_low_rank_remainder(threshold, dtype):
+    model = sparse_model(threshold=threshold, dtype=dtype, scale=True, rank=3)
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert max(fused.parity(IDS[:, 20:21]).values()) < 1e-5
+    if dtype == torch.float32:
+        expected = decode.Decoder(model, IDS[:, :20], 4, compiled=False).step(IDS[:, 20:21])
+        torch.testing.assert_close(fused.step(IDS[:, 20:21]), expected, rtol=1e-3, atol=1e-3)
+    for site in (s for b in find_blocks(model) for s in b.sites.values()):
+        model.get_submodule(site.path).low_rank_a.zero_()
+    assert (max(fused.parity(IDS[:, 20:21]).values()) > 1e-3) == (threshold > 0)  # the step's own copy is unchanged
 
 
 def test_cpu_step_in_bfloat16():

@@ -291,14 +291,16 @@ def test_fast_kernel_serves_the_hybrid_map(score, data, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_latency_of_a_hybrid_model_runs_the_skipping_kernel(data, tmp_path):
-    """No fused step takes a remainder: decode falls back to the module by module engine, and skips there."""
+@pytest.mark.parametrize("engine", ["fused", "eager"])
+def test_latency_of_a_hybrid_model_runs_the_skipping_kernel(engine, data, tmp_path):
+    """The remainder is part of the fused step and of the map-by-map kernel; both are compared with masked-dense first."""
     worker = work(tmp_path)
-    worker.hardware.kernel_name = "cpu_numba"
+    worker.hardware.kernel_name, worker.hardware.engine = "cpu_numba", engine
     rule = method(rho=0.8)
     model = rule.apply(tiny_model(), fitted(rule, data, tmp_path), worker)
-    assert decode.choose(model, worker.hardware) == "eager"
+    assert any(m.low_rank is not None for m in sparse_maps(model).values())
+    assert decode.choose(model, worker.hardware) == engine
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
     found = measure.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware, 0.5)
-    assert found["kernel"] == "cpu_numba" and found["decode"]["sparse_engine"] == "eager"
+    assert found["kernel"] == "cpu_numba" and found["decode"]["sparse_engine"] == engine
     assert found["decode"]["speedup"] > 0 and 0 < found["parity_relative_error"] < 1e-4

@@ -55,11 +55,11 @@ def channel_major(module: nn.Module) -> None:
                 replace(module, site.path, InputSparseLinear(linear, site.name, -1.0))
 
 
-def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
+def llama_type(module: nn.Module, dtypes: tuple, low_rank: bool = False) -> str | None:
     """Why a model is not of the type the fused steps know, or None.
 
     They know pre-norm blocks with RMSNorm, q, k, v, o with rotary embedding and grouped queries, and a SiLU-gated FFN,
-    sparse by input channels with thresholds only.
+    sparse by input channels with thresholds only; `low_rank`: whether the step takes a low-rank remainder, too.
     """
     try:
         blocks = find_blocks(module)
@@ -88,7 +88,7 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
             linear = module.get_submodule(site.path)
             if linear.bias is not None and role not in ("q", "k", "v"):
                 return f"it takes no bias at {role}"
-            if getattr(linear, "low_rank", None) is not None:
+            if getattr(linear, "low_rank", None) is not None and not low_rank:
                 return "it takes no low-rank remainder"
             if getattr(linear, "top_k", None) is not None:
                 return "it takes thresholds, not the largest k of a token"

@@ -28,13 +28,14 @@ from sparsebench.models.sites import find_blocks
 DTYPES = (torch.float32, torch.bfloat16)
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
-WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES, COLUMNS = 0, 7, 14, 21, 24, 26, 27, 28
+WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
+RANK, LOW_A, LOW_B, COLUMNS = 28, 35, 42, 49  # of the low-rank remainder; rank 0 = none
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    return llama_type(module, DTYPES)
+    return llama_type(module, DTYPES, low_rank=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +117,22 @@ def normed(x, weight, eps, out):
         out[i] = x[i] * inverse * widen(weight[i])
 
 
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def add_remainder(x, a, b, index, count, y, lo, hi):
+    """y[lo:hi] += (x where dropped) A B; a [n, r], b [r, m]; index[:count] lists the kept channels in order."""
+    z = np.zeros(a.shape[1], np.float32)
+    k = 0
+    for i in range(x.shape[0]):
+        if k < count and index[k] == i:
+            k += 1
+            continue
+        for j in range(z.shape[0]):
+            z[j] += x[i] * widen(a[i, j])
+    for j in range(z.shape[0]):
+        for i in range(lo, hi):
+            y[i] += z[j] * widen(b[j, i])
+
+
 @njit(nogil=True, cache=True)
 def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
     """y[lo:hi] = W x over kept channels for map `which`; compacts again only where `count` is below 0."""
@@ -127,6 +144,10 @@ def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
         count = compact(x.reshape(1, n), threshold, scale, index, value)
     weight = carray(pointer(row[WEIGHT + which]), (n, m), like.dtype)
     gather(y.reshape(1, m), weight, index, value, count, lo, hi)
+    rank = row[RANK + which]
+    if rank > 0 and count < n:
+        a = carray(pointer(row[LOW_A + which]), (n, rank), like.dtype)
+        add_remainder(x, a, carray(pointer(row[LOW_B + which]), (rank, m), like.dtype), index, count, y, lo, hi)
     if which < 3 and row[BIAS + which] != 0:
         bias = carray(pointer(row[BIAS + which]), (m,), like.dtype)
         for j in range(lo, hi):
@@ -327,6 +348,11 @@ class Decoder:
             linear = self.module.get_submodule(block.sites[role].path)
             row[WEIGHT + i], row[THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
             row[SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
+            for column, factor in zip((LOW_A, LOW_B), linear.low_rank or (), strict=False):
+                factor = factor.contiguous()  # noqa: PLW2901
+                row[RANK + i] = linear.low_rank_a.shape[1]
+                row[column + i] = factor.data_ptr()
+                self.held.append(factor)
             if linear.bias is not None:
                 row[BIAS + i] = linear.bias.data_ptr()
             self.held.append(linear)
@@ -368,6 +394,9 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
     def product(linear, x):
         keep = torch.ones_like(x, dtype=torch.bool) if keep_all else kept(x, linear.threshold, linear.scale)
         y = linear.weight.float() @ torch.where(keep, x, 0)
+        if linear.low_rank is not None:
+            a, b = (f.float() for f in linear.low_rank)
+            y = y + (torch.where(keep, 0, x) @ a) @ b
         return y if linear.bias is None else y + linear.bias.float()
 
     def norm(layer, x):

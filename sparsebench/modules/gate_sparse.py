@@ -33,9 +33,10 @@ class GateSparseFFN(nn.Module):
         down = ffn.down_proj.weight.data
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
-        self.layer, self.site, self.prompt, self.kernel_name = layer, f"{layer}.ffn", prompt, kernel
+        self.site, self.prompt, self.kernel_name = f"{layer}.ffn", prompt, kernel
         self.covers = {f"{layer}.up": self.up.weight.numel(), f"{layer}.down": self.down.numel()}
         self.counter: Counter | None = None
+        kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
     def num_weights(self) -> int:

@@ -68,6 +68,7 @@ class InputSparseLinear(nn.Module):
             self.register_buffer(name, factor, persistent=False)
         self.site, self.top_k, self.prompt, self.kernel_name = site, top_k, prompt, kernel
         self.counter: Counter | None = None
+        kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
     def num_weights(self) -> int:
