@@ -262,6 +262,7 @@ def progress(row: dict, steps: int, unit: str) -> str:
     """A row of history as one line for people."""
     minutes, seconds = divmod(int(row["eta_s"]), 60)
     penalty = f" penalty {row['penalty']:.4g} lambda {row['lambda']:.3g}" if "penalty" in row else ""
+    penalty += f" x1_zero {row['x1_zero']:.3f}" if "x1_zero" in row else ""
     return (
         f"{row['step']}/{steps} loss {row['loss']:.4f}{penalty} lr {row['lr']:.2e} {row[f'{unit}_per_s']:.3g} {unit}/s "
         f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

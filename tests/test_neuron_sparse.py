@@ -208,3 +208,13 @@ def test_output_sparse_linear(kernel, rows):
         keep = torch.rand(rows, 1, 48, generator=generator) < share
         y = kernels.load(kernel).output_sparse_linear(x, weight, keep)
         torch.testing.assert_close(y, torch.where(keep, x @ weight.t(), 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"up_activation": "relu"}])
+def test_can_be_compiled_without_graph_breaks(arguments):
+    """decode's compiled engine needs fullgraph."""
+    _, sparse = ffn_of(kernel="masked_dense", **arguments)
+    x = x_of(1, 1)
+    with torch.no_grad():
+        compiled = torch.compile(sparse, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), sparse(x))

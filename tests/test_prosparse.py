@@ -188,3 +188,15 @@ def test_one_command_runs_every_control():
     ]
     assert [m.control for m in methods] == [None, *CONTROLS]
     assert len({(m.train.steps, m.train.batch_size, m.train.lr) for m in methods}) == 1
+
+
+@pytest.mark.parametrize("control", ["null", "shifted_relu", "continued"])
+def test_plain_ffns_train_too(control, tmp_path):
+    """GPT-2: x1 is the input of fc2."""
+    method = build(f"method.control={control}")
+    state = fitted(method, tmp_path, tiny_model("gpt2"))
+    model = method.apply(tiny_model("gpt2"), state, work(tmp_path))
+    found = [site for site, _ in sparsity.measured_modules(model)]
+    assert found == ([] if control == "continued" else ["0.ffn", "1.ffn"])
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=torch.arange(8)[None], use_cache=False).logits).all()

@@ -28,8 +28,14 @@ def device_of(name: str) -> str | None:
     return prefix if prefix in ("cpu", "cuda") else None
 
 
+_loaded: dict[str, ModuleType] = {}
+
+
 def load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    """The backend's module. One that was loaded before is found without an import, so torch.compile can trace through."""
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f"{__name__}.{name}")
+    return _loaded[name]
 
 
 _chains: dict[str, tuple[ModuleType, ...]] = {}
