@@ -17,6 +17,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparsebench.kernels import _conv_numba
+
 RANK = 10
 SKIPS = True
 ROWS = 8  # channels per pass
@@ -307,3 +309,17 @@ def neuron_sparse_ffn(x, activation, up, down):
         spread(lambda lo, hi: gather(sums, downs, index, values, count, lo, hi), d, VECTOR)
     finish(sums, downs[0, :0], as_numpy(y))
     return y.view(x.shape)
+
+
+def map_sparse_conv2d(x, rows, bias, stride, padding, dilation):
+    """One image's convolution that skips zeros of x [1, C, H, W] float32; rows [kh, kw, C, M]. Returns [1, M, OH, OW]."""
+    kernel_h, kernel_w, _, outputs = rows.shape
+    size = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, p, d, k, s in zip(x.shape[2:], padding, dilation, (kernel_h, kernel_w), stride, strict=True)
+    ]
+    out = torch.zeros(*size, outputs)
+    if bias is not None:
+        out += bias.detach()
+    _conv_numba.scatter(x[0].contiguous().numpy(), rows.numpy(), out.numpy(), stride, padding, dilation)
+    return out.permute(2, 0, 1)[None]

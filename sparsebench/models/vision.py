@@ -34,7 +34,11 @@ VIT = {  # hidden size, blocks, heads, patch; vit_b_16's shapes are torchvision'
     "vit_b_16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
     "vit_tiny": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4},
 }
-STEMS = {"resnet": ("conv1", "maxpool"), "densenet": ("features.conv0", "features.pool0"), "googlenet": ("conv1.conv", "maxpool1")}  # fmt: skip
+STEMS = {  # first convolution and first pooling
+    "resnet": ("conv1", "maxpool"),
+    "densenet": ("features.conv0", "features.pool0"),
+    "googlenet": ("conv1.conv", "maxpool1"),
+}
 
 
 class LeNet5(nn.Module):
@@ -220,7 +224,11 @@ def translate_vit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "vit.embeddings.cls_token": weights["class_token"],
         "vit.embeddings.position_embeddings": weights["encoder.pos_embedding"],
     }
-    pairs = {"conv_proj": "vit.embeddings.patch_embeddings.projection", "encoder.ln": "vit.layernorm", "heads.head": "classifier"}  # fmt: skip
+    pairs = {
+        "conv_proj": "vit.embeddings.patch_embeddings.projection",
+        "encoder.ln": "vit.layernorm",
+        "heads.head": "classifier",
+    }
     inner = {"ln_1": "layernorm_before", "ln_2": "layernorm_after", "self_attention.out_proj": "attention.o_proj",
              "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}  # fmt: skip
     depth = 1 + max(int(k.split(".")[2].rpartition("_")[2]) for k in weights if k.startswith("encoder.layers."))
