@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torchvision.transforms import v2
 
 from sparsebench import hub
@@ -75,7 +76,8 @@ class Files:
 
 
 def decode(path: str) -> torch.Tensor:
-    return torchvision.io.decode_image(path, torchvision.io.ImageReadMode.RGB)
+    with Image.open(path) as picture:
+        return v2.functional.pil_to_tensor(picture.convert("RGB"))
 
 
 def file_digest(path: str) -> str:

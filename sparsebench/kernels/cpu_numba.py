@@ -17,6 +17,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparsebench.kernels import _conv_numba
+
 RANK = 10
 SKIPS = True
 ROWS = 8  # channels per pass
@@ -329,3 +331,17 @@ def output_sparse_linear(x, weight, keep):
     y = torch.zeros(batch, m)
     y.index_copy_(1, torch.from_numpy(index[:count]), torch.from_numpy(values[:, :count]))
     return y.to(x.dtype).view(keep.shape)
+
+
+def map_sparse_conv2d(x, rows, bias, stride, padding, dilation):
+    """One image's convolution that skips zeros of x [1, C, H, W] float32; rows [kh, kw, C, M]. Returns [1, M, OH, OW]."""
+    kernel_h, kernel_w, _, outputs = rows.shape
+    size = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, p, d, k, s in zip(x.shape[2:], padding, dilation, (kernel_h, kernel_w), stride, strict=True)
+    ]
+    out = torch.zeros(*size, outputs)
+    if bias is not None:
+        out += bias.detach()
+    _conv_numba.scatter(x[0].contiguous().numpy(), rows.numpy(), out.numpy(), stride, padding, dilation)
+    return out.permute(2, 0, 1)[None]

@@ -7,6 +7,7 @@ operands non-zero; `macs.executed` is what the kernels that ran really did.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from sparsebench import evaluate, measure, pictures, products
 from sparsebench.modules.activation_map import MapCounter, maps_of
+from sparsebench.modules.input_sparse import replace
+from sparsebench.modules.map_sparse import MapSparse, reference, unsupported
 from sparsebench.products import Products
 
 KEEPS_DENSE = True
@@ -137,12 +140,64 @@ def weight_traffic(costs: dict[str, int], sparse: nn.Module) -> dict:
 
 
 def latency(dense, sparse, data, measurement, hardware, found: dict) -> dict:
-    """Whole forward passes at batch 1 and `measure.batch`, and every layer that a skipping kernel serves by itself."""
+    """Whole forward passes at batch 1 and `measure.batch`, and every layer by itself at batch 1.
+
+    Dense kernels gain nothing from zeros, so layers run dense unless the kernel that skips was measured faster on the
+    same image; at batch 1 those layers use it, and only then is a speed-up claimed.
+    """
     device = hardware.torch_device
-    inputs = {
-        size: next(data.test.batches(size, size, device)).inputs for size in dict.fromkeys((1, measurement.batch))
-    }
-    return measure.forward_latency(dense, sparse, inputs, measurement, hardware)
+    inputs = {n: next(data.test.batches(n, n, device)).inputs for n in dict.fromkeys((1, measurement.batch))}
+    rows = layer_latency(sparse, inputs[1], measurement, hardware)
+    faster = [name for name, row in rows.items() if row.get("speedup", 0) > 1]
+    fast = copy.deepcopy(sparse) if faster else sparse
+    for name in faster:
+        replace(fast, name, MapSparse(fast.get_submodule(name), hardware.kernel_name))
+    section = measure.forward_latency(dense, fast, inputs, measurement, hardware)
+    return section | {"layers": rows, "layers_that_skip": faster}
+
+
+def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware) -> dict[str, dict]:
+    """Per layer on its own input: median ms of the dense product, of the kernel, and of the kernel with nothing to skip;
+    its input's zeros, and the sparsity at which kernel and dense take equally long (None: never below 100 %).
+
+    Raises ArithmeticError where the kernel differs from the dense product.
+    """
+    seen, dtype = {}, next(sparse.parameters()).dtype
+    layers = {n: m for n, m in sparse.named_modules() if is_product(m)}
+    hooks = [m.register_forward_hook(lambda _, a, y, n=n: seen.__setitem__(n, a[0])) for n, m in layers.items()]
+    with torch.no_grad():
+        evaluate.logits(sparse, image)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, layer in layers.items():
+        x = seen[name].detach()
+        row = {"input_zeros": float((x == 0).float().mean())}
+        problem = unsupported(layer, hardware)
+        if problem or (x.dim() == 3 and isinstance(layer, nn.Linear)):
+            found[name] = row | {"unsupported": problem or "it takes one row per image"}
+            continue
+        fast, full = MapSparse(layer, hardware.kernel_name), torch.rand_like(x) + 0.1
+
+        def call(module, value):
+            def run(_):
+                with torch.no_grad():
+                    return module(value)
+
+            return measure.Contender(run)
+
+        with torch.no_grad():
+            wanted = reference(layer, x)
+            error = float((fast(x) - wanted).norm() / (wanted.norm() + 1e-30))
+        measure.check_parity({name: error}, dtype)
+        contenders = [call(layer, x), call(fast, x), call(fast, full)]
+        times, _ = measure.interleaved(contenders, measurement.warmup, measurement.samples, hardware.torch_device)
+        dense_ms, sparse_ms, full_ms = (measure.summary(t)["median_ms"] for t in times)
+        row |= {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "nothing_skipped_ms": full_ms}
+        row |= {"speedup": dense_ms / sparse_ms, "parity_relative_error": error}
+        row["break_even_sparsity"] = measure.break_even(dense_ms, full_ms, sparse_ms, row["input_zeros"])
+        found[name] = row
+    return found
 
 
 def extra(dense: nn.Module, sparse: nn.Module, qualities: tuple[dict, dict], data, folder: Path) -> dict:

@@ -34,7 +34,7 @@ VIT = {  # hidden size, blocks, heads, patch; vit_b_16's shapes are torchvision'
     "vit_b_16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
     "vit_tiny": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4},
 }
-STEMS = {
+STEMS = {  # first convolution and first pooling
     "resnet": ("conv1", "maxpool"),
     "densenet": ("features.conv0", "features.pool0"),
     "googlenet": ("conv1.conv", "maxpool1"),
