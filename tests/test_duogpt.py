@@ -16,7 +16,7 @@ from tests.test_teal import logits, work
 
 def method(name="duogpt", **changes) -> DuoGPT:
     problems = []
-    node = config.compose_all([f"method={name}"])[0]["method"]
+    node = config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"]
     found = config.build({**node, "calibration_tokens": 512, **changes}, "method", problems)
     assert not problems, problems
     return found

@@ -95,7 +95,7 @@ def test_drelu_formula_and_its_one_token_call():
     torch.testing.assert_close(sparse(x), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(sparse(x[:, :1]), expected[:, :1], rtol=1e-4, atol=1e-5)
-    assert set(sparse.sites) == {"0.down"}  # rows of up are not known to be unused before they are computed
+    assert set(sparse.covers) == {"0.down"}  # rows of up are not known to be unused before they are computed
 
 
 def test_fatrelu():

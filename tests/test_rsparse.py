@@ -24,7 +24,7 @@ SEARCH = {"population": 4, "generations": 2, "group": 7, "mutation": 0.5, "cross
 
 def method(**changes) -> RSparse:
     problems = []
-    found = config.build({**config.compose_all(["method=rsparse"])[0]["method"], **changes}, "method", problems)
+    found = config.build({**config.compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems)
     assert not problems, problems
     return found
 
@@ -44,7 +44,7 @@ def sparse_maps(model):
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.65])
 def test_rho_one_is_teal_exactly(share, data, tmp_path):
     """Check 1: the same logits to the bit, no rank left over, no column norms in the score."""
-    rule, teal = method(rho=1.0, sparsity=share), teal_method(sparsity=share)
+    rule, teal = method(rho=1.0, sparsity=share), teal_method(sparsity=share, prompt="all")
     found = applied(rule, data, tmp_path)
     expected = teal.apply(tiny_model(), teal.fit(Loaded(tiny_model(), None, {}), data, work(tmp_path)), work(tmp_path))
     assert torch.equal(logits(found, data.test.rows[:4]), logits(expected, data.test.rows[:4]))
