@@ -17,7 +17,9 @@ FFN = 2 * 64 * 160 / (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)  # up and down a
 
 
 def method(**changes) -> Cats:
-    return config.build({**config.compose_all(["method=cats", "method.prompt=all"])[0]["method"], **changes}, "method", [])
+    return config.build(
+        {**config.compose_all(["method=cats", "method.prompt=all"])[0]["method"], **changes}, "method", []
+    )
 
 
 def applied(rule, data, tmp_path, kind="llama"):

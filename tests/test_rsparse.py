@@ -24,7 +24,9 @@ SEARCH = {"population": 4, "generations": 2, "group": 7, "mutation": 0.5, "cross
 
 def method(**changes) -> RSparse:
     problems = []
-    found = config.build({**config.compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems)
+    found = config.build(
+        {**config.compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems
+    )
     assert not problems, problems
     return found
 

@@ -20,7 +20,9 @@ from tests.test_teal import logits, work
 
 def method(name="wina", **changes) -> Wina | Larosa:
     problems = []
-    found = config.build({**config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"], **changes}, "method", problems)
+    found = config.build(
+        {**config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"], **changes}, "method", problems
+    )
     assert not problems, problems
     return found
 

@@ -183,9 +183,12 @@ def protocol(row: Row) -> dict:
     settings, quality = row.found["config"], (row.found.get("quality") or {})
     dataset = row.found.get("dataset") or {}
     stated = quality[row.metric].get("protocol") if row.metric else None
+    weights = (row.found.get("model") or {}).get("source")
+    if settings["model"].get("weights") == "scratch" and weights:
+        weights = Path(weights).name  # named after what trained it, the same in any output folder
     return {
         "model": settings["model"]["name"],
-        "weights": (row.found.get("model") or {}).get("source"),
+        "weights": weights,
         "num_layers": settings["model"].get("num_layers"),
         "dataset": settings["dataset"]["name"],
         "test": (dataset.get("test") or {}).get("fingerprint"),
@@ -221,7 +224,7 @@ def groups(rows: list[Row]) -> list[Group]:
         short = {k: v for k, v in told.items() if k not in ("fingerprint", "tokens")} or told
         for key, values in short.items():
             for group, value in zip(alike, values, strict=True):
-                group.apart += f", {key} {str(value)[:24] if key != 'test' else str(value)[:8]}"
+                group.apart += f", {key} {str(value)[-24:] if key != 'test' else str(value)[:8]}"
     return ordered
 
 
