@@ -25,7 +25,7 @@ def method(**changes) -> Teal:
 
 
 def work(tmp_path) -> Work:
-    node = config.compose_all(["hardware=cpu", "hardware.kernel=masked_dense"])[0]["hardware"]
+    node = config.compose_all(["hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1"])[0]["hardware"]
     hardware: Hardware = config.build(node, "hardware", [])
     hardware.prepare()
     return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)
