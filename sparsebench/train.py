@@ -247,6 +247,7 @@ def train(
     accelerator.wait_for_everyone()
     if wrapped is not module:
         module.load_state_dict(accelerator.get_state_dict(wrapped))
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # or later passes would still run under autocast
     module.eval()
     accelerator.free_memory()
     return history
