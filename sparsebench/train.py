@@ -253,6 +253,7 @@ def train(
                 checkpoint(accelerator, folder, history.steps)
     history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # or later passes would still run under autocast
     module.eval()
     accelerator.free_memory()
     return history

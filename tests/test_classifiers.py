@@ -97,6 +97,16 @@ def test_training_learns_labels(tmp_path):
     assert metrics["accuracy"] > 0.9 and "train/points_per_s" in history.rows[-1]
 
 
+def test_autocast_ends_with_the_training(tmp_path):
+    model, fit, x = classifier(), Points("fit", 40, 0), torch.randn(8, 2)
+    schedule = settings(steps=5, batch_size=8, micro_batch=8, dropout=0.0, precision="bf16")
+    train(model, fit, schedule, folder=tmp_path, seed=0, loss=classification_loss)
+    plain = classifier()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+
+
 def test_stratified_split_is_even_disjoint_and_a_function_of_the_seed():
     labels = torch.arange(100) % 5
     shares = {"fit": 0.6, "dev": 0.2, "test": 0.2}
