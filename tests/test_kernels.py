@@ -164,7 +164,7 @@ def check_triton(device: str, shapes, dtypes) -> None:
 TRITON_ON_CPU = """
 import torch
 from tests.test_kernels import SHAPES, check_triton
-check_triton("cpu", SHAPES[:1] + SHAPES[3:9], (torch.float32, torch.float16, torch.bfloat16))
+check_triton("cpu", SHAPES[:1] + SHAPES[3:6], (torch.float32, torch.bfloat16))
 print("checked")
 """
 
