@@ -31,7 +31,7 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads():
+def one_thread():
     torch.set_num_threads(1)
 
 

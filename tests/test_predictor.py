@@ -8,10 +8,12 @@ from sparsebench.models.sites import find_blocks
 from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, swap
 from tests.conftest import tiny_model
-from tests.test_contract import data
+from tests.test_contract import KINDS
 from tests.test_neuron_sparse import CPU_KERNELS
 from tests.test_prosparse import build, fitted
 from tests.test_teal import work
+
+data = KINDS["language"].data
 
 SETTINGS = {
     "rank": 32, "tokens": 512, "epochs": 10, "patience": 10, "batch_size": 64, "lr": 1e-2, "weight_decay": 0.0,

@@ -12,8 +12,10 @@ from sparsebench.models.language import Loaded
 from sparsebench.modules.x1 import X1Penalty, l1
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.test_config import CONF
-from tests.test_contract import data
+from tests.test_contract import KINDS
 from tests.test_teal import work
+
+data = KINDS["language"].data
 
 T7B, L7B = [5000, 6000, 10000, 12000, 16000, 16500], [0, 5e-3, 5e-2, 5e-2, 2e-1, 2e-1]
 QUICK = [

@@ -25,8 +25,15 @@ def command(sparsebench, model_folder, text_file):
     return call
 
 
+def absent(module):
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # not even the package it would lie in
+        return True
+
+
 def needs(*modules):
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    missing = [m for m in modules if absent(m)]
     return pytest.mark.skipif(
         bool(missing), reason=f"needs {', '.join(missing)}: pip install sparsebench[sweep,launchers]"
     )

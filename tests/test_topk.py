@@ -9,8 +9,10 @@ from sparsebench.models.language import Loaded
 from sparsebench.modules.activations import StatisticalTopK, TopK, topk, topk_mask
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
 from tests.conftest import tiny_model, tiny_tokenizer
-from tests.test_contract import data, logits
+from tests.test_contract import KINDS
 from tests.test_teal import work
+
+data, logits = KINDS["language"].data, KINDS["language"].logits
 
 CPU_KERNELS = [n for n in kernels.names() if kernels.device_of(n) != "cuda"]
 QUICK = [
