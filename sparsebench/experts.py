@@ -278,7 +278,9 @@ def add_routers(module: nn.Module, state: State, **kind) -> None:
             ffn.router = empty_router(ffn, state, name, **kind)
 
 
-def harden(module: nn.Module, rule: str, threshold: float, *, keep: float | None = None, routing="trained", kernel=None):
+def harden(
+    module: nn.Module, rule: str, threshold: float, *, keep: float | None = None, routing="trained", kernel=None
+):
     """Every expert FFN to hard routing by one rule. keep: share of experts for topk, at least one."""
     for ffn in ffns(module):
         ffn.mode, ffn.rule, ffn.routing, ffn.kernel_name = "hard", rule, routing, kernel or "masked_dense"

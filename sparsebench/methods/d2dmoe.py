@@ -129,7 +129,9 @@ class D2DMoE:
     def problems(self, settings: Any) -> list[str]:
         found = experts.problems(self, settings)
         if self.projections and settings.model.kind != "vision":
-            found.append(f"method.projections must be [] for models of kind {settings.model.kind}, got {self.projections}")
+            found.append(
+                f"method.projections must be [] for models of kind {settings.model.kind}, got {self.projections}"
+            )
         return found
 
     def students(self, module: nn.Module, generator: torch.Generator) -> dict[str, ExpertFFN]:

@@ -37,7 +37,8 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
     elif rule == "max":
         keep = scores >= threshold * scores.amax(-1, keepdim=True)
     elif rule == "cumshare":
-        shares, order = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)).sort(-1, descending=True, stable=True)
+        shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)
+        shares, order = shares.sort(dim=-1, descending=True, stable=True)
         before = shares.cumsum(-1) - shares
         first = torch.arange(scores.shape[-1], device=scores.device) == 0
         keep = torch.zeros_like(scores, dtype=torch.bool)
