@@ -40,7 +40,7 @@ def test_hoyer():
     a = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.testing.assert_close(hoyer(7 * a), hoyer(a))
     hoyer(a).sum().backward()
-    assert float((a.grad * a).sum(-1).abs().max()) < 1e-9
+    assert float((a.grad * a.detach()).sum(-1).abs().max()) < 1e-9
 
 
 def test_regularisers_by_their_formulas():
@@ -94,10 +94,11 @@ def test_penalty_makes_activations_sparser(data, tmp_path):
         train(model, data.fit.rows, settings, folder=tmp_path / str(alpha), seed=0, penalty=penalty)
         penalty.remove()
         total = []
-        with (
-            torch.no_grad(),
-            experts.watching(found, lambda f, x, z, a, x1: total.append(float((a == 0).float().mean()))),
-        ):
+
+        def see(ffn, x, z, a, x1, total=total):
+            total.append(float((a == 0).float().mean()))
+
+        with torch.no_grad(), experts.watching(found, see):
             model(input_ids=data.dev.rows, use_cache=False)
         zeros[alpha] = sum(total) / len(total)
     assert zeros[0.05] > zeros[0.0] + 0.05
@@ -202,13 +203,15 @@ def test_distillation_imitates_the_projections(tmp_path):
     data, model = tiny_images(), tiny_vit()
     before = copy.deepcopy(model.state_dict())
     losses = {}
-    for steps in (2, 60):
-        chosen = method("d2dmoe", projections=["q"], distil=True, projection_experts=4, projection_dropout=0.0)
-        chosen.distil.steps = steps
+    for steps in (2, 100):
+        chosen = method(
+            "d2dmoe", projections=["q"], distil=True, projection_experts=4, projection_dropout=0.0, projection_alpha=0.0
+        )
+        chosen.distil.steps, chosen.distil.lr = steps, 1e-2
         students = chosen.students(model, torch.Generator().manual_seed(0))
         history, *_ = chosen.distilled(model, students, data, work(tmp_path / str(steps)))
         losses[steps] = history.rows[-1]["fit/distil/loss"]
-    assert losses[60] < 0.7 * losses[2]
+    assert losses[100] < 0.5 * losses[2]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

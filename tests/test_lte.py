@@ -184,6 +184,7 @@ def fits(tmp_path_factory):
 
 
 def test_sparsity_rises_with_eta(fits):
+    """With the default epsilon: at 1e-4 the wall at tau holds every score where it started (trap 2)."""
     means = []
     for eta in (0.0, 20.0):
         _, shares = fits.shares(fits(eta=eta)[1])

@@ -111,7 +111,9 @@ class Texts:
             counts[label] = counts.get(label, 0) + 1
         classes = sorted(sorted(counts, key=lambda c: (-counts[c], c))[: self.num_classes])
         if len(classes) < 2:
-            raise ValueError(f"dataset={self.name}: at least two classes are needed, got {', '.join(classes) or 'none'}")
+            raise ValueError(
+                f"dataset={self.name}: at least two classes are needed, got {', '.join(classes) or 'none'}"
+            )
         groups = sorted({(label, group) for _, label, group in rows if label in classes})
         shares = {"fit": 1 - self.dev_share - self.test_share, "dev": self.dev_share, "test": self.test_share}
         parts = stratified(torch.tensor([classes.index(label) for label, _ in groups]), shares)
@@ -159,7 +161,9 @@ class Texts:
             package = document.key.partition("/")[0]
             lines = [line for line in document.text.splitlines() if line.strip()]
             whole = len(lines) // self.passage * self.passage if files[package] >= 5 else 0
-            found += [("\n".join(lines[i : i + self.passage]), package, document.key) for i in range(0, whole, self.passage)]
+            found += [
+                ("\n".join(lines[i : i + self.passage]), package, document.key) for i in range(0, whole, self.passage)
+            ]
         return found
 
     def rows(self) -> list[tuple[str, str, str]]:

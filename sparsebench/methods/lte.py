@@ -52,7 +52,7 @@ class RouterPenalty:
 
     def value(self) -> torch.Tensor:
         eff, sep = self.terms()
-        self.last = {"efficiency": float(eff), "separability": float(sep)}
+        self.last = {"efficiency": float(eff.detach()), "separability": float(sep.detach())}
         for ffn in self.found:
             self.last |= {f"selected/{ffn.site}": float((ffn.soft_scores > self.tau).float().mean())}
             ffn.soft_scores = None

@@ -60,8 +60,15 @@ class Encoder:
                 self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source
             )
             if module.config.num_labels != len(data.classes):
-                raise ValueError(f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}")
-            tokenizer, start, origin, dev = transformers.AutoTokenizer.from_pretrained(self.path, **source), None, self.path, None
+                raise ValueError(
+                    f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
+                )
+            tokenizer, start, origin, dev = (
+                transformers.AutoTokenizer.from_pretrained(self.path, **source),
+                None,
+                self.path,
+                None,
+            )
         else:
             tokenizer = byte_bpe(data.fit.texts, self.architecture["vocab_size"])
             start, origin, dev = tokenizer.bos_token_id, "random weights", None
