@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsebench.bench import read_bandwidth
+from sparsebench.bench.clock import read_bandwidth
 from sparsebench.measure import Contender, interleaved
 
 LABEL = "estimate, not a measurement"

@@ -87,7 +87,8 @@ def activation_of(module: nn.Module) -> str:
 def convert(module: nn.Module, size: int, activation: str | None, blocks: list[Block] | None = None) -> list[ExpertFFN]:
     """Put an expert FFN, neurons in their old order, in the place of every block's FFN; the FFNs, by block.
 
-    activation: None = the model's own. blocks: as found before other maps were replaced. Raises ValueError where a block's FFN is fused or `size` does not divide it.
+    activation: None = the model's own. blocks: as found before other maps were replaced. Raises ValueError where a
+    block's FFN is fused or `size` does not divide it.
     """
     name = activation or activation_of(module)
     return [convert_one(module, block, size, name) for block in blocks or find_blocks(module)]

@@ -43,17 +43,12 @@ QUICK = {  # what makes a method that trains quick enough for these tests
         "method.finetune_steps=3", "method.strengths=[1.0,10.0]",
     ],
 }  # fmt: skip
-for _name, _stages in {
-    "d2dmoe": ("train", "router"),
-    "moefication": ("train", "router"),
-    "lte": ("train", "adapt"),
-}.items():
-    QUICK[_name] = [f"method.{stage}.{key}" for stage in _stages for key in ("steps=3", "warmup=1")]
-EXPERTS = (
-    "d2dmoe",
-    "moefication",
-    "lte",
-)  # reorder neurons, so sums are rounded otherwise; for vision, transformers only
+for _name in ("d2dmoe", "moefication", "lte"):items():
+    QUICK[_name] = ["method.experts.size=8"]
+    _stages = ("train", "adapt" if _name == "lte" else "router")
+    QUICK[_name] += [f"method.{stage}.{key}" for stage in _stages for key in ("steps=3", "warmup=1")]
+# They reorder neurons, so sums are rounded otherwise; of vision models they take transformers only.
+EXPERTS = ("d2dmoe", "moefication", "lte")
 
 
 class Language:
