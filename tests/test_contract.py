@@ -43,7 +43,7 @@ QUICK = {  # what makes a method that trains quick enough for these tests
         "method.finetune_steps=3", "method.strengths=[1.0,10.0]",
     ],
 }  # fmt: skip
-for _name in ("d2dmoe", "moefication", "lte"):items():
+for _name in ("d2dmoe", "moefication", "lte"):
     QUICK[_name] = ["method.experts.size=8"]
     _stages = ("train", "adapt" if _name == "lte" else "router")
     QUICK[_name] += [f"method.{stage}.{key}" for stage in _stages for key in ("steps=3", "warmup=1")]
