@@ -273,10 +273,12 @@ def empty_router(ffn: ExpertFFN, state: State, prefix: str, **kind) -> Router:
     return Router(first, second, **kind).to(ffn.first.device)
 
 
-def add_routers(module: nn.Module, state: State, **kind) -> None:
+def add_routers(module: nn.Module, state: State, wide: bool = False, **kind) -> None:
+    """Routers of the state's shapes, in the model's dtype, or in float32 where `wide`; `restore` fills them."""
     for name, ffn in module.named_modules():
         if isinstance(ffn, ExpertFFN):
-            ffn.router = empty_router(ffn, state, name, **kind)
+            router = empty_router(ffn, state, name, **kind)
+            ffn.router = router if wide else router.to(ffn.first.dtype)
 
 
 def harden(

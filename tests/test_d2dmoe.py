@@ -160,6 +160,21 @@ def test_oracle_beats_the_trained_router_beats_a_random_one(trained, tmp_path):
     assert nll["oracle"] <= nll["trained"] + 0.02 and nll["trained"] < nll["random"]
 
 
+def test_sparsified_base_beats_unsparsified_at_equal_macs(data, tmp_path):
+    """Both fine-tuned for as many steps, the same experts per token by the true norms' order: what the penalty is for."""
+    nll = {}
+    for alpha in (0.0, 0.02):
+        chosen = method(
+            "d2dmoe", train=60, router=2, alpha=alpha, ramp=0.2, experts={"size": 8, "by": "kmeans", "rounds": 3}
+        )
+        chosen.train.lr = 2e-3
+        state = chosen.fit(Loaded(tiny_model(), None, {}), data, work(tmp_path / str(alpha)))
+        model = chosen.apply(tiny_model(), state, work(tmp_path))
+        experts.harden(model, "topk", 0.0, keep=0.15, routing="oracle")
+        nll[alpha] = evaluate.language_quality(model, data.test, None, 8)[0]["nll"]
+    assert nll[0.02] < nll[0.0]
+
+
 def test_sparsity_rises_with_tau_without_fitting_again(trained, tmp_path):
     shares = [scored(trained, tmp_path, "max", tau)[1] for tau in (0.0, 0.1, 0.4, 1.0)]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == pytest.approx(1 - 1 / 20)

@@ -397,3 +397,26 @@ def test_an_oracle_never_counts_as_a_kernel_that_skips():
     assert found.ran == "masked_dense" and not found.skips
     experts.harden(model_of(found), "max", 0.5, kernel="cpu_numba")
     assert found.ran == "cpu_numba" and found.skips
+
+
+def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
+    """Wanted shares are hit, errors are small, the table has a row for each; a small shape of each kind on the CPU."""
+    from types import SimpleNamespace
+
+    from sparsebench.bench import experts as bench
+    from tests.test_teal import work
+
+    monkeypatch.setattr(bench, "ROTATED_BYTES", 2e5)
+    monkeypatch.setitem(bench.SHAPES, "lte", {**bench.SHAPES["lte"], "d": 64, "experts": 16, "size": 8})
+    monkeypatch.setitem(
+        bench.SHAPES, "d2dmoe", {**bench.SHAPES["d2dmoe"], "tokens": 50, "d": 32, "experts": 8, "size": 16}
+    )
+    hardware = work(tmp_path).hardware
+    hardware.kernel_name = "cpu_numba"
+    kernels.load("cpu_numba").prepare(1)
+    found = bench.time_experts(SimpleNamespace(hardware=hardware, samples=30, warmup=3, seed=0))
+    for part in found:
+        assert part["kernel"] == "cpu_numba" and len(part["rows"]) == len(bench.SHARES)
+        for row in part["rows"]:
+            assert row["measured"] == pytest.approx(row["executed"], abs=0.01) and row["relative_error"] < 1e-4
+    assert sum(line.startswith("| 50.0%") for line in bench.table(found)) == 2

@@ -59,12 +59,13 @@ def time_shape(name: str, shape: dict, settings) -> dict:
     up = [normal(f, d, scale=d**-0.5) for _ in range(copies)] if shape["gated"] else [None] * copies
     last = [normal(f, d, scale=f**-0.5) for _ in range(copies)]
     width = shape["width"]
-    v1 = normal(width or shape["experts"], d, scale=d**-0.5).float()
-    v2 = normal(shape["experts"], width, scale=width**-0.5).float() if width else None
+    v1 = normal(width or shape["experts"], d, scale=d**-0.5)
+    v1 = v1 if width else v1.float()  # as the methods have it: LTE's router in float32, D2DMoE's in the model's dtype
+    v2 = normal(shape["experts"], width, scale=width**-0.5) if width else None
 
     def scores() -> torch.Tensor:
-        inner = F.linear(x.float(), v1)
-        return inner if v2 is None else F.linear(inner.relu(), v2)
+        inner = F.linear(x.to(v1.dtype), v1)
+        return (inner if v2 is None else F.linear(inner.relu(), v2)).float()
 
     backend = next(b for b in kernels.chain(hardware.kernel_name) if hasattr(b, "expert_ffn"))
     limits = {s: limit_for(scores().flatten(), s) for s in SHARES}

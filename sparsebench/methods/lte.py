@@ -166,7 +166,7 @@ class LTE:
             finetune.load_weights(module, state.tensors)
             return module
         experts.convert(module, self.experts.size, None)
-        experts.add_routers(module, state)
+        experts.add_routers(module, state, wide=True)
         experts.restore(module, state)
         experts.harden(module, "above", self.tau, kernel=work.hardware.kernel_name)
         return module

@@ -49,7 +49,9 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
 
 
 class Router(nn.Module):
-    """Scores of experts [..., E] from the FFN's input x [..., d], in float32: one linear map, or two without biases.
+    """Scores of experts, float32 [..., E], from the FFN's input x [..., d]: one linear map, or two without biases.
+
+    Computed in the dtype of its weights, which are float32 while it learns.
 
     Args:
         first: V1 [w, d], or the only map [E, d].
@@ -72,7 +74,9 @@ class Router(nn.Module):
             scores = F.linear(x, self.first)
             if self.second is not None:
                 scores = F.linear(getattr(torch, self.inner)(scores), self.second)
-            return scores.abs() if self.outer == "abs" else scores
+            return (scores.abs() if self.outer == "abs" else scores).to(
+                torch.promote_types(scores.dtype, torch.float32)
+            )
 
     @property
     def num_products(self) -> int:
@@ -234,9 +238,10 @@ class ExpertFFN(nn.Module):
         """
         found, element = {}, self.first.element_size()
         router = self.router.num_products if self.mode == "hard" and self.routing == "trained" else 0
+        width = self.router.first.element_size() if router else 0
         for site, mine in self.covers.items():
             share, dense = 1 - measured[site].sparsity_of_sparse_tokens, self.dense_macs[site]
-            traffic = share * mine * element + router * 4
+            traffic = share * mine * element + router * width
             found[site] = Cost(dense, share * mine, router, dense * element, traffic)
             router = 0
         return found
