@@ -89,10 +89,10 @@ class Encoder:
 
     def plain(self, data) -> torch.nn.Module:
         """The encoder with random weights, float32."""
-        fields = dict(self.architecture)
-        settings = transformers.AutoConfig.for_model(
-            fields.pop("model_type"), num_labels=len(data.classes), pad_token_id=None, **fields
-        )
+        fields = {"num_labels": len(data.classes), **self.architecture}
+        kind = fields.pop("model_type")
+        # padding is masked, so it needs no token of its own; RoBERTa counts positions from one, the start token's
+        settings = transformers.AutoConfig.for_model(kind, pad_token_id=0 if kind == "roberta" else None, **fields)
         return transformers.AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
 
     def trained(self, module, tokenizer, work: Work, data) -> Path:
