@@ -96,3 +96,27 @@ def account(
         "parts": {"head": head.numel() * head.element_size(), "kv_cache": cache},
     }
     return macs, traffic
+
+
+def per_sample(
+    dense: float, attention: float, tokens: float, sparse: nn.Module, measured: dict[str, SiteSparsity], skips: bool
+) -> dict:
+    """The record's macs section of an encoder whose sparse modules have `costs` per token, without its unit.
+
+    dense: products of one sample, `attention` (scores and weighted values) among them; tokens: per sample, as routed.
+    What no such module replaced costs what it did; routers count as overhead, per token.
+    """
+    sites: dict[str, Cost] = {}
+    for module in sparse.modules():
+        if hasattr(module, "costs"):
+            sites |= module.costs(measured, module.site)
+    saved = tokens * sum(c.dense_macs - c.sparse_macs for c in sites.values())
+    overhead = tokens * sum(c.overhead_macs for c in sites.values())
+    return {
+        "dense": dense,
+        "sparse": dense - saved + overhead,
+        "executed": dense - (saved if skips else 0) + overhead,
+        "overhead": overhead,
+        "parts": {"attention": attention, "tokens": tokens},
+        "per_site": {name: asdict(cost) for name, cost in sites.items()},
+    }

@@ -199,7 +199,7 @@ def train(
     pick = Order(len(rows), seed)
     start = history.resumed_at = resume(accelerator, folder)
     first_loss, begun, unit = math.inf, time.perf_counter(), getattr(rows, "unit", "tokens")
-    since, tokens = begun, 0
+    since, tokens, clipped = begun, 0, 0
 
     def gradients(step: int, scale: float) -> tuple[float, float]:
         """Add up one step's gradients; (task loss, penalty), means over the global batch."""
@@ -232,7 +232,8 @@ def train(
                     f"{label}: the loss is {total:.4g} at step {step}, {first_loss:.4g} at first; last checkpoint kept"
                 )
             if settings.clip is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                clipped += float(norm) > settings.clip
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
@@ -243,6 +244,8 @@ def train(
                 row = {"step": history.steps, "loss": total, "lr": rate, f"{unit}_per_s": tokens / (now - since)}
                 if penalty is not None:
                     row |= {"penalty": extra, "lambda": scale, **penalty.stats()}
+                if settings.clip is not None:
+                    row["clip_rate"] = float(clipped) / (history.steps - start)  # share of this process's steps
                 row["eta_s"] = (settings.steps - history.steps) * (now - begun) / (history.steps - start)
                 history.rows.append({f"{label}/{k}": v for k, v in row.items()})
                 if accelerator.is_main_process:

@@ -32,6 +32,18 @@ def tiny_cnn(seed: int = 0, classes: int = 3) -> nn.Module:
     return isolate(TinyCNN(classes)).eval().requires_grad_(False)
 
 
+def tiny_vit(seed: int = 0) -> nn.Module:
+    """A vision transformer for the 8 x 8 images, float32, eval mode, frozen."""
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(shape).eval().requires_grad_(False)
+
+
 def image_settings(**changes) -> Images:
     node = config.compose_all(["dataset=digits"])[0]["dataset"]
     problems: list[str] = []

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Bench:
     """Settings of a benchmark run."""
 
-    parts: list[str] = setting(choices=("projections", "ffn", "step"))
+    parts: list[str] = setting(choices=("projections", "ffn", "step", "experts"))
     sparsities: list[float] = setting(ge=0, lt=1)
     contexts: list[int] = setting(gt=1)
     samples: int = setting(ge=30)
@@ -52,6 +52,7 @@ def run(settings: Bench, configuration: dict) -> Path:
     from sparsebench import env, record
     from sparsebench.bench import report
     from sparsebench.bench.clock import read_bandwidth
+    from sparsebench.bench.experts import time_experts
     from sparsebench.bench.products import time_ffn, time_projections
     from sparsebench.bench.step import time_step
 
@@ -71,6 +72,7 @@ def run(settings: Bench, configuration: dict) -> Path:
         "projections": lambda: time_projections(config, settings, bandwidth),
         "ffn": lambda: time_ffn(config, settings, bandwidth),
         "step": lambda: time_step(settings),
+        "experts": lambda: time_experts(settings),
     }
     for part in settings.parts:
         log.info("timing %s", part)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsebench.bench import experts
+
 
 def table(found: dict) -> str:
     """A benchmark record as Markdown."""
@@ -54,6 +56,8 @@ def table(found: dict) -> str:
             engines = next(r for r in found["step"] if r["context"] == context)["dense_engines"]
             lines += ["", f"Dense engines at context {context}: " + ", ".join(
                 f"{name.partition('/')[2]} {1e3 / times['median_ms']:.1f} tokens/s" for name, times in engines.items()) + "."]  # fmt: skip
+    if "experts" in found:
+        lines += experts.table(found["experts"])
     return "\n".join(lines) + "\n"
 
 
@@ -86,6 +90,9 @@ def plot(found: dict, file: Path) -> None:
     if found.get("ffn"):
         points = sorted((r["sparsity"], r["speedup"]) for r in found["ffn"])
         axes.plot(*zip(*points, strict=True), "-.", label="neuron-sparse FFN, dense gate")
+    for part in found.get("experts", []):
+        points = sorted((1 - r["measured"], r["speedup"]) for r in part["rows"])
+        axes.plot(*zip(*points, strict=True), "--", marker="s", markersize=3, label=f"experts, {part['shape']} shape")
     line = [i / 100 for i in range(96)]
     axes.plot(line, [1 / (1 - s) for s in line], color="grey", linewidth=1, label="bytes roofline 1 / (1 - s)")
     axes.axhline(1, color="grey", linewidth=0.5)

@@ -4,7 +4,7 @@ A file called `cpu_*` or `cuda_*` runs on that device only, any other runs every
     RANK                    larger is preferred when hardware.kernel=auto
     SKIPS                   whether work is really skipped (False = a simulation, so no speed-up may be claimed)
     prepare(threads)        set up thread pools and the like, once per process
-    unsupported(...)        the reason why a call can't be served, or None
+    unsupported(...)        the reason why a call can't be served, or None (unsupported_<function> for one function)
 and the functions `input_sparse_linear`, ... as far as it serves them.
 """
 
@@ -52,9 +52,14 @@ def chain(name: str) -> tuple[ModuleType, ...]:
 
 
 def serving(name: str, x: torch.Tensor, weight: torch.Tensor, function: str = "input_sparse_linear") -> ModuleType:
-    """The first backend of `chain(name)` that has `function` and serves x [..., n] with weight [m, n]."""
+    """The first backend of `chain(name)` that has `function` and serves x [..., n] with weight [m, n].
+
+    `unsupported_<function>` of a backend answers for that function, `unsupported` for those without one of their own.
+    """
     for backend in chain(name):
-        if hasattr(backend, function) and backend.unsupported(x, weight) is None:
+        if not hasattr(backend, function):
+            continue
+        if getattr(backend, f"unsupported_{function}", backend.unsupported)(x, weight) is None:
             return backend
     raise ValueError(
         f"no kernel serves input {tuple(x.shape)} {x.dtype} with weight {tuple(weight.shape)} {weight.dtype}"

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparsebench.kernels import _conv_numba
+from sparsebench.kernels import _conv_numba, masked_dense
 
 RANK = 10
 SKIPS = True
@@ -345,3 +346,64 @@ def map_sparse_conv2d(x, rows, bias, stride, padding, dilation):
         out += bias.detach()
     _conv_numba.scatter(x[0].contiguous().numpy(), rows.numpy(), out.numpy(), stride, padding, dilation)
     return out.permute(2, 0, 1)[None]
+
+
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why this call can't be served; weight: the experts' first map [f, d]."""
+    if weight.dtype not in (torch.float32, torch.bfloat16) or x.dtype != weight.dtype:
+        return f"cpu_numba serves float32 and bfloat16, got input {x.dtype} and weight {weight.dtype}"
+    return None
+
+
+def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up_bias=None, last_bias=None):
+    """As masked_dense.expert_ffn. Up to 8 tokens read the weights of selected experts only; more are grouped by expert."""
+    rows, chosen = x.reshape(-1, x.shape[-1]), keep.reshape(-1, keep.shape[-1])
+    maps = (first, first_bias, up, up_bias, last)
+    served = few_tokens if len(rows) <= 8 else many_tokens
+    y = served(rows.contiguous(), chosen, masked_dense.ACTIVATIONS[activation], *maps).to(x.dtype)
+    y = y if last_bias is None else y + last_bias
+    return y.view(*x.shape[:-1], last.shape[1])
+
+
+def few_tokens(rows, chosen, function, first, first_bias, up, up_bias, last) -> torch.Tensor:
+    """float32 [B, n] of rows [B, d]: neurons of experts that any row selects, listed dots, then a gather."""
+    batch, size, f = len(rows), len(first) // chosen.shape[1], len(first)
+    experts = chosen.any(0).nonzero().flatten()
+    listed = (experts[:, None] * size + torch.arange(size)).flatten()
+    count, x, index = len(listed), rows.float().numpy(), np.zeros(f + 1, np.int64)
+    index[:count] = listed.numpy()
+    parallel = _pool is not None and count * rows.shape[1] * first.element_size() >= PARALLEL_BYTES
+
+    def dots(weight, bias) -> torch.Tensor:
+        values, stored = np.ones((batch, f + 1), np.float32), as_numpy(weight)
+        if parallel:
+            spread(lambda lo, hi: listed_dots(stored, x, index, values, lo, hi), count, 1)
+        else:
+            listed_dots(stored, x, index, values, 0, count)
+        found = torch.from_numpy(values)[:, :count]
+        return found if bias is None else found + bias[listed].float()
+
+    x1 = function(dots(first, first_bias))
+    x1 = x1 if up is None else x1 * dots(up, up_bias)
+    values = np.zeros((batch, f + 1), np.float32)
+    values[:, :count] = (x1 * chosen[:, experts].repeat_interleave(size, 1)).numpy()
+    sums, stored, n = np.empty((batch, last.shape[1]), np.float32), as_numpy(last), last.shape[1]
+    if parallel:
+        spread(lambda lo, hi: gather(sums, stored, index, values, count, lo, hi), n, VECTOR)
+    else:
+        gather(sums, stored, index, values, count, 0, n)
+    return torch.from_numpy(sums)
+
+
+def many_tokens(rows, chosen, function, first, first_bias, up, up_bias, last) -> torch.Tensor:
+    """float32 [T, n] of rows [T, d]: for each expert the products of its own tokens only."""
+    size = len(first) // chosen.shape[1]
+    y = torch.zeros(len(rows), last.shape[1])
+    for e in chosen.any(0).nonzero().flatten().tolist():
+        tokens, part = chosen[:, e].nonzero().flatten(), slice(e * size, (e + 1) * size)
+        x = rows[tokens]
+        x1 = function(F.linear(x, first[part], None if first_bias is None else first_bias[part]))
+        if up is not None:
+            x1 = x1 * F.linear(x, up[part], None if up_bias is None else up_bias[part])
+        y.index_add_(0, tokens, (x1 @ last[part]).float())
+    return y

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsebench.kernels._triton_experts import expert_ffn, unsupported_expert_ffn  # noqa: F401 (of this backend)
+
 RANK = 10
 SKIPS = True
 MAX_ROWS = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -48,3 +50,33 @@ def neuron_sparse_ffn(x, activation, up, down):
 def output_sparse_linear(x, weight, keep):
     """y_j = weight_j . x where keep_j, else 0. x [..., n]; weight [m, n], rows contiguous; keep [..., m] bool."""
     return torch.where(keep, F.linear(x, weight), 0)
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return None
+
+
+def expert_hidden(x, first, activation, *, first_bias=None, up=None, up_bias=None):
+    """(z, a, x1): pre-activation, activation, and what the last map reads; all [..., f]. x1 = a, or a * (U x + b_u)."""
+    z = F.linear(x, first, first_bias)
+    a = ACTIVATIONS[activation](z)
+    return z, a, a if up is None else a * F.linear(x, up, up_bias)
+
+
+def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up_bias=None, last_bias=None):
+    """y = b + sum of kept experts e of x1_e B_e; an expert is m = f / E neighbouring neurons.
+
+    x [..., d]; keep [..., E] bool (a float scales each expert's output); first, up [f, d]; last [f, n], every neuron
+    contiguous; biases [f], [f], [n]; activation one of ACTIVATIONS. Returns [..., n]; a token without experts gets b.
+    """
+    x1 = expert_hidden(x, first, activation, first_bias=first_bias, up=up, up_bias=up_bias)[2]
+    x1 = x1.unflatten(-1, (keep.shape[-1], -1)) * keep.to(x1.dtype).unsqueeze(-1)
+    return F.linear(x1.flatten(-2), last.t(), last_bias)

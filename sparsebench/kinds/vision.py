@@ -1,7 +1,8 @@
 """Image classifiers: accuracy, zeros of activation maps, products with both operands non-zero, whole forward passes.
 
 A trained network with ReLUs is sparse before any method touches it, so its own map sparsity stands beside the method's
-and every change is given in points and relative to it. `macs.dense` counts all products, `macs.sparse` those with both
+and every change is given in points and relative to it. Expert FFNs of a vision transformer are counted per token and
+reported per image (`routed`); everything else `macs.dense` counts all products, `macs.sparse` those with both
 operands non-zero; `macs.executed` is what the kernels that ran really did.
 """
 
@@ -13,13 +14,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsebench import evaluate, measure, pictures, products
+from sparsebench import evaluate, macs, measure, pictures, products, sparsity
+from sparsebench.kinds import language
 from sparsebench.modules.activation_map import MapCounter, maps_of
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.map_sparse import MapSparse, reference, unsupported
 from sparsebench.products import Products
 
 KEEPS_DENSE = True
+EXPERTS = (
+    "share of (token, expert) pairs not run, weighted by parameters of the block maps; a map without experts counts 0"
+)
 compare = evaluate.compare_classes
 
 
@@ -28,12 +33,13 @@ def batch_size(evaluation) -> int:
 
 
 def quality(module: nn.Module, split, evaluation) -> tuple[dict, tuple]:
-    """(metrics, (zeros by map, products by layer, weight sparsity)): one pass, norms in eval mode."""
+    """(metrics, (zeros by map, products by layer, weight sparsity, shares of experts by site)): one pass, eval mode."""
     limit, size = evaluation.test_examples, evaluation.examples_per_batch
     with products.counting(module) as found:
-        metrics, maps = evaluate.classification_quality(module, split, limit, size)
-    maps = {site: counter for site, counter in maps.items() if isinstance(counter, MapCounter)}
-    return metrics, (maps, found, products.weight_sparsity(module))
+        metrics, counters = evaluate.classification_quality(module, split, limit, size)
+    maps = {site: counter for site, counter in counters.items() if isinstance(counter, MapCounter)}
+    routed = {} if maps else sparsity.summarise(module, counters)
+    return metrics, (maps, found, products.weight_sparsity(module), routed)
 
 
 def more(module: nn.Module, data, evaluation) -> dict:
@@ -44,9 +50,10 @@ def protocol(split, method) -> dict:
     return {"split": "test", "size": split.size, "channels": split.channels, "augment": "none"}
 
 
-def dense_costs(module: nn.Module, data) -> dict[str, int]:
-    """Bytes of each layer's weights. Products are counted while images pass."""
-    return {n: m.weight.numel() * m.weight.element_size() for n, m in module.named_modules() if is_product(m)}
+def dense_costs(module: nn.Module, data) -> tuple[dict[str, int], dict[str, macs.Cost]]:
+    """(bytes of each layer's weights, costs per token of a transformer's block maps). Other products are counted later."""
+    sites = macs.dense_sites(module) if hasattr(module, "config") else {}
+    return {n: m.weight.numel() * m.weight.element_size() for n, m in module.named_modules() if is_product(m)}, sites
 
 
 def is_product(module: nn.Module) -> bool:
@@ -54,7 +61,13 @@ def is_product(module: nn.Module) -> bool:
 
 
 def figures(method, sparse, costs, dense_counts, counts, measurement, skips) -> tuple[dict, dict, dict]:
-    (maps, found, weights), (base_maps, base_found, base_weights) = counts, dense_counts
+    (maps, found, weights, routed), (base_maps, base_found, base_weights, _), (costs, sites) = (
+        counts,
+        dense_counts,
+        costs,
+    )
+    if routed:
+        return routed_figures(method, sparse, sites, base_found, routed, measurement, skips)
     section = shares(maps) | {"requested": method.requested, "sparse_token_fraction": 1.0}
     section |= {"weight_sparsity": weights, "baseline": shares(base_maps) | {"weight_sparsity": base_weights}}
     for key in ("model_wide", "layer_mean"):
@@ -66,6 +79,27 @@ def figures(method, sparse, costs, dense_counts, counts, measurement, skips) -> 
         "pools elements (large early maps weigh more), layer_mean averages the maps' shares",
     }  # fmt: skip
     return section, multiplications(sparse, found, base_found, skips), weight_traffic(costs, sparse)
+
+
+def routed_figures(method, sparse, sites, base: dict[str, Products], routed: dict, measurement, skips: bool) -> tuple:
+    """The three sections of a vision transformer with experts; base: products of the dense model."""
+    images = next(iter(base.values())).images
+    attention = attention_products(sparse, base)
+    tokens = max(p.per_image()["rows"] for p in base.values())
+    dense = sum(p.dense for p in base.values()) / images + attention
+    section = language.describe_sparsity(method.requested, routed, sites, 0) | {"definition": EXPERTS}
+    multiplied = macs.per_sample(dense, attention, tokens, sparse, routed, skips)
+    multiplied |= {
+        "per": "image",
+        "unit": "multiply-accumulates per image, mean over the test images; FLOPs = 2 x MACs",
+    }
+    weights = [p for p in sparse.parameters() if p.dim() > 1]
+    traffic = {
+        "dense": sum(c.dense_bytes for c in sites.values()),
+        "sparse": sum(w.numel() * w.element_size() for w in weights),
+        "unit": "bytes of weights: of the dense block maps; of all matrices of the sparse model, routers included",
+    }
+    return section, multiplied, traffic
 
 
 def shares(maps: dict[str, MapCounter]) -> dict:

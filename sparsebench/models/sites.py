@@ -33,6 +33,14 @@ LAYOUTS = (
         "qkv": "attention.query_key_value", "o": "attention.dense",
         "fc1": "mlp.dense_h_to_4h", "fc2": "mlp.dense_4h_to_h",
     },
+    {  # ViT
+        "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
+        "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+    },
+    {  # BERT, RoBERTa
+        "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+        "o": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense",
+    },
 )  # fmt: skip
 
 # Roles that read the same tensor share one group; TEAL's four distributions per block.

@@ -1,0 +1,126 @@
+"""Text classifiers with BERT-style encoders of transformers: from a folder or the Hub, random, or trained here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparsebench import config, env, evaluate, hub, processes, record
+from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.methods import Work
+from sparsebench.models import Loaded
+from sparsebench.models.scratch import byte_bpe
+from sparsebench.models.sites import find_blocks
+from sparsebench.train import Training, classification_loss, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Encoder:
+    """An encoder with a classification head; the number of classes comes from the data set."""
+
+    name: str = setting(**NAME_PATTERN)
+    path: str | None
+    revision: str | None
+    weights: str = setting(choices=("pretrained", "scratch", "random"))
+    architecture: dict | None
+    train: Training | None
+    kind = "classification"
+
+    def __post_init__(self):
+        if self.weights == "pretrained" and self.path is None:
+            raise ValueError("path must be a folder or a Hub id with weights=pretrained, got null")
+        if self.weights != "pretrained" and self.architecture is None:
+            raise ValueError(f"architecture must describe the encoder with weights={self.weights}, got null")
+        if self.weights == "scratch" and self.train is None:
+            raise ValueError("weights=scratch needs model.train, got null")
+
+    def problems(self, settings: Any) -> list[str]:
+        problem = hub.model_problem(self.path, "model.path") if self.weights == "pretrained" else None
+        return [problem] if problem else []
+
+    def load(self, work: Work, data) -> Loaded:
+        """The classifier on the target's device in its dtype; `data` gets its tokenizer.
+
+        Raises ValueError where its classes are not those of the data, or its structure is unknown.
+        """
+        hardware = work.hardware
+        torch.manual_seed(work.seed)
+        if self.weights == "pretrained":
+            source = {"revision": self.revision, "local_files_only": not hub.reachable()}
+            module = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source
+            )
+            if module.config.num_labels != len(data.classes):
+                raise ValueError(
+                    f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
+                )
+            tokenizer, start, origin, dev = (
+                transformers.AutoTokenizer.from_pretrained(self.path, **source),
+                None,
+                self.path,
+                None,
+            )
+        else:
+            tokenizer = byte_bpe(data.fit.texts, self.architecture["vocab_size"])
+            start, origin, dev = tokenizer.bos_token_id, "random weights", None
+        data.set_tokenizer(tokenizer, start)
+        if self.weights != "pretrained":
+            module = self.plain(data)
+        if self.weights == "scratch":
+            folder = self.trained(module, tokenizer, work, data)
+            module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            origin, dev = str(folder), json.loads((folder / "training.json").read_text())["dev"]
+        module = module.to(hardware.torch_device, hardware.torch_dtype).eval().requires_grad_(False)
+        info = {
+            "name": self.name, "num_parameters": sum(p.numel() for p in module.parameters()), "source": origin,
+            "architecture": type(module).__name__, "num_layers": len(find_blocks(module)), "classes": len(data.classes),
+            "dev_after_training": dev,
+        }  # fmt: skip
+        return Loaded(module, tokenizer, info)
+
+    def plain(self, data) -> torch.nn.Module:
+        """The encoder with random weights, float32."""
+        fields = {"num_labels": len(data.classes), **self.architecture}
+        kind = fields.pop("model_type")
+        # padding is masked, so it needs no token of its own; RoBERTa counts positions from one, the start token's
+        settings = transformers.AutoConfig.for_model(kind, pad_token_id=0 if kind == "roberta" else None, **fields)
+        return transformers.AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+
+    def trained(self, module, tokenizer, work: Work, data) -> Path:
+        """The folder of this encoder trained on data.fit with work.seed; trained first where it is missing."""
+        shape = {
+            "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": env.machine(),
+            "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
+        }  # fmt: skip
+        folder = work.output_dir / "models" / f"{self.name}-{config.digest(shape)[:10]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with processes.locked(folder.with_suffix(".lock")):
+            if processes.agreed((folder / "training.json").exists()):
+                return folder
+            log.info("training %s from scratch into %s", self.name, folder)
+            module.to(work.hardware.torch_device)
+            checkpoints, partial = folder.with_suffix(".checkpoints"), folder.with_suffix(".partial")
+            history = train(
+                module, data.fit, self.train, folder=checkpoints, seed=work.seed, loss=classification_loss,
+                track=work.log, label=f"train/{self.name}",
+            )  # fmt: skip
+            metrics, _ = evaluate.classification_quality(module, data.dev, None, 64)
+            if processes.first():
+                shutil.rmtree(partial, ignore_errors=True)
+                module.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                facts = {**shape, "dev": {k: metrics[k] for k in ("accuracy", "nll")}, "history": history.rows}
+                record.write_atomic(partial / "training.json", json.dumps(record.plain(facts), indent=1).encode())
+                partial.rename(folder)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            processes.agreed(True)
+        return folder
