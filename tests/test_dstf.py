@@ -250,7 +250,7 @@ def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     module, data = network(trained), tiny_images()
     settings = config.compose_all(["model=lenet5", "method=dense"])[0]["eval"]
     evaluation = config.build(settings, "eval", [], config.Evaluation)
-    _, (maps, _, _) = vision.quality(module, data.test, evaluation)
+    _, (maps, *_) = vision.quality(module, data.test, evaluation)
     found = vision.shares(maps)
     seen = {}
     for layer in maps_of(module):
