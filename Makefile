@@ -48,7 +48,7 @@ bench-cpu: $(VENV)/.installed  ## time kernels and decode at Llama-2-7B's shapes
 bench-gpu:  ## check and time everything that needs a GPU (PYTHON=, OUT=, HISTOGRAMS=: see scripts/bench_gpu.sh)
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) sh scripts/bench_gpu.sh
 
-train-llama-tiny: $(VENV)/.installed  ## train the embedded model again (resumes; an hour on 2 cores, 3 minutes on a GPU)
+train-llama-tiny: $(VENV)/.installed  ## train the embedded model again (resumes; two hours on 2 cores, 3 minutes on a GPU)
 	$(BIN)/sparsebench model.weights=scratch $(ARGS)
 
 clean:  ## remove what was built (not outputs/)

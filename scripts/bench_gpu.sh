@@ -17,9 +17,9 @@ step() { # name, command...: runs it, keeps its log, goes on after a failure
 }
 bench() { "$python" -m sparsebench.bench hardware="$target" "$@"; }
 step tests "$python" -m pytest -m gpu -q $(grep -l mark.gpu tests/test_*.py)
+step bench-llama3 bench model=llama3-8b hardware.dtype=bfloat16 'parts=[step]' 'sparsities=[0.0,0.5,0.65,0.9]' output="$out/llama3-8b-bfloat16"
 step bench-fp16 bench model=llama2-7b hardware.dtype=float16 $inputs output="$out/llama2-7b-float16"
 step bench-bf16 bench model=llama2-7b hardware.dtype=bfloat16 $inputs output="$out/llama2-7b-bfloat16"
-step bench-llama3 bench model=llama3-8b hardware.dtype=bfloat16 'parts=[step]' 'sparsities=[0.0,0.5,0.65,0.9]' output="$out/llama3-8b-bfloat16"
 step run "$python" -m sparsebench model=llama2-7b model.weights=random hardware="$target" hardware.dtype=float16 \
     dataset=pystdlib eval.test_sequences=16 wandb.mode=disabled output_dir="$out/runs"
 exit $failed
