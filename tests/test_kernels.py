@@ -179,8 +179,9 @@ def test_triton_kernels_through_the_interpreter():
 
 
 @pytest.mark.gpu
-def test_triton_kernels_on_the_gpu():
-    check_triton("cuda", SHAPES, (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_kernels_on_the_gpu(dtype):
+    check_triton("cuda", SHAPES, (dtype,))
 
 
 @pytest.mark.gpu
