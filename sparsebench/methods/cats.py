@@ -8,13 +8,13 @@ says which one `sparsity` is; the record has both (sites up and down, and model-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sparsebench import calibrate
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, find_blocks, weight_of
 from sparsebench.modules.gate_sparse import gated_ffn, swap_ffn
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
@@ -22,7 +22,7 @@ from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class Cats:
+class Cats(Method):
     """Settings of CATS; `sparsity`, `sparsity_of` and `prompt` can be changed without calibrating again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -37,9 +37,6 @@ class Cats:
     def requested(self) -> float | None:
         """Model-wide, where that is what was asked for."""
         return self.sparsity if self.sparsity_of == "model" else None
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         """`hist.<layer>.gate`: int64 counts of |act(x W_gate)|, their first bin in info."""
