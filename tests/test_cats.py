@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsebench import config, decode, evaluate, kernels, macs, measure, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.methods.cats import Cats
 from sparsebench.models.language import Loaded
 from sparsebench.modules.gate_sparse import GateSparseFFN
@@ -17,9 +18,7 @@ FFN = 2 * 64 * 160 / (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)  # up and down a
 
 
 def method(**changes) -> Cats:
-    return config.build(
-        {**config.compose_all(["method=cats", "method.prompt=all"])[0]["method"], **changes}, "method", []
-    )
+    return config.build({**compose_all(["method=cats", "method.prompt=all"])[0]["method"], **changes}, "method", [])
 
 
 def applied(rule, data, tmp_path, kind="llama"):

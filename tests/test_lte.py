@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsebench import config, evaluate, experts, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.methods.lte import RouterPenalty, efficiency, freeze_routers, separability
 from sparsebench.models import Loaded
 from sparsebench.train import optimiser
@@ -15,7 +16,7 @@ from tests.test_teal import work
 
 
 def method(steps=3, **changes):
-    node = config.compose_all(["method=lte"])[0]["method"]
+    node = compose_all(["method=lte"])[0]["method"]
     for stage in ("train", "adapt"):
         node[stage] = {**node[stage], "steps": steps, **QUICK, "lr": 3e-3}
     problems: list[str] = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsebench import config, decode, evaluate, evolve, lowrank, measure, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.kernels import cpu_numba, masked_dense
 from sparsebench.methods.rsparse import RSparse, split
 from sparsebench.methods.wina import column_norms
@@ -25,7 +26,7 @@ SEARCH = {"population": 4, "generations": 2, "group": 7, "mutation": 0.5, "cross
 def method(**changes) -> RSparse:
     problems = []
     found = config.build(
-        {**config.compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems
+        {**compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems
     )
     assert not problems, problems
     return found
@@ -230,7 +231,7 @@ def test_searched_rho_is_no_worse_than_thresholding_and_reloads(data, tmp_path):
 
 def test_bad_rho_files_are_refused(tmp_path, data):
     problems = []
-    node = config.compose_all(["method=rsparse"])[0]["method"]
+    node = compose_all(["method=rsparse"])[0]["method"]
     config.build({**node, "rho_from": "file"}, "method", problems)
     config.build({**node, "rho_file": "nowhere.json"}, "method", problems)
     config.build({**node, "rho_from": "file", "rho_file": "nowhere.json"}, "method", problems)

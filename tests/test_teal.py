@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sparsebench import allocate, config, evaluate, sparsity, state
 from sparsebench.allocate import Greedy, search, table_of
 from sparsebench.calibrate import observe
+from sparsebench.compose import compose_all
 from sparsebench.hardware import Hardware
 from sparsebench.methods import Work
 from sparsebench.methods.teal import Teal, signed_quantile
@@ -20,12 +21,12 @@ from tests.conftest import tiny_model
 
 
 def method(**changes) -> Teal:
-    node = config.compose_all(["method=teal"])[0]["method"]
+    node = compose_all(["method=teal"])[0]["method"]
     return config.build({**node, **changes}, "method", [])
 
 
 def work(tmp_path) -> Work:
-    node = config.compose_all(["hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1"])[0]["hardware"]
+    node = compose_all(["hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1"])[0]["hardware"]
     hardware: Hardware = config.build(node, "hardware", [])
     hardware.prepare()
     return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)

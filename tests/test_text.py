@@ -7,12 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsebench import config
+from sparsebench.compose import compose_all
 from sparsebench.data.text import Document, chunks
 from tests.conftest import TEXT, tiny_tokenizer
 
 
 def dataset(name, **changes):
-    node = config.compose_all([f"dataset={name}"])[0]["dataset"]
+    node = compose_all([f"dataset={name}"])[0]["dataset"]
     problems: list[str] = []
     found = config.build({**node, **changes}, "dataset", problems)
     assert not problems, problems

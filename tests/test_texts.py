@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from sparsebench import config, evaluate, experts, macs, record, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.data.labelled import LabelledData
 from sparsebench.data.texts import Texts
 from sparsebench.kinds import classification
@@ -21,7 +22,7 @@ ROWS = [
 
 
 def settings(**changes) -> Texts:
-    node = config.compose_all(["model=bert-tiny", "dataset=labelled-text"])[0]["dataset"]
+    node = compose_all(["model=bert-tiny", "dataset=labelled-text"])[0]["dataset"]
     problems: list[str] = []
     found = config.build({**node, **changes}, "dataset", problems)
     assert not problems, problems
@@ -80,7 +81,7 @@ def test_rows_of_a_file(tmp_path, suffix):
 
 
 def test_passages_of_the_standard_library_split_by_file():
-    node = config.compose_all(["model=bert-tiny"])[0]["dataset"]
+    node = compose_all(["model=bert-tiny"])[0]["dataset"]
     found = config.build({**node, "num_classes": 4, "per_class": 60}, "dataset", [])
     data = found.load(0)
     assert len(data.classes) == 4 and min(len(s) for s in (data.fit, data.dev, data.test)) > 10
@@ -152,7 +153,7 @@ def test_macs_per_text(texts):
 )
 def test_bad_settings_are_one_clear_line(overrides, message):
     with pytest.raises(config.ConfigError, match=message):
-        config.build_settings(config.compose_all(overrides)[0])
+        config.build_settings(compose_all(overrides)[0])
 
 
 def test_a_whole_run_through_the_command(sparsebench, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from sparsebench import config, evaluate, macs, sparsity
 from sparsebench.allocate import table_of
+from sparsebench.compose import compose_all
 from sparsebench.methods.larosa import Larosa
 from sparsebench.methods.wina import Wina, bases_of, column_norms, kept_count
 from sparsebench.models.language import Loaded
@@ -21,7 +22,7 @@ from tests.test_teal import logits, work
 def method(name="wina", **changes) -> Wina | Larosa:
     problems = []
     found = config.build(
-        {**config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"], **changes}, "method", problems
+        {**compose_all([f"method={name}", "method.prompt=all"])[0]["method"], **changes}, "method", problems
     )
     assert not problems, problems
     return found
