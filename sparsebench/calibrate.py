@@ -125,9 +125,9 @@ def threshold(state: State, site: Site, p: float, scaled: bool = False) -> float
 def observe(
     module: nn.Module, sequences: torch.Tensor, observers: dict[str, Callable[[torch.Tensor], None]], batch_size: int
 ) -> None:
-    """One dense forward over `sequences` [N, T] (embedding to last block, no head), calling observers on map inputs.
+    """One dense forward over `sequences` [N, T] (embedding to last block, no head), calling observers on modules' inputs.
 
-    `observers` maps the path of a linear map to a function of its input [B, T, n].
+    `observers` maps the path of a module to a function of its input [B, T, n].
     """
     hooks = [
         module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
