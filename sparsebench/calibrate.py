@@ -110,6 +110,11 @@ def collect(
             if plain is not None or scaled is not None:
                 observers[site.path] = observer(plain, scaled, scales.get(site.name))
     observe(module, sequences, observers, batch_size)
+    return state_of(histograms, sequences)
+
+
+def state_of(histograms: dict[str, AbsHistogram], sequences: torch.Tensor) -> State:
+    """The state that keeps histograms by tensor name, taken over `sequences`: counts, and their first bin in info."""
     state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
     for name, histogram in histograms.items():
         state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()

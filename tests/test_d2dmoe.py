@@ -13,7 +13,7 @@ from sparsebench.methods.moefication import activation_labels
 from sparsebench.models import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.train import Training, train
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import work
 from tests.tiny_vision import tiny_images, tiny_vit
 
@@ -26,10 +26,7 @@ def method(name, train=3, router=30, **changes):
     node["router"] = {**node["router"], "steps": router, **QUICK}
     if changes.pop("distil", None):
         node["distil"] = {**node["distil"], "steps": 3, **QUICK}
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "method", problems)
-    assert not problems, problems
-    return found
+    return built("method", f"method={name}", **{**node, **changes})
 
 
 def test_hoyer():

@@ -11,16 +11,12 @@ from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks, weight_of
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.prune import Rule, Statistics, correction, inverse_factor
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 
 
 def method(name="duogpt", **changes) -> DuoGPT:
-    problems = []
-    node = compose_all([f"method={name}", "method.prompt=all"])[0]["method"]
-    found = config.build({**node, "calibration_tokens": 512, **changes}, "method", problems)
-    assert not problems, problems
-    return found
+    return built("method", f"method={name}", "method.prompt=all", **{"calibration_tokens": 512, **changes})
 
 
 def fitted(rule, data, tmp_path):

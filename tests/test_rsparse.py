@@ -16,7 +16,7 @@ from sparsebench.methods.wina import column_norms
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 from tests.test_teal import method as teal_method
 
@@ -24,12 +24,7 @@ SEARCH = {"population": 4, "generations": 2, "group": 7, "mutation": 0.5, "cross
 
 
 def method(**changes) -> RSparse:
-    problems = []
-    found = config.build(
-        {**compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems
-    )
-    assert not problems, problems
-    return found
+    return built("method", "method=rsparse", "method.prompt=all", **changes)
 
 
 def fitted(rule, data, tmp_path, kind="llama"):

@@ -13,7 +13,7 @@ from sparsebench import config, record
 from sparsebench.compose import compose_all
 from sparsebench.models.vision import TORCHVISION, LeNet5, fill, translate_vit
 from sparsebench.modules.activation_map import isolate, maps_of, spatial_topk
-from tests.conftest import record_of
+from tests.conftest import built, record_of
 from tests.test_teal import work
 from tests.tiny_vision import TinyCNN, tiny_cnn, tiny_images
 
@@ -22,11 +22,7 @@ MAPS = {"resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densen
 
 
 def vision_model(name="lenet5", **changes):
-    node = compose_all([f"model={name}"])[0]["model"]
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "model", problems)
-    assert not problems, problems
-    return found
+    return built("model", f"model={name}", **changes)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

@@ -52,10 +52,7 @@ class Cats(Method):
             histograms[f"hist.{block.index}.gate"] = histogram = calibrate.AbsHistogram(work.hardware.torch_device)
             observers[block.sites["up"].path] = observer(ffn, histogram)  # up reads what the gate reads
         calibrate.observe(module, sequences, observers, work.batch_size)
-        state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
-        for name, histogram in histograms.items():
-            state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
-        return state
+        return calibrate.state_of(histograms, sequences)
 
     def share(self, module: torch.nn.Module, block: Block) -> float:
         """The share of a block's neurons to drop. Raises ValueError where up and down are too small a part of the block."""
