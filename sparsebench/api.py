@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from sparsebench import cli, config, record
+from sparsebench.compose import compose_all
 
 
 class RunFailed(RuntimeError):
@@ -28,7 +29,7 @@ def run(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     config.ConfigError (a ValueError) naming everything wrong with the configuration, and RunFailed with the record.
     """
     overrides = list(overrides)
-    (configuration,) = config.compose_all(overrides)
+    (configuration,) = compose_all(overrides)
     cli.check(configuration)
     path = cli.location(configuration)[0] / "result.json"
     command = [sys.executable, "-m", "sparsebench", *overrides]
@@ -65,7 +66,7 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
     if hardware is not None or settings.hardware.problems(settings):
-        chosen = config.compose_all([f"hardware={hardware or 'auto'}"])[0]["hardware"]
+        chosen = compose_all([f"hardware={hardware or 'auto'}"])[0]["hardware"]
         settings.hardware = config.build(chosen, "hardware", problems)
         problems += settings.hardware.problems(settings)
         if problems:

@@ -110,6 +110,11 @@ def collect(
             if plain is not None or scaled is not None:
                 observers[site.path] = observer(plain, scaled, scales.get(site.name))
     observe(module, sequences, observers, batch_size)
+    return state_of(histograms, sequences)
+
+
+def state_of(histograms: dict[str, AbsHistogram], sequences: torch.Tensor) -> State:
+    """The state that keeps histograms by tensor name, taken over `sequences`: counts, and their first bin in info."""
     state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
     for name, histogram in histograms.items():
         state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
@@ -125,9 +130,9 @@ def threshold(state: State, site: Site, p: float, scaled: bool = False) -> float
 def observe(
     module: nn.Module, sequences: torch.Tensor, observers: dict[str, Callable[[torch.Tensor], None]], batch_size: int
 ) -> None:
-    """One dense forward over `sequences` [N, T] (embedding to last block, no head), calling observers on map inputs.
+    """One dense forward over `sequences` [N, T] (embedding to last block, no head), calling observers on modules' inputs.
 
-    `observers` maps the path of a linear map to a function of its input [B, T, n].
+    `observers` maps the path of a module to a function of its input [B, T, n].
     """
     hooks = [
         module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))

@@ -24,6 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sparsebench import config, env, processes, record, sweep
+from sparsebench.compose import CONFIG_MODULE, compose_all, to_dict
+from sparsebench.identity import identity_of
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -37,7 +39,7 @@ def main() -> None:
     planned: list[dict] = []
     if not asks_only:
         try:
-            planned = config.compose_all(arguments.overrides, arguments.multirun, arguments.config_dir)
+            planned = compose_all(arguments.overrides, arguments.multirun, arguments.config_dir)
             for configuration in planned:
                 check(configuration)
         except config.ConfigError as error:
@@ -46,11 +48,11 @@ def main() -> None:
             sys.exit(WRONG)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
-    app = hydra.main(version_base="1.3", config_path=f"pkg://{config.CONFIG_MODULE}", config_name="config")
+    app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")
     if planned and arguments.multirun:
         sys.exit(many(app, planned, arguments.overrides))
     codes: list[int] = []
-    app(lambda composed: codes.append(task(config.to_dict(composed))))()
+    app(lambda composed: codes.append(task(to_dict(composed))))()
     sys.exit(max(codes, default=OK))
 
 
@@ -97,7 +99,7 @@ def many(app, planned: list[dict], overrides: list[str]) -> int:
 def job(composed) -> float:
     """One job of a sweep, in whatever process the launcher gave it. Returns what a sweeper maximises."""
     set_up_logging()
-    configuration, hydra_config = config.to_dict(composed), HydraConfig.get()
+    configuration, hydra_config = to_dict(composed), HydraConfig.get()
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
@@ -136,7 +138,7 @@ def check(configuration: dict) -> None:
 
 def location(configuration: dict) -> tuple[Path, str]:
     """(folder of the run, its full identity)."""
-    identity = config.identity(configuration, env.machine())
+    identity = identity_of(configuration, env.machine())
     names = [str(configuration[group].get("name")) for group in ("model", "method")]
     return Path(configuration["output_dir"], *names, identity[:10]), identity
 

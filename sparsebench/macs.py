@@ -98,13 +98,20 @@ def account(
     return macs, traffic
 
 
-def per_sample(
-    dense: float, attention: float, tokens: float, sparse: nn.Module, measured: dict[str, SiteSparsity], skips: bool
-) -> dict:
-    """The record's macs section of an encoder whose sparse modules have `costs` per token, without its unit.
+def unit_per(sample: str) -> dict[str, str]:
+    """What the figures of an `image` or a `text` are, for the record."""
+    unit = f"multiply-accumulates per {sample}, mean over the test {sample}s; FLOPs = 2 x MACs"
+    return {"per": sample, "unit": unit}
 
-    dense: products of one sample, `attention` (scores and weighted values) among them; tokens: per sample, as routed.
-    What no such module replaced costs what it did; routers count as overhead, per token.
+
+def per_sample(
+    sample: str, dense: float, attention: float, tokens: float, sparse: nn.Module, measured: dict[str, SiteSparsity],
+    skips: bool,
+) -> dict:  # fmt: skip
+    """The record's macs section of an encoder whose sparse modules have `costs` per token.
+
+    sample: `image` or `text`. dense: products of one, `attention` (scores and weighted values) among them; tokens: of
+    one, as routed. What no such module replaced costs what it did; routers count as overhead, per token.
     """
     sites: dict[str, Cost] = {}
     for module in sparse.modules():
@@ -119,4 +126,14 @@ def per_sample(
         "overhead": overhead,
         "parts": {"attention": attention, "tokens": tokens},
         "per_site": {name: asdict(cost) for name, cost in sites.items()},
+    } | unit_per(sample)
+
+
+def matrix_bytes(dense: dict[str, Cost], sparse: nn.Module, included: str) -> dict:
+    """The record's bytes section of such an encoder; included: what lies outside the block maps, in words."""
+    matrices = [p for p in sparse.parameters() if p.dim() > 1]
+    return {
+        "dense": sum(c.dense_bytes for c in dense.values()),
+        "sparse": sum(w.numel() * w.element_size() for w in matrices),
+        "unit": f"bytes of weights: of the dense block maps; of all matrices of the sparse model, {included} included",
     }

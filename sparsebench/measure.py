@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsebench import decode, evaluate, kernels
-from sparsebench.sparsity import measured_modules
+from sparsebench import decode, evaluate, kernels, macs
+from sparsebench.sparsity import counting, measured_modules, model_wide, summarise
 
 BLOCK = 8  # decode steps per sample on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, per projection
@@ -185,7 +185,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
             decode["dense"]["median_ms"],
             decode["nothing_skipped"]["median_ms"],
             decode["sparse"]["median_ms"],
-            sparsity,
+            sparsity or decode["sparsity"],  # prompt=none: no scored token was sparse
         )
 
     def prefill(module):
@@ -243,6 +243,18 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
     }  # fmt: skip
 
 
+def decode_sparsity(dense: nn.Module, sparse: nn.Module, decoder, tokens: Iterator[list[torch.Tensor]]) -> float:
+    """Model-wide share of weights that decoding skips, counted; each list of `tokens` follows the decoder's prompt."""
+    with counting(sparse) as counters:
+        for run in tokens:
+            decoder.rewind()
+            for token in run:
+                decoder.step(token)
+    weights = {site: int(cost.dense_macs) for site, cost in macs.dense_sites(dense).items()}
+    found = {site: share.sparsity for site, share in summarise(sparse, counters).items()}
+    return model_wide(dict.fromkeys(weights, 0.0) | found, weights)
+
+
 def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) -> tuple[dict, float, float, float]:
     """(decode section, worst parity error, seconds of building and compiling, seconds of warm-up).
 
@@ -290,6 +302,9 @@ def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) ->
         "sparse": found[f"sparse/{engine}"], "sparse_engine": engine,
         "context": settings.context, "steps_per_sample": block, "engines": found,
     }  # fmt: skip
+    eager = decode.decoder(sparse, prompt, block, hardware, "eager")
+    runs = ([token(i * block + b) for b in range(block)] for i in range(-(-settings.samples // block)))
+    section["sparsity"] = decode_sparsity(dense, sparse, eager, runs)
     if skipping:
         section["speedup"] = section["dense"]["median_ms"] / section["sparse"]["median_ms"]
         section["nothing_skipped"] = found.get("dense/fused")

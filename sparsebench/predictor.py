@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebench.calibrate import batches
+from sparsebench.calibrate import observe
 from sparsebench.config import setting
 from sparsebench.macs import Cost
 from sparsebench.models.sites import Block, find_blocks
-from sparsebench.modules.neuron_sparse import ffn_path, last_map
+from sparsebench.modules.neuron_sparse import ffn_path, last_path
 from sparsebench.sparsity import Counter, SiteSparsity
 
 
@@ -89,23 +89,11 @@ def pairs(module: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch
     """Per layer (x [M, d], active [M, f] bool) over `sequences` [N, T], on the CPU; active where x1 != 0."""
     inputs: dict[int, list] = {b.index: [] for b in blocks}
     labels: dict[int, list] = {b.index: [] for b in blocks}
-    hooks = []
+    observers = {}
     for block in blocks:
-        ffn, last = module.get_submodule(ffn_path(block)), last_map(module, block)
-        hooks.append(
-            ffn.register_forward_pre_hook(lambda _, a, i=block.index: inputs[i].append(a[0].flatten(0, -2).cpu()))
-        )
-        hooks.append(
-            last.register_forward_pre_hook(
-                lambda _, a, i=block.index: labels[i].append((a[0] != 0).flatten(0, -2).cpu())
-            )
-        )
-    try:
-        for batch in batches(sequences, batch_size, module):
-            module.base_model(input_ids=batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        observers[ffn_path(block)] = lambda x, i=block.index: inputs[i].append(x.flatten(0, -2).cpu())
+        observers[last_path(block)] = lambda x1, i=block.index: labels[i].append((x1 != 0).flatten(0, -2).cpu())
+    observe(module, sequences, observers, batch_size)
     return {i: (torch.cat(inputs[i]).float(), torch.cat(labels[i])) for i in inputs}
 
 

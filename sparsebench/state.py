@@ -19,7 +19,8 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from sparsebench import config, processes, record
+from sparsebench import processes, record
+from sparsebench.identity import digest, local_files
 
 log = logging.getLogger(__name__)
 FILE = "state.safetensors"  # in a run's folder
@@ -94,9 +95,9 @@ def key(settings, configuration: dict, machine: dict) -> str:
         "model": configuration["model"],
         "dataset": configuration["dataset"],
         "seed": configuration["seed"],
-        "files": config.local_files({k: configuration[k] for k in ("model", "dataset", "method")}),
+        "files": local_files({k: configuration[k] for k in ("model", "dataset", "method")}),
         "device": hardware["device"],
         "dtype": hardware["dtype"],
         "versions": machine["versions"],
     }
-    return config.digest(parts)[:16]
+    return digest(parts)[:16]

@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparsebench import config, record
+from sparsebench import record
+from sparsebench.identity import NOT_IDENTITY, digest
 
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
 HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "speed-up", "seconds")
@@ -26,7 +27,7 @@ FAILED_OBJECTIVE = -1e9  # finite: a sweeper's model of the objective must be ab
 
 def group_name(overrides: list[str]) -> str:
     """The name under which runs of one sweep stand together (W&B's group): the same when the command is given again."""
-    return f"sweep-{config.digest(sorted(filter(matters, overrides)))[:8]}"
+    return f"sweep-{digest(sorted(filter(matters, overrides)))[:8]}"
 
 
 def group_of(folder: Path) -> str:
@@ -37,7 +38,7 @@ def group_of(folder: Path) -> str:
 def matters(override: str) -> bool:
     """Whether an override says what is computed, not where to or through which launcher."""
     key = override.lstrip("+~").partition("=")[0].split(".")[0].split("/")[0]
-    return key != "hydra" and key not in config.NOT_IDENTITY
+    return key != "hydra" and key not in NOT_IDENTITY
 
 
 def new_folder(output_dir: str, overrides: list[str]) -> Path:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsebench import config
+from sparsebench.compose import compose_all
+
 os.environ.setdefault("WANDB_MODE", "offline")
 COMMAND = Path(sys.executable).with_name("sparsebench")
 SHARED = Path(os.environ.get("SPARSEBENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -85,6 +88,14 @@ def tiny_tokenizer():
     from sparsebench.models.scratch import byte_bpe
 
     return byte_bpe([TEXT], 320)
+
+
+def built(group: str, /, *overrides: str, **changes):
+    """The object of one group of the configuration, e.g. `method`, with these keys changed."""
+    problems: list[str] = []
+    found = config.build({**compose_all(list(overrides))[0][group], **changes}, group, problems)
+    assert not problems, problems
+    return found
 
 
 def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):

@@ -6,20 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsebench import config, decode, evaluate, kernels, macs, measure, sparsity
+from sparsebench import decode, evaluate, kernels, macs, measure, sparsity
 from sparsebench.methods.cats import Cats
 from sparsebench.models.language import Loaded
 from sparsebench.modules.gate_sparse import GateSparseFFN
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 
 FFN = 2 * 64 * 160 / (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)  # up and down as a part of a tiny block
 
 
 def method(**changes) -> Cats:
-    return config.build(
-        {**config.compose_all(["method=cats", "method.prompt=all"])[0]["method"], **changes}, "method", []
-    )
+    return built("method", "method=cats", "method.prompt=all", **changes)
 
 
 def applied(rule, data, tmp_path, kind="llama"):

@@ -9,9 +9,11 @@ import sparsebench.conf
 import yaml
 
 from sparsebench import config
+from sparsebench.compose import GROUPS, compose_all
+from sparsebench.identity import digest, identity_of
 
 CONF = Path(sparsebench.conf.__path__[0])
-FILES = sorted(p for group in config.GROUPS for p in (CONF / group).rglob("*.yaml"))
+FILES = sorted(p for group in GROUPS for p in (CONF / group).rglob("*.yaml"))
 KEYS = Path(__file__).with_name("config_keys.txt")
 
 
@@ -27,7 +29,7 @@ def test_all_yaml_files_are_covered():
 
 @pytest.mark.parametrize("file", FILES, ids=choice)
 def test_composes(file):
-    assert config.compose_all([choice(file)])
+    assert compose_all([choice(file)])
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if "experiment" not in f.parts], ids=choice)
@@ -65,22 +67,22 @@ def test_keys_changed_on_purpose():
 
 
 def test_a_model_names_its_data_and_an_explicit_choice_wins():
-    assert config.compose_all(["model=llama2-7b"])[0]["dataset"]["name"] == "wikitext2"
-    assert config.compose_all(["model=llama2-7b", "dataset=c4"])[0]["dataset"]["name"] == "c4"
-    assert config.compose_all(["dataset=c4", "model=llama2-7b"])[0]["dataset"]["name"] == "c4"
+    assert compose_all(["model=llama2-7b"])[0]["dataset"]["name"] == "wikitext2"
+    assert compose_all(["model=llama2-7b", "dataset=c4"])[0]["dataset"]["name"] == "c4"
+    assert compose_all(["dataset=c4", "model=llama2-7b"])[0]["dataset"]["name"] == "c4"
 
 
 def test_all_problems_are_said_together():
     with pytest.raises(config.ConfigError) as error:
-        config.compose_all(["method=taal", "model=lama", "dataset=pystdlib", "seed=x,1"])
+        compose_all(["method=taal", "model=lama", "dataset=pystdlib", "seed=x,1"])
     assert len(error.value.problems) == 3
     with pytest.raises(config.ConfigError) as error:
-        config.compose_all(["method.sparsty=0.5", "evaluate.batch_size=3", "seed=3"])
+        compose_all(["method.sparsty=0.5", "evaluate.batch_size=3", "seed=3"])
     assert error.value.problems[0].startswith("method.sparsty is not a known key (did you mean sparsity?); allowed: ")
     assert error.value.problems[1].startswith("evaluate is not a known key (did you mean eval?)")
     with pytest.raises(config.ConfigError) as error:
         config.build_settings(
-            config.compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.batch_size=0.5"])[0]
+            compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.batch_size=0.5"])[0]
         )
     assert error.value.problems == [
         "seed must be a whole number in [0, 4294967296), got -1",
@@ -91,7 +93,7 @@ def test_all_problems_are_said_together():
 
 
 def test_sweeps_expand_to_every_combination():
-    found = config.compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
+    found = compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
     assert {(c["method"]["sparsity"], c["seed"]) for c in found} == {(s, i) for s in (0.25, 0.5) for i in range(3)}
 
 
@@ -99,7 +101,7 @@ MACHINE = {"cpu": "a", "gpus": [], "versions": {"torch": "1"}}
 
 
 def identity(*overrides, machine=MACHINE):
-    return config.identity(config.compose_all(list(overrides))[0], machine)
+    return identity_of(compose_all(list(overrides))[0], machine)
 
 
 def test_identity_is_what_affects_the_numbers():
@@ -125,23 +127,23 @@ def test_identity_follows_the_content_of_local_files(tmp_path):
 
 
 def test_canonical_form():
-    assert config.digest({"a": 1, "b": [1.0, True]}) == config.digest({"b": [1, True], "a": 1.0})
-    assert config.digest({"a": True}) != config.digest({"a": 1})
+    assert digest({"a": 1, "b": [1.0, True]}) == digest({"b": [1, True], "a": 1.0})
+    assert digest({"a": True}) != digest({"a": 1})
 
 
 def test_an_experiment_brings_its_own_sweep():
     """`-m experiment=training_free` is a whole table; an axis named on the command line replaces the experiment's."""
-    found = config.compose_all(["experiment=training_free"], sweep=True)
+    found = compose_all(["experiment=training_free"], sweep=True)
     axes = {(c["method"]["name"], c["method"]["sparsity"], c["seed"]) for c in found}
     assert len(found) == len(axes) == 10 * 4 * 3
-    narrowed = config.compose_all(["experiment=training_free", "seed=4", "method=teal,wina"], sweep=True)
+    narrowed = compose_all(["experiment=training_free", "seed=4", "method=teal,wina"], sweep=True)
     assert {(c["method"]["name"], c["seed"]) for c in narrowed} == {("teal", 4), ("wina", 4)} and len(narrowed) == 8
     assert {c["method"]["calibration_tokens"] for c in found} == {20480} and {c["method"]["prompt"] for c in found} == {
         "all"
     }
-    assert len(config.compose_all(["experiment=training_free"])) == 1
+    assert len(compose_all(["experiment=training_free"])) == 1
     with pytest.raises(config.ConfigError, match="experiment must be one of"):
-        config.compose_all(["experiment=training_fre"], sweep=True)
+        compose_all(["experiment=training_fre"], sweep=True)
 
 
 def test_options_of_an_own_folder(tmp_path):
@@ -149,8 +151,8 @@ def test_options_of_an_own_folder(tmp_path):
     (tmp_path / "method").mkdir()
     source = (CONF / "method" / "teal.yaml").read_text().replace("sparsity: 0.5", "sparsity: 0.33")
     (tmp_path / "method" / "mine.yaml").write_text(source)
-    assert config.compose_all(["method=mine"], config_dir=str(tmp_path))[0]["method"]["sparsity"] == 0.33
+    assert compose_all(["method=mine"], config_dir=str(tmp_path))[0]["method"]["sparsity"] == 0.33
     with pytest.raises(config.ConfigError, match="method must be one of .*, mine, .*, got 'yours'"):
-        config.compose_all(["method=yours"], config_dir=str(tmp_path))
+        compose_all(["method=yours"], config_dir=str(tmp_path))
     with pytest.raises(config.ConfigError, match="--config-dir must be an existing folder, got 'nowhere'"):
-        config.compose_all([], config_dir="nowhere")
+        compose_all([], config_dir="nowhere")

@@ -8,6 +8,7 @@ import torch
 
 import sparsebench.methods
 from sparsebench import config, evaluate, sparsity, state
+from sparsebench.compose import compose_all
 from sparsebench.data.text import Document, Split, TextData
 from sparsebench.models import Loaded
 from tests.conftest import TEXT, tiny_model, tiny_tokenizer
@@ -137,7 +138,7 @@ CASES = [pytest.param(name, kind_for(name, kind), id=f"{name}-{kind}") for name 
 
 def build(name, kind, *overrides):
     given = [f"method={name}", f"model={kind.default_model}", "hardware=cpu", *QUICK.get(name, []), *overrides]
-    return config.build_settings(config.compose_all(given)[0]).method
+    return config.build_settings(compose_all(given)[0]).method
 
 
 def sparse_model(method, kind, fit, tmp_path):

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from sparsebench import config, evaluate, experts, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.experts import Grouping
 from sparsebench.methods.d2dmoe import ActivationPenalty, hoyer, projection_width, regularise
 from sparsebench.methods.moefication import activation_labels
 from sparsebench.models import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.train import Training, train
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import work
 from tests.tiny_vision import tiny_images, tiny_vit
 
@@ -20,15 +21,12 @@ QUICK = {"batch_size": 8, "micro_batch": 8, "warmup": 1}
 
 
 def method(name, train=3, router=30, **changes):
-    node = config.compose_all([f"method={name}"])[0]["method"]
+    node = compose_all([f"method={name}"])[0]["method"]
     node["train"] = None if train is None else {**node["train"], "steps": train, **QUICK}
     node["router"] = {**node["router"], "steps": router, **QUICK}
     if changes.pop("distil", None):
         node["distil"] = {**node["distil"], "steps": 3, **QUICK}
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "method", problems)
-    assert not problems, problems
-    return found
+    return built("method", f"method={name}", **{**node, **changes})
 
 
 def test_hoyer():
@@ -89,7 +87,7 @@ def test_penalty_makes_activations_sparser(data, tmp_path):
         found = experts.convert(model, 16, "relu")
         model.requires_grad_(True)
         penalty = penalty_on(model, found, alpha, 0.1)
-        node = config.compose_all(["method=d2dmoe"])[0]["method"]["train"]
+        node = compose_all(["method=d2dmoe"])[0]["method"]["train"]
         settings = config.build({**node, "steps": 25, **QUICK, "lr": 3e-3}, "train", [], Training)
         train(model, data.fit.rows, settings, folder=tmp_path / str(alpha), seed=0, penalty=penalty)
         penalty.remove()
@@ -248,7 +246,7 @@ def test_distillation_imitates_the_projections(tmp_path):
 )
 def test_bad_settings_are_one_clear_line(overrides, message):
     with pytest.raises(config.ConfigError, match=message):
-        config.build_settings(config.compose_all(overrides)[0])
+        config.build_settings(compose_all(overrides)[0])
 
 
 def test_grouping_is_a_setting():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import config, evaluate, fatrelu, penalties, products, state
+from sparsebench.compose import compose_all
 from sparsebench.kinds import vision
 from sparsebench.methods.dstf import DSTF
 from sparsebench.models import Loaded
@@ -26,7 +27,7 @@ def method(*overrides, **train_changes) -> DSTF:
     given = [f"method.train.{k}={v}" for k, v in quick.items()]
     base = ["method.strengths=[0.1,1.0]", "method.l1_steps=5", "method.finetune_steps=10"]
     return config.build_settings(
-        config.compose_all(["model=lenet5", "method=dstf", "hardware=cpu", *base, *given, *overrides])[0]
+        compose_all(["model=lenet5", "method=dstf", "hardware=cpu", *base, *given, *overrides])[0]
     ).method
 
 
@@ -248,7 +249,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(trained, tmp_path, mon
 def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     """Check 10: pooled and layer-mean by hand; a tiny positive value is no zero."""
     module, data = network(trained), tiny_images()
-    settings = config.compose_all(["model=lenet5", "method=dense"])[0]["eval"]
+    settings = compose_all(["model=lenet5", "method=dense"])[0]["eval"]
     evaluation = config.build(settings, "eval", [], config.Evaluation)
     _, (maps, *_) = vision.quality(module, data.test, evaluation)
     found = vision.shares(maps)

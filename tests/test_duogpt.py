@@ -4,22 +4,19 @@ import pytest
 import torch
 
 from sparsebench import config, evaluate, macs, prune, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.kinds import language
 from sparsebench.methods.duogpt import DuoGPT, groups
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks, weight_of
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.prune import Rule, Statistics, correction, inverse_factor
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 
 
 def method(name="duogpt", **changes) -> DuoGPT:
-    problems = []
-    node = config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"]
-    found = config.build({**node, "calibration_tokens": 512, **changes}, "method", problems)
-    assert not problems, problems
-    return found
+    return built("method", f"method={name}", "method.prompt=all", **{"calibration_tokens": 512, **changes})
 
 
 def fitted(rule, data, tmp_path):
@@ -308,7 +305,7 @@ def test_pruned_weights_reach_the_model_and_stay_reproducible(data, tmp_path):
 
 def test_settings_that_do_not_fit_together_are_named():
     problems = []
-    node = config.compose_all(["method=duogpt"])[0]["method"]
+    node = compose_all(["method=duogpt"])[0]["method"]
     config.build({**node, "pattern": "2:4", "weight_sparsity": 0.6, "block": 6}, "method", problems)
     assert problems == [
         "method.weight_sparsity must be 0.5 (or 0) with pattern=2:4, got 0.6",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsebench import config, env, estimate, record
+from sparsebench.compose import compose_all
 from tests.conftest import record_of
 
 TARGETS = ("a100", "a6000", "h100", "h200", "rtx4090", "arm-phone", "cpu-2core")
@@ -67,7 +68,7 @@ def test_rates_of_this_machine_are_plausible():
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_can_be_estimated_anywhere(name, monkeypatch):
     monkeypatch.setattr(env, "gpu_names", list)
-    settings = config.build_settings(config.compose_all([f"hardware={name}", "hardware.estimate=true"])[0])
+    settings = config.build_settings(compose_all([f"hardware={name}", "hardware.estimate=true"])[0])
     assert settings.hardware.found_device == "cpu"
 
 
@@ -76,7 +77,7 @@ def test_what_can_not_be_estimated_is_said(monkeypatch):
 
     def problems(*overrides):
         with pytest.raises(config.ConfigError) as error:
-            config.build_settings(config.compose_all(list(overrides))[0])
+            config.build_settings(compose_all(list(overrides))[0])
         return error.value.problems
 
     assert "hardware=h200 needs a device named" in " ".join(problems("hardware=h200", "hardware.device=auto"))

@@ -5,23 +5,21 @@ import copy
 import pytest
 import torch
 
-from sparsebench import config, evaluate, experts, sparsity
+from sparsebench import evaluate, experts, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.methods.lte import RouterPenalty, efficiency, freeze_routers, separability
 from sparsebench.models import Loaded
 from sparsebench.train import optimiser
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_d2dmoe import QUICK
 from tests.test_teal import work
 
 
 def method(steps=3, **changes):
-    node = config.compose_all(["method=lte"])[0]["method"]
+    node = compose_all(["method=lte"])[0]["method"]
     for stage in ("train", "adapt"):
         node[stage] = {**node[stage], "steps": steps, **QUICK, "lr": 3e-3}
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "method", problems)
-    assert not problems, problems
-    return found
+    return built("method", "method=lte", **{**node, **changes})
 
 
 def soft_model(std=0.3):

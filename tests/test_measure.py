@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsebench import kernels, measure
+from sparsebench import kernels, measure, sparsity
 from sparsebench.decode import Decoder
 from sparsebench.measure import Contender
 from sparsebench.models.sites import find_blocks
@@ -143,6 +143,22 @@ def test_eager_engine_by_request():
     target.engine = "eager"
     found = measure.latency(tiny_model(), sparse_copy(), tokens, settings(), target, 0.5)["decode"]
     assert found["sparse_engine"] == "eager" and found["speedup"] > 0 and "nothing_skipped" in found
+
+
+def test_decode_counts_its_own_sparsity_where_scoring_had_no_sparse_token():
+    tokens, model, none = torch.randint(0, 320, (64,)), sparse_copy(), sparse_copy(-1)
+    for sparse in model.modules():
+        if isinstance(sparse, InputSparseLinear):
+            sparse.prompt = "none"
+    found = measure.latency(tiny_model(), model, tokens, settings(), hardware("cpu_numba"), 0.0)["decode"]
+    prompt = Decoder(model, tokens[None, : settings().context], 1, compiled=False)
+    with sparsity.counting(model) as counters:
+        prompt.step(tokens[settings().context].view(1, 1))
+    shares = sparsity.summarise(model, counters)
+    one = sum(s.sparsity * s.weight for s in shares.values()) / sum(s.weight for s in shares.values())
+    assert 0.05 < found["sparsity"] < 0.95 and found["sparsity"] == pytest.approx(one, abs=0.05)
+    unskipped = measure.latency(tiny_model(), none, tokens, settings(), hardware("masked_dense"), 0.0)
+    assert unskipped["decode"]["sparsity"] == 0
 
 
 def test_nothing_skipped_restores_the_thresholds():

@@ -7,7 +7,7 @@ import torch
 
 from sparsebench import decode, kernels, macs, measure, sparsity
 from sparsebench.models.sites import find_blocks
-from sparsebench.modules.activations import Activation, FATReLU, MagnitudeThreshold, ShiftedReLU
+from sparsebench.modules.activations import Activation, FATReLU, ShiftedReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, ffn_path, neuron_norms, product, swap
 from tests.conftest import tiny_model
 from tests.test_teal import work
@@ -50,6 +50,13 @@ def test_plain_ffn_with_bias():
         for kernel in CPU_KERNELS:
             one = ffn_of("gpt2", kernel=kernel)[1](x[:1, :1])
             torch.testing.assert_close(one, expected[:1, :1], rtol=1e-4, atol=1e-5)
+
+
+class MagnitudeThreshold(Activation):
+    """phi(z) where |phi(z)| > threshold: any share of zeros, and gates of both signs."""
+
+    def keep(self, z, a):
+        return a.abs() > self.threshold
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
@@ -114,11 +121,9 @@ def test_fatrelu():
     assert not seen[0][gates < 0.3].any() and seen[0][gates >= 0.3].all()
 
 
-def test_shifted_relu_and_magnitude_threshold():
+def test_shifted_relu():
     z = torch.tensor([-1.0, 0.05, 0.1, 0.6])
     torch.testing.assert_close(ShiftedReLU(0.1)(z), torch.tensor([0.0, 0.0, 0.0, 0.5]))
-    a = torch.nn.functional.silu(z)
-    torch.testing.assert_close(MagnitudeThreshold("silu", 0.2)(z), torch.where(a.abs() > 0.2, a, 0))
 
 
 def test_counts_go_to_the_sites_that_skip():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsebench import evaluate, kernels, macs, predictor, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, swap
@@ -125,4 +126,4 @@ def test_bad_settings(value):
     from sparsebench import config
 
     with pytest.raises(config.ConfigError, match="method.predictor.target_recall must be a number in"):
-        config.build_settings(config.compose_all(["method=prosparse", f"method.predictor.target_recall={value}"])[0])
+        config.build_settings(compose_all(["method=prosparse", f"method.predictor.target_recall={value}"])[0])

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from sparsebench import config, finetune, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.methods.prosparse import CONTROLS, expected_sparsity, stage_lambda
 from sparsebench.models.language import Loaded
 from sparsebench.modules.x1 import X1Penalty, l1
@@ -25,7 +26,7 @@ QUICK = [
 
 
 def build(*overrides):
-    return config.build_settings(config.compose_all(["method=prosparse", "hardware=cpu", *QUICK, *overrides])[0]).method
+    return config.build_settings(compose_all(["method=prosparse", "hardware=cpu", *QUICK, *overrides])[0]).method
 
 
 def fitted(method, folder, model=None):
@@ -47,7 +48,7 @@ def test_schedule_of_the_7b_run():
 
 @pytest.mark.parametrize("name, steps", [("prosparse_7b", 16500), ("prosparse_13b", 16000), ("prosparse_1b", 101000)])
 def test_the_papers_tables_are_experiments(name, steps):
-    node = config.compose_all([f"experiment={name}"])[0]["method"]
+    node = compose_all([f"experiment={name}"])[0]["method"]
     problems = []
     method = config.build(node, "method", problems)
     assert not problems and method.train.steps == method.stages[-1] == steps
@@ -186,7 +187,7 @@ def test_one_command_runs_every_control():
     assert swept == ["null", *CONTROLS]
     methods = [
         config.build_settings(c).method
-        for c in config.compose_all(["experiment=prosparse", f"method.control={','.join(swept)}"], sweep=True)
+        for c in compose_all(["experiment=prosparse", f"method.control={','.join(swept)}"], sweep=True)
     ]
     assert [m.control for m in methods] == [None, *CONTROLS]
     assert len({(m.train.steps, m.train.batch_size, m.train.lr) for m in methods}) == 1

@@ -13,8 +13,9 @@ from unittest import mock
 
 import pytest
 
-from sparsebench import config, record
+from sparsebench import record
 from sparsebench.comparison import page, plots, published, rows, tables
+from sparsebench.identity import digest
 
 PROTOCOL = {"split": "test", "window": 512, "stride": 512, "bos": "document", "prompt_policy": "all", "tokens": 100}
 
@@ -46,7 +47,7 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
     if speedup:
         decode["speedup"] = speedup
     found.update(changes)
-    found["config_hash"] = config.digest([settings, found["env"], found["quality"], found["status"]])
+    found["config_hash"] = digest([settings, found["env"], found["quality"], found["status"]])
     return found
 
 
@@ -67,7 +68,7 @@ def vision(accuracy=0.95, method="dstf") -> dict:
     found["latency"] = {"kernel": None, "device": "cpu", "forward": {"batch 1": pair, "batch 64": pair}}
     found["sparsity"]["per_site"] = {"conv1": {"sparsity": 0.3, "weight": 5}, "conv2": {"sparsity": 0.6, "weight": 5}}
     found["bytes"] = found["macs"] = None
-    found["config_hash"] = config.digest(found)
+    found["config_hash"] = digest(found)
     return found
 
 
@@ -108,7 +109,7 @@ def test_rows_of_different_protocols_are_never_in_one_table(tmp_path):
     _, groups, html, markdown = reported(laid(tmp_path, *all_of_them))
     assert sorted(len(g.rows) for g in groups) == [1, 1, 1, 1, 1, 2]
     for group in groups:
-        assert len({config.digest(rows.protocol(r)) for r in group.rows}) == 1
+        assert len({digest(rows.protocol(r)) for r in group.rows}) == 1
     assert "Protocols differ" in html and "Protocols differ" in markdown
     titles = [g.title for g in groups]
     assert len(set(titles)) == len(titles) and any("prompt_policy half" in t for t in titles)

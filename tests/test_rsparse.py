@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from sparsebench import config, decode, evaluate, evolve, lowrank, measure, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.kernels import cpu_numba, masked_dense
 from sparsebench.methods.rsparse import RSparse, split
 from sparsebench.methods.wina import column_norms
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 from tests.test_teal import method as teal_method
 
@@ -23,12 +24,7 @@ SEARCH = {"population": 4, "generations": 2, "group": 7, "mutation": 0.5, "cross
 
 
 def method(**changes) -> RSparse:
-    problems = []
-    found = config.build(
-        {**config.compose_all(["method=rsparse", "method.prompt=all"])[0]["method"], **changes}, "method", problems
-    )
-    assert not problems, problems
-    return found
+    return built("method", "method=rsparse", "method.prompt=all", **changes)
 
 
 def fitted(rule, data, tmp_path, kind="llama"):
@@ -230,7 +226,7 @@ def test_searched_rho_is_no_worse_than_thresholding_and_reloads(data, tmp_path):
 
 def test_bad_rho_files_are_refused(tmp_path, data):
     problems = []
-    node = config.compose_all(["method=rsparse"])[0]["method"]
+    node = compose_all(["method=rsparse"])[0]["method"]
     config.build({**node, "rho_from": "file"}, "method", problems)
     config.build({**node, "rho_file": "nowhere.json"}, "method", problems)
     config.build({**node, "rho_from": "file", "rho_file": "nowhere.json"}, "method", problems)

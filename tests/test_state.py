@@ -3,6 +3,7 @@
 import torch
 
 from sparsebench import config, state
+from sparsebench.compose import compose_all
 from sparsebench.state import State
 
 
@@ -33,7 +34,7 @@ def test_a_damaged_state_is_fitted_again(tmp_path):
 
 def test_key_ignores_the_operating_point_and_nothing_else():
     def key(*overrides):
-        configuration = config.compose_all(["hardware=cpu", *overrides])[0]
+        configuration = compose_all(["hardware=cpu", *overrides])[0]
         settings = config.build_settings(configuration)
         settings.hardware.prepare()
         return state.key(settings, configuration, {"versions": {}})

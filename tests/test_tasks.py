@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsebench import config, tasks
+from sparsebench.compose import compose_all
 from tests.conftest import record_of, tiny_model, tiny_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(
@@ -85,10 +86,10 @@ def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, tas
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(config.ConfigError) as error:
-        config.build_settings(config.compose_all(["eval.tasks=[hellaswag]"])[0])
+        config.build_settings(compose_all(["eval.tasks=[hellaswag]"])[0])
     assert error.value.problems == ["eval.tasks=hellaswag needs lm-eval: pip install 'sparsebench[lm-eval]'"]
 
 
 def test_a_wrong_folder_is_named(tmp_path):
     with pytest.raises(config.ConfigError, match="eval.task_path must be a folder with task files"):
-        config.build_settings(config.compose_all([f"eval.task_path={tmp_path}/no"])[0])
+        config.build_settings(compose_all([f"eval.task_path={tmp_path}/no"])[0])

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from sparsebench import allocate, config, evaluate, sparsity, state
+from sparsebench import allocate, evaluate, sparsity, state
 from sparsebench.allocate import Greedy, search, table_of
 from sparsebench.calibrate import observe
 from sparsebench.hardware import Hardware
@@ -16,17 +16,15 @@ from sparsebench.methods.teal import Teal, signed_quantile
 from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.input_sparse import InputSparseLinear
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 
 
 def method(**changes) -> Teal:
-    node = config.compose_all(["method=teal"])[0]["method"]
-    return config.build({**node, **changes}, "method", [])
+    return built("method", "method=teal", **changes)
 
 
 def work(tmp_path) -> Work:
-    node = config.compose_all(["hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1"])[0]["hardware"]
-    hardware: Hardware = config.build(node, "hardware", [])
+    hardware: Hardware = built("hardware", "hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1")
     hardware.prepare()
     return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)
 

@@ -6,17 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparsebench import config
 from sparsebench.data.text import Document, chunks
-from tests.conftest import TEXT, tiny_tokenizer
+from tests.conftest import TEXT, built, tiny_tokenizer
 
 
 def dataset(name, **changes):
-    node = config.compose_all([f"dataset={name}"])[0]["dataset"]
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "dataset", problems)
-    assert not problems, problems
-    return found
+    return built("dataset", f"dataset={name}", **changes)
 
 
 def keys(data):

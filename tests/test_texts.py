@@ -8,12 +8,13 @@ import torch
 import transformers
 
 from sparsebench import config, evaluate, experts, macs, record, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.data.labelled import LabelledData
 from sparsebench.data.texts import Texts
 from sparsebench.kinds import classification
 from sparsebench.models.scratch import byte_bpe
 from sparsebench.models.sites import find_blocks
-from tests.conftest import record_of
+from tests.conftest import built, record_of
 
 ROWS = [
     {"text": f"{word} " * (1 + i % 7) + str(i), "label": word} for i in range(30) for word in ("alpha", "beta", "gamma")
@@ -21,11 +22,7 @@ ROWS = [
 
 
 def settings(**changes) -> Texts:
-    node = config.compose_all(["model=bert-tiny", "dataset=labelled-text"])[0]["dataset"]
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "dataset", problems)
-    assert not problems, problems
-    return found
+    return built("dataset", "model=bert-tiny", "dataset=labelled-text", **changes)
 
 
 def file_of(tmp_path, suffix="jsonl"):
@@ -80,8 +77,7 @@ def test_rows_of_a_file(tmp_path, suffix):
 
 
 def test_passages_of_the_standard_library_split_by_file():
-    node = config.compose_all(["model=bert-tiny"])[0]["dataset"]
-    found = config.build({**node, "num_classes": 4, "per_class": 60}, "dataset", [])
+    found = built("dataset", "model=bert-tiny", num_classes=4, per_class=60)
     data = found.load(0)
     assert len(data.classes) == 4 and min(len(s) for s in (data.fit, data.dev, data.test)) > 10
     data.check_disjoint()
@@ -152,7 +148,7 @@ def test_macs_per_text(texts):
 )
 def test_bad_settings_are_one_clear_line(overrides, message):
     with pytest.raises(config.ConfigError, match=message):
-        config.build_settings(config.compose_all(overrides)[0])
+        config.build_settings(compose_all(overrides)[0])
 
 
 def test_a_whole_run_through_the_command(sparsebench, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparsebench import config, evaluate, kernels, sparsity
+from sparsebench.compose import compose_all
 from sparsebench.models.language import Loaded
 from sparsebench.modules.activations import StatisticalTopK, TopK, topk, topk_mask
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
@@ -22,7 +23,7 @@ QUICK = [
 
 
 def build(*overrides):
-    return config.build_settings(config.compose_all(["method=topk", "hardware=cpu", *QUICK, *overrides])[0]).method
+    return config.build_settings(compose_all(["method=topk", "hardware=cpu", *QUICK, *overrides])[0]).method
 
 
 def fitted(method, folder):
@@ -207,5 +208,5 @@ def test_bad_settings(overrides, message):
 
 
 def test_qsparse_has_a_file_of_its_own():
-    method = config.build_settings(config.compose_all(["method=qsparse", "hardware=cpu"])[0]).method
+    method = config.build_settings(compose_all(["method=qsparse", "hardware=cpu"])[0]).method
     assert (method.variant, method.backward, method.activation, method.anneal) == ("qsparse", "ste", "relu2", 0.0)

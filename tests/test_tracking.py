@@ -7,9 +7,9 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2 as messages
 
-from sparsebench import config as configuration
 from sparsebench import record, tracking
 from sparsebench.comparison import page, rows, upload
+from sparsebench.compose import compose_all
 from tests.conftest import record_of
 from tests.test_report import failed, laid, made
 
@@ -128,4 +128,4 @@ def test_artifacts_are_off_by_default_and_hold_what_load_needs(tmp_path):
     artifact = tracker.files({"config_hash": "ab" * 32})
     assert isinstance(artifact, wandb.Artifact)
     assert set(artifact.manifest.entries) == {"result.json", "state.safetensors"}
-    assert configuration.compose_all([])[0]["wandb"]["artifacts"] is False
+    assert compose_all([])[0]["wandb"]["artifacts"] is False

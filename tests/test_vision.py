@@ -10,9 +10,10 @@ import torchvision
 from torch import nn
 
 from sparsebench import config, record
+from sparsebench.compose import compose_all
 from sparsebench.models.vision import TORCHVISION, LeNet5, fill, translate_vit
 from sparsebench.modules.activation_map import isolate, maps_of, spatial_topk
-from tests.conftest import record_of
+from tests.conftest import built, record_of
 from tests.test_teal import work
 from tests.tiny_vision import TinyCNN, tiny_cnn, tiny_images
 
@@ -21,11 +22,7 @@ MAPS = {"resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densen
 
 
 def vision_model(name="lenet5", **changes):
-    node = config.compose_all([f"model={name}"])[0]["model"]
-    problems: list[str] = []
-    found = config.build({**node, **changes}, "model", problems)
-    assert not problems, problems
-    return found
+    return built("model", f"model={name}", **changes)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -129,7 +126,7 @@ class Evil:
 def test_bad_settings_are_one_clear_line(overrides, message):
     methods = [] if any(o.startswith("method=") for o in overrides) else ["method=dense"]
     with pytest.raises(config.ConfigError, match=message):
-        config.build_settings(config.compose_all([*overrides, *methods])[0])
+        config.build_settings(compose_all([*overrides, *methods])[0])
 
 
 def masks(z, keep):
@@ -185,10 +182,10 @@ def test_one_image_never_changes_anothers_mask():
 def test_topk_at_chosen_maps(tmp_path):
     build = config.build_settings
     given = ["model=lenet5", "method=spatial_topk", "method.keep=0.1"]
-    method = build(config.compose_all([*given, "method.sites=[relu]"])[0]).method
+    method = build(compose_all([*given, "method.sites=[relu]"])[0]).method
     module = method.apply(tiny_cnn(), None, None)
     assert [m.keep for m in maps_of(module)] == [0.1, None, None]
-    method = build(config.compose_all([*given, "method.sites=[nothing]"])[0]).method
+    method = build(compose_all([*given, "method.sites=[nothing]"])[0]).method
     with pytest.raises(ValueError, match=r"method.sites must be among relu, relu.2, relu_2, got 'nothing'"):
         method.apply(tiny_cnn(), None, None)
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from sparsebench import config, evaluate, macs, sparsity
+from sparsebench import evaluate, macs, sparsity
 from sparsebench.allocate import table_of
 from sparsebench.methods.larosa import Larosa
 from sparsebench.methods.wina import Wina, bases_of, column_norms, kept_count
@@ -14,17 +14,12 @@ from sparsebench.models.language import Loaded
 from sparsebench.models.sites import find_blocks, weight_of
 from sparsebench.modules import rotated_norm
 from sparsebench.modules.input_sparse import InputSparseLinear, top_k_kept
-from tests.conftest import tiny_model
+from tests.conftest import built, tiny_model
 from tests.test_teal import logits, work
 
 
 def method(name="wina", **changes) -> Wina | Larosa:
-    problems = []
-    found = config.build(
-        {**config.compose_all([f"method={name}", "method.prompt=all"])[0]["method"], **changes}, "method", problems
-    )
-    assert not problems, problems
-    return found
+    return built("method", f"method={name}", "method.prompt=all", **changes)
 
 
 def shaped(kind="llama", **changes):

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from sparsebench import config
 from sparsebench.data.images import Images, ImageSplit, Memory
 from sparsebench.data.labelled import LabelledData
 from sparsebench.modules.activation_map import isolate
+from tests.conftest import built
 
 
 class TinyCNN(nn.Module):
@@ -45,11 +45,7 @@ def tiny_vit(seed: int = 0) -> nn.Module:
 
 
 def image_settings(**changes) -> Images:
-    node = config.compose_all(["dataset=digits"])[0]["dataset"]
-    problems: list[str] = []
-    found = config.build({**node, "size": None, "augment": "none", **changes}, "dataset", problems)
-    assert not problems, problems
-    return found
+    return built("dataset", "dataset=digits", **{"size": None, "augment": "none", **changes})
 
 
 def tiny_images(count: int = 96, **changes) -> LabelledData:

@@ -36,7 +36,7 @@ def sparse_bodies(x, weights, thresholds, hardware) -> dict[str, Callable[[int],
     low = x.to(weights[0].dtype).view(1, 1, -1)
     backend = kernels.load(hardware.kernel_name)
     if hardware.kernel_name == "cuda_gather":
-        from sparsebench.decode.fused_cuda import CANDIDATES, graph_time
+        from sparsebench.decode.tune_cuda import CANDIDATES, graph_time
 
         out = torch.zeros(weights[0].shape[1], device=device)
         middle = thresholds.get(0.5, next(iter(thresholds.values())))

@@ -60,10 +60,11 @@ def time_step(settings) -> list[dict]:
     limits = thresholds(module, ids[:, :512], sorted({0.0, *settings.sparsities}))
     dense = copy.deepcopy(module)  # its weights stay as transformers lays them out
     decode.channel_major(module)
-    fused = decode.fused(hardware)
-    if hasattr(fused, "tune"):
+    if device.type == "cuda":
+        from sparsebench.decode.tune_cuda import tune
+
         set_thresholds(module, limits[min(limits, key=lambda s: abs(s - 0.5))])
-        fused.tune(module, ids[:, : max(settings.contexts)])
+        tune(module, ids[:, : max(settings.contexts)])
     plain = "compiled" if device.type == "cuda" else "eager"
     rows = []
     for context in settings.contexts:

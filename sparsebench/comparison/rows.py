@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsebench import config, record
+from sparsebench import record
+from sparsebench.identity import NOT_IDENTITY, digest
 from sparsebench.sweep import main_metric
 
 
@@ -206,10 +207,10 @@ def groups(rows: list[Row]) -> list[Group]:
         if row.method == "dense":
             plain.append(({k: v for k, v in stated.items() if k != "prompt_policy"}, row))
         else:
-            found.setdefault(config.digest(stated), Group(stated, [])).rows.append(row)
+            found.setdefault(digest(stated), Group(stated, [])).rows.append(row)
     for stated, row in plain:
         mine = [g for g in found.values() if {k: v for k, v in g.protocol.items() if k != "prompt_policy"} == stated]
-        for group in mine or [found.setdefault(config.digest(stated), Group(stated, []))]:
+        for group in mine or [found.setdefault(digest(stated), Group(stated, []))]:
             group.rows.append(row)
     for group in found.values():
         label(group.rows)
@@ -232,7 +233,7 @@ def flat(node: dict, prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys; what says where a run is kept is left out."""
     found = {}
     for key, value in node.items():
-        if (not prefix and key in config.NOT_IDENTITY) or key == "_target_":
+        if (not prefix and key in NOT_IDENTITY) or key == "_target_":
             continue
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}.")
@@ -275,8 +276,8 @@ def over_seeds(rows: list[Row]) -> list[dict]:
     """Mean and standard deviation where rows differ in nothing but the seed."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        settings = {k: v for k, v in row.found["config"].items() if k not in (*config.NOT_IDENTITY, "seed")}
-        found.setdefault(config.digest([settings, row.machine]), []).append(row)
+        settings = {k: v for k, v in row.found["config"].items() if k not in (*NOT_IDENTITY, "seed")}
+        found.setdefault(digest([settings, row.machine]), []).append(row)
     summaries = []
     for same in found.values():
         if len(same) < 2 or any(r.sparse is None for r in same):

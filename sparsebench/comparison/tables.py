@@ -6,8 +6,8 @@ import csv
 import io
 from dataclasses import dataclass
 
-from sparsebench import config
 from sparsebench.comparison.rows import Group, Row, differences, over_seeds
+from sparsebench.identity import NOT_IDENTITY, digest
 from sparsebench.report import scaled
 
 DASH = "–"
@@ -114,12 +114,12 @@ def on_target(row: Row, group: Group) -> Row | None:
     """A measured row of the same settings on the device that `row` estimates, or None."""
 
     def settings(each: Row) -> dict:
-        return {k: v for k, v in each.found["config"].items() if k not in (*config.NOT_IDENTITY, "hardware")}
+        return {k: v for k, v in each.found["config"].items() if k not in (*NOT_IDENTITY, "hardware")}
 
     device = row.found["config"]["hardware"]["requires"]
     return next(
         (r for r in group.rows if device and device in r.machine and r.decode and not r.found.get("estimate")
-         and config.digest(settings(r)) == config.digest(settings(row))), None,
+         and digest(settings(r)) == digest(settings(row))), None,
     )  # fmt: skip
 
 

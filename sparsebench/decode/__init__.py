@@ -1,7 +1,8 @@
 """Greedy decode at batch 1 with a static KV cache: one engine for dense and sparse models alike.
 
 `reference` runs any model through transformers (eager, or compiled and captured); `fused_cpu` and `fused_cuda` run a
-whole step of a Llama-type model in kernels of our own. Engines share `step(token)`, `rewind()` and the name `engine`.
+whole step of a Llama-type model in kernels of our own (`tune_cuda` looks for the fastest launch settings of the latter).
+Engines share `step(token)`, `rewind()` and the name `engine`.
 """
 
 from __future__ import annotations

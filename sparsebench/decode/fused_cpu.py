@@ -1,283 +1,33 @@
-"""A whole decode step of a Llama-type model on a CPU, dense or sparse, in one compiled call (numba).
+"""A whole decode step of a Llama-type model on a CPU, dense or sparse, in one compiled call (_step_numba.py).
 
-Every thread runs the same code on its share of outputs and heads and meets the others at barriers, five a layer; norm
-and compaction are repeated by each thread instead of shared, which is cheaper than another barrier. Nothing of Python
-runs inside a step. Weights, cache and norms are read where torch keeps them; float32 and bfloat16, sums in float32.
+Nothing of Python runs inside a step. Weights, cache and norms are read where torch keeps them: a table holds their
+addresses.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import nn
 
+from sparsebench.decode import _step_numba as table
 from sparsebench.decode import heads, llama_type, prefilled, rotary_tables
-from sparsebench.kernels.cpu_numba import as_numpy, compact, gather, narrow, widen
+from sparsebench.decode._step_numba import step
+from sparsebench.kernels.cpu_numba import as_numpy
 from sparsebench.kernels.masked_dense import kept
 from sparsebench.models.sites import find_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-# Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
-WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
-RANK, LOW_A, LOW_B, COLUMNS = 28, 35, 42, 49  # of the low-rank remainder; rank 0 = none
-I32, I64 = ir.IntType(32), ir.IntType(64)
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's columns
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
     return llama_type(module, DTYPES, low_rank=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces numba has no word for
-
-
-@intrinsic
-def pointer(typing, address):
-    """An address as a pointer for carray."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic
-def fetch_add(typing, state, index, amount):
-    """state[index] += amount, atomically; the value before."""
-
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", builder.gep(array.data, [args[1]]), args[2], "seq_cst")
-
-    return types.int64(state, types.int64, types.int64), codegen
-
-
-@intrinsic
-def load_now(typing, state, index):
-    """state[index] as it is now, not as the compiler remembers it."""
-
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.load_atomic(builder.gep(array.data, [args[1]]), "seq_cst", 8)
-
-    return types.int64(state, types.int64), codegen
-
-
-@intrinsic
-def relax(typing, spins):
-    """After many spins let the operating system run someone else."""
-
-    def codegen(context, builder, signature, args):
-        with builder.if_then(builder.icmp_signed(">", args[0], I64(20000))):
-            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@njit(nogil=True, cache=True)
-def barrier(state, threads):
-    """Wait until all threads are here. state: [arrived, round]."""
-    if threads == 1:
-        return
-    here = load_now(state, 1)
-    if fetch_add(state, 0, 1) == threads - 1:
-        fetch_add(state, 0, -threads)
-        fetch_add(state, 1, 1)
-        return
-    spins = 0
-    while load_now(state, 1) == here:
-        relax(spins)
-        spins += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The step
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def normed(x, weight, eps, out):
-    """RMSNorm of x into out."""
-    total = np.float32(0)
-    for i in range(x.shape[0]):
-        total += x[i] * x[i]
-    inverse = np.float32(1) / np.float32(math.sqrt(total / x.shape[0] + eps))
-    for i in range(x.shape[0]):
-        out[i] = x[i] * inverse * widen(weight[i])
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def add_remainder(x, a, b, index, count, y, lo, hi):
-    """y[lo:hi] += (x where dropped) A B; a [n, r], b [r, m]; index[:count] lists the kept channels in order."""
-    z = np.zeros(a.shape[1], np.float32)
-    k = 0
-    for i in range(x.shape[0]):
-        if k < count and index[k] == i:
-            k += 1
-            continue
-        for j in range(z.shape[0]):
-            z[j] += x[i] * widen(a[i, j])
-    for j in range(z.shape[0]):
-        for i in range(lo, hi):
-            y[i] += z[j] * widen(b[j, i])
-
-
-@njit(nogil=True, cache=True)
-def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
-    """y[lo:hi] = W x over kept channels for map `which`; compacts again only where `count` is below 0."""
-    n = x.shape[0]
-    if count < 0:
-        threshold = np.float32(-1) if keep_all else carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
-        size = 0 if row[SCALE + which] == 0 else n
-        scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
-        count = compact(x.reshape(1, n), threshold, scale, index, value)
-    weight = carray(pointer(row[WEIGHT + which]), (n, m), like.dtype)
-    gather(y.reshape(1, m), weight, index, value, count, lo, hi)
-    rank = row[RANK + which]
-    if rank > 0 and count < n:
-        a = carray(pointer(row[LOW_A + which]), (n, rank), like.dtype)
-        add_remainder(x, a, carray(pointer(row[LOW_B + which]), (rank, m), like.dtype), index, count, y, lo, hi)
-    if which < 3 and row[BIAS + which] != 0:
-        bias = carray(pointer(row[BIAS + which]), (m,), like.dtype)
-        for j in range(lo, hi):
-            y[j] += widen(bias[j])
-    return count
-
-
-@njit(nogil=True, cache=True)
-def same_rule(row, a, b, keep_all):
-    """Whether two maps keep the same channels of the same input."""
-    if keep_all:
-        return True
-    if row[SCALE + a] != row[SCALE + b]:
-        return False
-    one = carray(pointer(row[THRESHOLD + a]), (1,), np.float32)[0]
-    return one == carray(pointer(row[THRESHOLD + b]), (1,), np.float32)[0]
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def attend(q, k, v, head, group, head_dim, keys, values, cosine, sine, position, scores, out, owner):
-    """One query head over the cache; the head that owns its group also appends the new key and value."""
-    half = head_dim // 2
-    query = np.empty(head_dim, np.float32)
-    new = np.empty(head_dim, np.float32)
-    for d in range(head_dim):
-        other, sign = (d + half, np.float32(-1)) if d < half else (d - half, np.float32(1))
-        query[d] = q[head * head_dim + d] * cosine[d] + sign * q[head * head_dim + other] * sine[d]
-        new[d] = k[group * head_dim + d] * cosine[d] + sign * k[group * head_dim + other] * sine[d]
-    scaling = np.float32(1 / math.sqrt(head_dim))
-    top = np.float32(-1e30)
-    for p in range(position):
-        total = np.float32(0)
-        for d in range(head_dim):
-            total += widen(keys[group, p, d]) * query[d]
-        scores[p] = total * scaling
-        top = max(top, scores[p])
-    total = np.float32(0)
-    for d in range(head_dim):
-        total += new[d] * query[d]
-    scores[position] = total * scaling
-    top = max(top, scores[position])
-    weight = np.float32(0)
-    for p in range(position + 1):
-        scores[p] = np.float32(math.exp(scores[p] - top))
-        weight += scores[p]
-    for d in range(head_dim):
-        out[head * head_dim + d] = scores[position] * v[group * head_dim + d]
-    for p in range(position):
-        share = scores[p]
-        for d in range(head_dim):
-            out[head * head_dim + d] += share * widen(values[group, p, d])
-    for d in range(head_dim):
-        out[head * head_dim + d] /= weight
-        if owner:
-            keys[group, position, d] = narrow(new[d], keys)
-            values[group, position, d] = narrow(v[group * head_dim + d], values)
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def dots(y, weight, x, lo, hi):
-    """y[lo:hi] = W x for a weight [m, n] with rows contiguous."""
-    for j in range(lo, hi):
-        row = weight[j]
-        total = np.float32(0)
-        for i in range(x.shape[0]):
-            total += widen(row[i]) * x[i]
-        y[j] = total
-
-
-@njit(nogil=True, cache=True)
-def share_of(count, thread, threads, unit):
-    """[lo, hi) of a thread, in whole units."""
-    units = (count + unit - 1) // unit
-    return units * thread // threads * unit, min(count, units * (thread + 1) // threads * unit)
-
-
-@njit(nogil=True, cache=True)
-def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, head, cosine, sine, token, position,
-         residual, qkv, mixed, mid, added, scores, work, index, value, logits, state):  # fmt: skip
-    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index and value."""
-    hidden, inner, heads_, groups, head_dim, positions = sizes
-    query, small = heads_ * head_dim, groups * head_dim
-    q, k, v = qkv[:query], qkv[query : query + small], qkv[query + small :]
-    x, index_, value_ = work[thread], index[thread], value[thread : thread + 1]
-    lo, hi = share_of(hidden, thread, threads, 32)
-    for i in range(lo, hi):
-        residual[i] = widen(embedding[token, i])
-    barrier(state, threads)
-    for layer in range(table.shape[0]):
-        row = table[layer]
-        keys = carray(pointer(row[KEYS]), (groups, positions, head_dim), embedding.dtype)
-        values = carray(pointer(row[VALUES]), (groups, positions, head_dim), embedding.dtype)
-
-        normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
-        a, b = share_of(query, thread, threads, 32)
-        count = project(row, 0, keep_all, x[:hidden], q, query, a, b, embedding, index_, value_, -1)
-        a, b = share_of(small, thread, threads, 32)
-        count = count if same_rule(row, 0, 1, keep_all) else -1
-        count = project(row, 1, keep_all, x[:hidden], k, small, a, b, embedding, index_, value_, count)
-        count = count if same_rule(row, 1, 2, keep_all) else -1
-        project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, index_, value_, count)
-        barrier(state, threads)
-
-        per_group = heads_ // groups
-        for h in range(heads_ * thread // threads, heads_ * (thread + 1) // threads):
-            attend(q, k, v, h, h // per_group, head_dim, keys, values, cosine[position], sine[position], position,
-                   scores[thread], mixed, h % per_group == 0)  # fmt: skip
-        barrier(state, threads)
-
-        project(row, 3, keep_all, mixed, added, hidden, lo, hi, embedding, index_, value_, -1)
-        for i in range(lo, hi):
-            residual[i] += added[i]
-        barrier(state, threads)
-
-        normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
-        a, b = share_of(inner, thread, threads, 32)
-        count = project(row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, index_, value_, -1)
-        count = count if same_rule(row, 4, 5, keep_all) else -1
-        project(row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, index_, value_, count)
-        for i in range(a, b):
-            mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
-        barrier(state, threads)
-
-        project(row, 6, keep_all, mid[0], added, hidden, lo, hi, embedding, index_, value_, -1)
-        for i in range(lo, hi):
-            residual[i] += added[i]
-        barrier(state, threads)
-    normed(residual, last_norm, eps, x[:hidden])
-    lo, hi = share_of(head.shape[0], thread, threads, 16)
-    dots(logits, head, x[:hidden], lo, hi)
 
 
 class Decoder:
@@ -299,7 +49,7 @@ class Decoder:
         hidden, inner, positions = config.hidden_size, config.intermediate_size, self.length + room
         self.blocks = find_blocks(module)
         self.held = []  # tensors whose addresses stand in the table
-        self.table = np.zeros((len(self.blocks), COLUMNS), np.int64)
+        self.table = np.zeros((len(self.blocks), table.COLUMNS), np.int64)
         self.fill_all()
         base = module.base_model
         norm = next(m for m in base.children() if hasattr(m, "variance_epsilon"))
@@ -346,18 +96,18 @@ class Decoder:
         cache = self.cache.layers[block.index]
         for i, role in enumerate(MAPS):
             linear = self.module.get_submodule(block.sites[role].path)
-            row[WEIGHT + i], row[THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
-            row[SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
-            for column, factor in zip((LOW_A, LOW_B), linear.low_rank or (), strict=False):
+            row[table.WEIGHT + i], row[table.THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
+            row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
+            for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
                 factor = factor.contiguous()  # noqa: PLW2901
-                row[RANK + i] = linear.low_rank_a.shape[1]
+                row[table.RANK + i] = linear.low_rank_a.shape[1]
                 row[column + i] = factor.data_ptr()
                 self.held.append(factor)
             if linear.bias is not None:
-                row[BIAS + i] = linear.bias.data_ptr()
+                row[table.BIAS + i] = linear.bias.data_ptr()
             self.held.append(linear)
-        row[NORM], row[NORM + 1] = (w.data_ptr() for w in norms)
-        row[KEYS], row[VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
+        row[table.NORM], row[table.NORM + 1] = (w.data_ptr() for w in norms)
+        row[table.KEYS], row[table.VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
         self.held += [norms, cache]
 
     def step(self, token: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebench import record
 from sparsebench.decode import heads, llama_type, prefilled, rotary_tables
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
@@ -54,7 +51,7 @@ class Launch:
 
 
 DTYPES = (torch.float16, torch.bfloat16)
-# What was fastest on Hopper for Llama-2-7B shapes; `tune` looks further and remembers per GPU and shape.
+# What was fastest on Hopper for Llama-2-7B shapes; tune_cuda.py looks further and remembers per GPU and shape.
 DEFAULTS = {
     "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 4, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
     "down": Tuning(8, 4, 1, 4.0), "head": Tuning(16, 8, 1, 1.0),
@@ -277,6 +274,24 @@ class Step:
         return errors
 
 
+def tuning_file(module: nn.Module, gpu: str) -> Path:
+    """Where the tuning of a model shape on a GPU is remembered, in the user's cache folder."""
+    config = module.config
+    shape = [config.hidden_size, config.intermediate_size, *heads(config), config.vocab_size]
+    name = "-".join(
+        [gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")]
+    )
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsebench" / f"tuning-{name}.json"
+
+
+def tuned(module: nn.Module, gpu: str) -> dict[str, Tuning]:
+    """The remembered tuning, or none where tune_cuda.py has not run for this shape and GPU."""
+    try:
+        return {kind: Tuning(**values) for kind, values in json.loads(tuning_file(module, gpu).read_text()).items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 class Decoder:
     """A fused step with its prompt, captured in a CUDA graph. The interface of decode.reference.Decoder.
 
@@ -320,85 +335,3 @@ class Decoder:
         errors = self.steps.check(self.steps.start, torch.cuda.synchronize)
         self.rewind()
         return errors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tuning
-
-CANDIDATES = {
-    kind: (
-        Tuning(8, 4, 1, 4.0),
-        Tuning(8, 4, 2, 2.0),
-        Tuning(8, 8, 2, 2.0),
-        Tuning(4, 8, 1, 4.0),
-        Tuning(8, 8, 1, 2.0),
-        Tuning(8, 4, 1, 2.0),
-        Tuning(8, 4, 1, 3.0),
-        Tuning(16, 4, 1, 2.0),
-        Tuning(4, 4, 1, 8.0),
-    )
-    for kind in ("qkv", "o", "gate_up", "down")
-} | {
-    "attend": tuple(Tuning(warps, loads, 1) for warps in (4, 8, 16) for loads in (1, 2, 4)),
-    "head": (Tuning(16, 8, 1, 1.0), Tuning(8, 8, 1, 2.0), Tuning(16, 4, 1, 2.0)),
-}
-
-
-def tuning_file(module: nn.Module, gpu: str) -> Path:
-    """Where the tuning of a model shape on a GPU is remembered, in the user's cache folder."""
-    config = module.config
-    shape = [config.hidden_size, config.intermediate_size, *heads(config), config.vocab_size]
-    name = "-".join(
-        [gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")]
-    )
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsebench" / f"tuning-{name}.json"
-
-
-def tuned(module: nn.Module, gpu: str) -> dict[str, Tuning]:
-    """The remembered tuning, or none where `tune` has not run for this shape and GPU."""
-    try:
-        return {kind: Tuning(**values) for kind, values in json.loads(tuning_file(module, gpu).read_text()).items()}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def tune(module: nn.Module, prompt: torch.Tensor) -> dict[str, Tuning]:
-    """Try CANDIDATES per kernel kind at the model's own thresholds, remember the fastest, and return them.
-
-    A kind's kernels of all layers run back to back in a graph, so the weights come from memory, not from cache.
-    """
-    device = torch.cuda.get_device_properties(prompt.device)
-    cache, _ = prefilled(module, prompt, 8)
-    best: dict[str, tuple[float, Tuning]] = {}
-    for kind, candidates in CANDIDATES.items():
-        for candidate in candidates:
-            step = Step(module, cache, device.multi_processor_count, tunings={kind: candidate})
-            step.position.fill_(prompt.shape[1])
-            step.enqueue()  # leaves real values in the buffers
-            step.position.fill_(prompt.shape[1])
-            chosen = [launch for launch in step.launches if launch.label.rpartition(".")[2] == kind]
-            chosen = chosen * (8 if kind == "head" else 1)
-            elapsed = graph_time(lambda step=step, chosen=chosen: [step.start(launch) for launch in chosen])
-            best[kind] = min(best.get(kind, (math.inf, candidate)), (elapsed, candidate), key=lambda pair: pair[0])
-    found = {kind: tuning for kind, (_, tuning) in best.items()}
-    content = json.dumps({kind: asdict(tuning) for kind, tuning in found.items()}, indent=1)
-    record.write_atomic(tuning_file(module, device.name), content.encode())
-    return found
-
-
-def graph_time(body: Callable[[], object], repeats: int = 10) -> float:
-    """Median milliseconds of a replay of what `body` starts, captured in a CUDA graph."""
-    body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    times = []
-    for _ in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])

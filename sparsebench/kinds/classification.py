@@ -51,15 +51,8 @@ def figures(method, sparse, costs, dense_counts, counts, measurement, skips) -> 
     attention = 2 * settings.num_hidden_layers * settings.hidden_size * float(lengths.square().mean())
     dense = tokens * sum(c.dense_macs for c in sites.values()) + attention + head
     section = language.describe_sparsity(method.requested, measured, sites, 0) | {"definition": EXPERTS}
-    multiplied = macs.per_sample(dense, attention, tokens, sparse, measured, skips)
-    multiplied |= {"per": "text", "unit": "multiply-accumulates per text, mean over the test texts; FLOPs = 2 x MACs"}
-    matrices = [p for p in sparse.parameters() if p.dim() > 1]
-    traffic = {
-        "dense": sum(c.dense_bytes for c in sites.values()),
-        "sparse": sum(w.numel() * w.element_size() for w in matrices),
-        "unit": "bytes of weights: of the dense block maps; of all matrices of the sparse model, embeddings included",
-    }
-    return section, multiplied, traffic
+    multiplied = macs.per_sample("text", dense, attention, tokens, sparse, measured, skips)
+    return section, multiplied, macs.matrix_bytes(sites, sparse, "embeddings")
 
 
 def latency(dense, sparse, data, measurement, hardware, found: dict) -> dict:

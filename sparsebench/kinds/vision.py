@@ -88,18 +88,8 @@ def routed_figures(method, sparse, sites, base: dict[str, Products], routed: dic
     tokens = max(p.per_image()["rows"] for p in base.values())
     dense = sum(p.dense for p in base.values()) / images + attention
     section = language.describe_sparsity(method.requested, routed, sites, 0) | {"definition": EXPERTS}
-    multiplied = macs.per_sample(dense, attention, tokens, sparse, routed, skips)
-    multiplied |= {
-        "per": "image",
-        "unit": "multiply-accumulates per image, mean over the test images; FLOPs = 2 x MACs",
-    }
-    weights = [p for p in sparse.parameters() if p.dim() > 1]
-    traffic = {
-        "dense": sum(c.dense_bytes for c in sites.values()),
-        "sparse": sum(w.numel() * w.element_size() for w in weights),
-        "unit": "bytes of weights: of the dense block maps; of all matrices of the sparse model, routers included",
-    }
-    return section, multiplied, traffic
+    multiplied = macs.per_sample("image", dense, attention, tokens, sparse, routed, skips)
+    return section, multiplied, macs.matrix_bytes(sites, sparse, "routers")
 
 
 def shares(maps: dict[str, MapCounter]) -> dict:
@@ -123,7 +113,7 @@ def multiplications(sparse: nn.Module, found: dict, base: dict, skips: bool) -> 
     """The record's macs section, per image, from the products counted on the test images."""
     images = next(iter(found.values())).images
     total = {k: sum(getattr(p, k) for p in found.values()) / images for k in ("dense", "both", "activation", "weight")}
-    natural = {k: products.reduction(base, k) for k in ("both",)}
+    natural = products.reduction(base, "both")
     attention = attention_products(sparse, found)
     reductions = {k: products.reduction(found, k) for k in ("both", "activation", "weight")}
     independent = 1 - (1 - reductions["activation"]) * (1 - reductions["weight"])
@@ -134,12 +124,11 @@ def multiplications(sparse: nn.Module, found: dict, base: dict, skips: bool) -> 
         "sparse": total["both"] + attention,
         "executed": executed + attention,
         "overhead": 0,
-        "per": "image",
-        "unit": "multiply-accumulates per image, mean over the test images; FLOPs = 2 x MACs",
+        **macs.unit_per("image"),
         "definition": "sparse: both operands non-zero, by mask convolution; padding, biases and norms cost nothing",
         "parts": {"attention": attention},
-        "reduction": reductions | {"if_independent": independent, "baseline": natural["both"]},
-        "reduction_gain_points": 100 * (reductions["both"] - natural["both"]),
+        "reduction": reductions | {"if_independent": independent, "baseline": natural},
+        "reduction_gain_points": 100 * (reductions["both"] - natural),
         "per_site": {name: site_cost(p, base.get(name)) for name, p in found.items()},
     }
 

@@ -8,13 +8,13 @@ says which one `sparsity` is; the record has both (sites up and down, and model-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sparsebench import calibrate
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, find_blocks, weight_of
 from sparsebench.modules.gate_sparse import gated_ffn, swap_ffn
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
@@ -22,7 +22,7 @@ from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class Cats:
+class Cats(Method):
     """Settings of CATS; `sparsity`, `sparsity_of` and `prompt` can be changed without calibrating again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -38,9 +38,6 @@ class Cats:
         """Model-wide, where that is what was asked for."""
         return self.sparsity if self.sparsity_of == "model" else None
 
-    def problems(self, settings: Any) -> list[str]:
-        return []
-
     def fit(self, loaded, data, work: Work) -> State:
         """`hist.<layer>.gate`: int64 counts of |act(x W_gate)|, their first bin in info."""
         module, blocks = loaded.module, find_blocks(loaded.module)
@@ -55,10 +52,7 @@ class Cats:
             histograms[f"hist.{block.index}.gate"] = histogram = calibrate.AbsHistogram(work.hardware.torch_device)
             observers[block.sites["up"].path] = observer(ffn, histogram)  # up reads what the gate reads
         calibrate.observe(module, sequences, observers, work.batch_size)
-        state = State(info={"kind": "calibrated", "tokens": sequences.numel(), "first_bin": {}})
-        for name, histogram in histograms.items():
-            state.info["first_bin"][name], state.tensors[name] = histogram.trimmed()
-        return state
+        return calibrate.state_of(histograms, sequences)
 
     def share(self, module: torch.nn.Module, block: Block) -> float:
         """The share of a block's neurons to drop. Raises ValueError where up and down are too small a part of the block."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.modules.input_sparse import replace
@@ -93,7 +93,7 @@ class ActivationPenalty:
 
 
 @dataclass(kw_only=True)
-class D2DMoE:
+class D2DMoE(Method):
     """Settings; `tau`, `select` and `routing` are changed without fitting again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -116,7 +116,6 @@ class D2DMoE:
     router: Training
     kinds: ClassVar = experts.KINDS
     operating_point: ClassVar = ("tau", "select", "routing")
-    requested: ClassVar = None
 
     def __post_init__(self):
         if self.projections and self.distil is None:

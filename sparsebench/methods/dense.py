@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class Dense:
+class Dense(Method):
     """Nothing fitted, nothing swapped."""
 
     name: str = setting(**NAME_PATTERN)
     kinds: ClassVar = ("language", "vision", "classification")
-    operating_point: ClassVar = ()
     requested: ClassVar = 0.0
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         return State()

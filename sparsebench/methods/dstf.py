@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsebench import evaluate, fatrelu, penalties, products, state
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.methods.fatrelu import needs_maps
 from sparsebench.modules.activation_map import maps_of
 from sparsebench.state import State
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class DSTF:
+class DSTF(Method):
     """Settings of the three stages; `train` is the optimiser of stages 2 and 3, its steps those of stage 3."""
 
     name: str = setting(**NAME_PATTERN)
@@ -47,8 +47,6 @@ class DSTF:
     fatrelu_budget: float | None = setting(ge=0, lt=1)
     train: Training
     kinds: ClassVar = ("vision",)
-    operating_point: ClassVar = ()
-    requested: ClassVar = None
 
     def __post_init__(self):
         problems = []

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from sparsebench import allocate, prune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, find_blocks, weight_of
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap, top_k_kept
 from sparsebench.state import State
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class DuoGPT:
+class DuoGPT(Method):
     """Settings of DuoGPT: `sparsity` of the inputs (p_x) and `weight_sparsity` (p_w), uniform over layers."""
 
     name: str = setting(**NAME_PATTERN)
@@ -64,17 +64,10 @@ class DuoGPT:
             raise ValueError("\n".join(lines))
 
     @property
-    def requested(self) -> float:
-        return self.sparsity
-
-    @property
     def rule(self) -> prune.Rule:
         return prune.Rule(
             self.weight_sparsity, self.pattern, self.alpha, self.damping, self.order, self.block, self.compat_lazy
         )
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         """`weight.<site>`: the pruned weights [m, n] of every projection; none where nothing is to be changed.

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from sparsebench import evaluate, fatrelu
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.modules.activation_map import maps_of
 from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class FATReLU:
+class FATReLU(Method):
     """Thresholds searched on data.dev within `budget` of its accuracy."""
 
     name: str = setting(**NAME_PATTERN)
@@ -22,8 +22,6 @@ class FATReLU:
     upper: float = setting(gt=0)
     tolerance: float = setting(gt=0)
     kinds: ClassVar = ("vision",)
-    operating_point: ClassVar = ()
-    requested: ClassVar = None
 
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)

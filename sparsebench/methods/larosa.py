@@ -8,13 +8,13 @@ removes less than p; here `tilt` sets that ratio and the shares are scaled so th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sparsebench import calibrate
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.methods.wina import kept_count
 from sparsebench.models.sites import Block, find_blocks, weight_of
 from sparsebench.modules import rotated_norm
@@ -23,7 +23,7 @@ from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class Larosa:
+class Larosa(Method):
     """Settings of LaRoSA; `sparsity`, `tilt` and `prompt` can be changed without fitting again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -34,13 +34,6 @@ class Larosa:
     calibration_tokens: int = setting(gt=0)
     kinds: ClassVar = ("language",)
     operating_point: ClassVar = ("sparsity", "tilt", "prompt")
-
-    @property
-    def requested(self) -> float:
-        return self.sparsity
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         """`basis.<layer>.<group>`: Q [n, n] of the normalised input (the norm's weight divided out of the maps' input)."""

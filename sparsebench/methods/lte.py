@@ -13,7 +13,7 @@ import torch
 
 from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.state import State
 from sparsebench.train import Training, train
@@ -66,7 +66,7 @@ class RouterPenalty:
 
 
 @dataclass(kw_only=True)
-class LTE:
+class LTE(Method):
     """Settings. Nothing can be changed without training again; `tau` after the fact is off the protocol."""
 
     name: str = setting(**NAME_PATTERN)
@@ -81,8 +81,6 @@ class LTE:
     train: Training | None
     adapt: Training | None
     kinds: ClassVar = experts.KINDS
-    operating_point: ClassVar = ()
-    requested: ClassVar = None
 
     def __post_init__(self):
         if (self.train is None) != (self.adapt is None):

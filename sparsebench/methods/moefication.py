@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN, Router
 from sparsebench.state import State
 from sparsebench.train import Training, train
@@ -34,7 +34,7 @@ def cluster_router(ffn: ExpertFFN) -> Router:
 
 
 @dataclass(kw_only=True)
-class MoEfication:
+class MoEfication(Method):
     """Settings; `keep` and `routing` are changed without fitting again."""
 
     name: str = setting(**NAME_PATTERN)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from sparsebench import evaluate, finetune, predictor, sparsity
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules import x1
 from sparsebench.modules.activations import FATReLU, ShiftedReLU
@@ -47,7 +47,7 @@ def expected_sparsity(lambda_last: float) -> float:
 
 
 @dataclass(kw_only=True)
-class ProSparse:
+class ProSparse(Method):
     """Settings; `threshold` (null = the one chosen on dev) and `approximate` can be changed without training again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -65,7 +65,6 @@ class ProSparse:
     train: Training | None
     kinds: ClassVar = ("language",)
     operating_point: ClassVar = ("threshold", "approximate")
-    requested: ClassVar = None
 
     def __post_init__(self):
         problems = []
@@ -90,9 +89,6 @@ class ProSparse:
     def takes_threshold(self) -> bool:
         """FATReLU follows ProSparse and its constant-lambda control; the others are reported as they were trained."""
         return self.control in (None, "constant_lambda")
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def coefficient(self, step: int) -> float:
         """lambda of a step counted from 0."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from sparsebench import calibrate, evaluate, evolve, lowrank
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.methods.wina import column_norms
 from sparsebench.models.sites import Block, Site, find_blocks, weight_of
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, InputSparseLinear, replace, swap
@@ -44,7 +44,7 @@ def split(m: int, n: int, sparsity: float, rho: float) -> Split:
 
 
 @dataclass(kw_only=True)
-class RSparse:
+class RSparse(Method):
     """Settings of R-Sparse; `sparsity` is that of the budget: the mask's own is 1 - (1 - s) rho."""
 
     name: str = setting(**NAME_PATTERN)
@@ -64,13 +64,6 @@ class RSparse:
             raise ValueError(f"rho_file must be a file for rho_from=file and null otherwise, got {self.rho_file!r}")
         if self.rho_file is not None and not Path(self.rho_file).is_file():
             raise ValueError(f"rho_file must be an existing file, got {self.rho_file!r}")
-
-    @property
-    def requested(self) -> float:
-        return self.sparsity
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of the scores, `rho` [sites] and the factors `a.<site>`, `b.<site>`; searched where asked.

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.methods.fatrelu import needs_maps
 from sparsebench.modules.activation_map import maps_of
 from sparsebench.state import State
 
 
 @dataclass(kw_only=True)
-class SpatialTopK:
+class SpatialTopK(Method):
     """k = max(1, round(keep * H * W)); the zeros realised are counted, since ReLU may leave fewer than k."""
 
     name: str = setting(**NAME_PATTERN)
@@ -21,7 +21,6 @@ class SpatialTopK:
     sites: list[str] | None
     kinds: ClassVar = ("vision",)
     operating_point: ClassVar = ("keep", "sites")
-    requested: ClassVar = None
 
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sparsebench import allocate, calibrate
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, Site, find_blocks
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
 from sparsebench.state import State
@@ -30,7 +30,7 @@ OFFICIAL = {
 
 
 @dataclass(kw_only=True)
-class Teal:
+class Teal(Method):
     """Settings of TEAL; `sparsity`, `prompt` and `threshold_rule` can be changed without calibrating again."""
 
     name: str = setting(**NAME_PATTERN)
@@ -54,13 +54,6 @@ class Teal:
                 f"histograms must be a folder with histograms/layer-N/{{mlp,self_attn}}/histograms.pt, got {self.histograms!r}"
             )
         allocate.check(self)
-
-    @property
-    def requested(self) -> float:
-        return self.sparsity
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of |x| for the four tensors of each block and, for greedy, its table of sparsities per block.

@@ -7,14 +7,14 @@ k largest inputs of every linear map; `block` counts k per block instead. Withou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from transformers.activations import ACT2FN
 
 from sparsebench import evaluate, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import find_blocks, shape
 from sparsebench.modules.activations import StatisticalTopK, TopK
 from sparsebench.modules.input_sparse import replace
@@ -28,7 +28,7 @@ ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_pytorch_tanh")
 
 
 @dataclass(kw_only=True)
-class TopKSparsity:
+class TopKSparsity(Method):
     """Settings; k of a group of n is round(keep * n) (count=nearest) or int(keep * n) as public code has it (count=down)."""
 
     name: str = setting(**NAME_PATTERN)
@@ -45,7 +45,6 @@ class TopKSparsity:
     probe_sequences: int = setting(gt=0)
     train: Training | None
     kinds: ClassVar = ("language",)
-    operating_point: ClassVar = ()
 
     def __post_init__(self):
         problems = []
@@ -68,9 +67,6 @@ class TopKSparsity:
     def requested(self) -> float | None:
         """Q-Sparse drops the same share at every map; the others act on part of the maps."""
         return 1 - self.keep if self.variant == "qsparse" else None
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def k(self, size: int) -> int:
         """How many of a group of `size` stay (of a block where blocks are counted)."""

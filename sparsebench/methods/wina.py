@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sparsebench import allocate, calibrate
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
+from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, Site, find_blocks, weight_of
 from sparsebench.modules import rotated_norm
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
@@ -26,7 +26,7 @@ SCALED = {"none": (), "k_gate": ("k", "gate", "qkv", "gate_up")}
 
 
 @dataclass(kw_only=True)
-class Wina:
+class Wina(Method):
     """Settings of WINA; `sparsity`, `selection` and `prompt` can be changed without calibrating again.
 
     scope=none scores by |x| alone: with rotate=true that is the rotated TEAL of the paper's Table 8.
@@ -46,13 +46,6 @@ class Wina:
 
     def __post_init__(self):
         allocate.check(self)
-
-    @property
-    def requested(self) -> float:
-        return self.sparsity
-
-    def problems(self, settings: Any) -> list[str]:
-        return []
 
     def scaled(self, site: Site) -> bool:
         """Whether a site is scored by |x| c."""

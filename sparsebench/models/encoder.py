@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from sparsebench import config, env, evaluate, hub, processes, record
+from sparsebench import env, evaluate, hub, processes, record
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.identity import digest
 from sparsebench.methods import Work
 from sparsebench.models import Loaded
 from sparsebench.models.scratch import byte_bpe
@@ -101,7 +102,7 @@ class Encoder:
             "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": env.machine(),
             "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
         }  # fmt: skip
-        folder = work.output_dir / "models" / f"{self.name}-{config.digest(shape)[:10]}"
+        folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with processes.locked(folder.with_suffix(".lock")):
             if processes.agreed((folder / "training.json").exists()):

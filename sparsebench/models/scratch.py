@@ -13,7 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sparsebench import config, env, evaluate, processes, record
+from sparsebench import env, evaluate, processes, record
+from sparsebench.identity import digest
 from sparsebench.methods import Work
 from sparsebench.train import train
 
@@ -46,7 +47,7 @@ def trained(model, architecture: transformers.PretrainedConfig, work: Work, data
         "sequence_length": data.fit.sequence_length,
         "seed": work.seed,
     }
-    folder = work.output_dir / "models" / f"{model.name}-{config.digest(shape)[:10]}"
+    folder = work.output_dir / "models" / f"{model.name}-{digest(shape)[:10]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with processes.locked(folder.with_suffix(".lock")):
         if processes.agreed((folder / "training.json").exists()):

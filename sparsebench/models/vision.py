@@ -20,8 +20,9 @@ import transformers
 from filelock import FileLock
 from torch import nn
 
-from sparsebench import config, env, evaluate, hub, record
+from sparsebench import env, evaluate, hub, record
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.identity import digest
 from sparsebench.methods import Work
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate, maps_of
@@ -171,7 +172,7 @@ class Vision:
             "seed": work.seed,
             "machine": env.machine(),
         }
-        folder = work.output_dir / "models" / f"{self.name}-{config.digest(shape)[:10]}"
+        folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if (folder / "training.json").exists():

@@ -33,13 +33,6 @@ class Activation(nn.Module):
         return f"{self.name}, threshold={float(self.threshold):.4g}"
 
 
-class MagnitudeThreshold(Activation):
-    """phi(z) where |phi(z)| > threshold: the gate of CATS."""
-
-    def keep(self, z, a):
-        return a.abs() > self.threshold
-
-
 class FATReLU(Activation):
     """z where z >= threshold, else 0 (arXiv 2402.13516, eq. 3); threshold 0 is ReLU. Compared in z's own dtype."""
 

@@ -64,9 +64,14 @@ class NeuronSparseFFN(nn.Module):
     def map(self, role: str) -> nn.Module:
         return getattr(self, self.names[role])
 
+    @property
+    def last(self) -> nn.Module:
+        """The map whose input is x1."""
+        return self.map("down" if self.gated else "fc2")
+
     def lay_out(self) -> None:
         """Store each neuron of the last map contiguously, as the kernels read it."""
-        last = self.map("down" if self.gated else "fc2")
+        last = self.last
         if not isinstance(last, Conv1D):
             last.weight = nn.Parameter(last.weight.data.t().contiguous().t(), requires_grad=False)
 
@@ -91,7 +96,7 @@ class NeuronSparseFFN(nn.Module):
         return sum(self.covers.values())
 
     def new_counter(self) -> Counter:
-        last = self.map("down" if self.gated else "fc2")
+        last = self.last
         return Counter(shape(last)[1], last.weight.device)
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,12 +132,12 @@ class NeuronSparseFFN(nn.Module):
         if self.counter is not None:
             active = (a if "up" in self.skipped_roles else x1) != 0
             self.counter.add(active.unsqueeze(-2) if active.dim() <= 2 else active, 0)
-        return self.map("down" if self.gated else "fc2")(x1)
+        return self.last(x1)
 
     @property
     def last_weight(self) -> torch.Tensor:
         """[d, f], each neuron contiguous."""
-        last = self.map("down" if self.gated else "fc2")
+        last = self.last
         return last.weight.t() if isinstance(last, Conv1D) else last.weight
 
     @property
@@ -147,7 +152,7 @@ class NeuronSparseFFN(nn.Module):
 
     def skipping(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """The rest of a one-token call, by the kernel."""
-        weight, last = self.last_weight, self.map("down" if self.gated else "fc2")
+        weight, last = self.last_weight, self.last
         backend = kernels.serving(self.kernel_name, a, weight, self.function)
         if "up" in self.skipped_roles:
             y = backend.neuron_sparse_ffn(x, a, self.map("up").weight, weight)
@@ -186,9 +191,13 @@ def swap(module: nn.Module, block: Block, activation: Activation, **arguments) -
     return sparse
 
 
+def last_path(block: Block) -> str:
+    """Path of the map whose input is x1 [..., f]: down of a gated FFN, fc2 of a plain one."""
+    return block.sites["down" if "down" in block.sites else "fc2"].path
+
+
 def last_map(module: nn.Module, block: Block) -> nn.Module:
-    """The map whose input is x1 [..., f]: down of a gated FFN, fc2 of a plain one."""
-    return module.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
+    return module.get_submodule(last_path(block))
 
 
 def neuron_norms(module: nn.Module, block: Block) -> torch.Tensor:
