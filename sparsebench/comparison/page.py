@@ -113,7 +113,7 @@ class Page:
 def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
     """The page over everything found."""
     page, parts = Page(), groups(found.finished)
-    look = plots.styles(list({r.method for r in found.finished}))
+    look = plots.styles(list({r.series for r in found.finished}))
     head(page, found, parts, title)
     if len(parts) > 1:
         page.open("protocols", "Protocols differ")

@@ -1,6 +1,7 @@
 """The report's plots: quality against sparsity, MACs and measured time with the Pareto front, speed-up against what the
 bytes promise, and where in the model the sparsity lies. Each function returns a matplotlib figure, or None where the
-rows hold nothing to draw. Colours stand for methods, the same in every plot of a page.
+rows hold nothing to draw. Colours stand for methods and their variants, the same in every plot of a page; a point is the
+mean over seeds, with bars of one standard deviation.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sparsebench.comparison.rows import Group, Row, pareto, sites_by_layer
+from sparsebench.comparison.rows import Group, Row, pareto, repeats, sites_by_layer
 
 SIZE, MARKERS = (4.8, 3.6), "osD^vPX<>hd"  # 11 beside 10 colours: 110 methods look different
 MOST_LINES = 60  # rows of the heat map: more can't be read
 
 
-def styles(methods: list[str]) -> dict[str, dict]:
-    """Colour and marker by method name."""
+def styles(series: list[str]) -> dict[str, dict]:
+    """Colour and marker by the name of a curve."""
     colours = pyplot.get_cmap("tab10").colors
     return {
         name: {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(sorted(methods))
+        for i, name in enumerate(sorted(series))
     }
 
 
@@ -60,7 +61,7 @@ def metric_label(group: Group) -> str:
 
 
 def against(group: Group, look: dict, x: Callable[[Row], float | None], title: str, x_label: str, dense_x, sign=1):
-    """Quality over x, one line per method, the dense model (median over the rows) as a star, the Pareto front in grey.
+    """Quality over x, one line per series, the dense model (median over the rows) as a star, the Pareto front in grey.
 
     sign: 1 where less of x is better, -1 where more is. Markers are hollow where the kernel skipped nothing (simulated).
     """
@@ -70,21 +71,32 @@ def against(group: Group, look: dict, x: Callable[[Row], float | None], title: s
     figure, axes = canvas(title)
     dense = [(dense_x(r), r.dense) for r in rows if dense_x(r) is not None and r.dense is not None]
     dense = [tuple(map(statistics.median, zip(*dense, strict=True)))] if dense else []
-    points = [(sign * x(r), r.sparse) for r in rows] + [(sign * a, b) for a, b in dense]
+    drawn = {
+        series: [
+            (centre([x(r) for r in same]), centre([r.sparse for r in same]), simulated(same[0]))
+            for same in repeats([r for r in rows if r.series == series])
+        ]
+        for series in dict.fromkeys(r.series for r in rows)
+    }
+    points = [(sign * a, b) for mine in drawn.values() for (a, _), (b, _), _ in mine] + [
+        (sign * a, b) for a, b in dense
+    ]
     line = [points[i] for i in pareto(points, rows[0].higher_is_better)]
     if len(line) > 1:
         axes.step([sign * a for a, _ in line], [b for _, b in line], where="post" if sign > 0 else "pre",
                   color="#999999", linewidth=3, alpha=0.45, label="Pareto front", zorder=1)  # fmt: skip
-    for method in dict.fromkeys(r.method for r in rows):
-        mine = sorted((x(r), r.sparse, simulated(r)) for r in rows if r.method == method)
-        style = look[method]
-        axes.plot([m[0] for m in mine], [m[1] for m in mine], color=style["color"], linewidth=1, alpha=0.5, zorder=2)
+    for series, mine in drawn.items():
+        style = look[series]
+        mine.sort()
+        axes.plot([a for (a, _), _, _ in mine], [b for _, (b, _), _ in mine], color=style["color"], linewidth=1,
+                  alpha=0.5, zorder=2)  # fmt: skip
         for hollow in (False, True):
-            some = [m for m in mine if m[2] == hollow]
+            some = [(a, b) for a, b, flag in mine if flag == hollow]
             if some:
-                axes.plot([m[0] for m in some], [m[1] for m in some], linestyle="", markersize=5.5, zorder=3, **style,
-                          markerfacecolor="white" if hollow else style["color"],
-                          label=f"{method}{' (simulated)' if hollow else ''}")  # fmt: skip
+                axes.errorbar([a for (a, _), _ in some], [b for _, (b, _) in some], [e for _, (_, e) in some],
+                              [e for (_, e), _ in some], linestyle="", markersize=5.5, zorder=3, elinewidth=0.8, **style,
+                              markerfacecolor="white" if hollow else style["color"],
+                              label=f"{series}{' (simulated)' if hollow else ''}")  # fmt: skip
     if dense:
         axes.plot(
             *zip(*dense, strict=True), linestyle="", marker="*", markersize=10, color="black", label="dense", zorder=4
@@ -95,6 +107,11 @@ def against(group: Group, look: dict, x: Callable[[Row], float | None], title: s
         axes.set_yscale("log")
     axes.legend(fontsize=7.5, frameon=False)
     return figure
+
+
+def centre(values: list[float]) -> tuple[float, float]:
+    """(mean, standard deviation; 0 for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def simulated(row: Row) -> bool:
@@ -114,6 +131,8 @@ def quality_plots(group: Group, look: dict) -> dict[str, Figure]:
                             "sparsity, model-wide, measured on test tokens", lambda r: 0.0, sign=-1),
         "macs": against(group, look, lambda r: r.macs, "Quality against MACs",
                         "MACs per token, share of the dense model's", lambda r: 1.0),
+        "ffn-macs": against(group, look, lambda r: r.ffn_macs, "Quality against the MACs of the FFNs",
+                            "MACs of FFN maps and routers, share of the dense FFNs'", lambda r: 1.0),
     }  # fmt: skip
     for number, machine in enumerate(dict.fromkeys(r.machine for r in group.rows)):
         here = Group(group.protocol, [r for r in group.rows if r.machine == machine and r.decode.get("speedup")])
@@ -126,7 +145,7 @@ def quality_plots(group: Group, look: dict) -> dict[str, Figure]:
             )
     found["roofline"] = roofline(group, look)
     found["layers"] = heat_map(group)
-    for name in ("sparsity", "macs"):
+    for name in ("sparsity", "macs", "ffn-macs"):
         if found[name] is not None:
             axis = found[name].axes[0].xaxis
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -143,9 +162,9 @@ def roofline(group: Group, look: dict) -> Figure | None:
     smallest = min(0.9, *(r.decode["speedup"] * 0.95 for r in rows))
     axes.plot([smallest, largest], [smallest, largest], color="#999999", linewidth=1, label="roofline")
     axes.axhline(1, color="#bb3333", linewidth=0.8, linestyle=":")
-    for method in dict.fromkeys(r.method for r in rows):
-        mine = [(r.roofline, r.decode["speedup"]) for r in rows if r.method == method]
-        axes.plot(*zip(*mine, strict=True), linestyle="", markersize=5.5, label=method, **look[method])
+    for series in dict.fromkeys(r.series for r in rows):
+        mine = [(r.roofline, r.decode["speedup"]) for r in rows if r.series == series]
+        axes.plot(*zip(*mine, strict=True), linestyle="", markersize=5.5, label=series, **look[series])
     axes.set_xlabel("bytes of a dense step / bytes of a sparse step", fontsize=9)
     axes.set_ylabel("measured speed-up", fontsize=9)
     axes.legend(fontsize=7.5, frameon=False)

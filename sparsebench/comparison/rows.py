@@ -18,6 +18,8 @@ from sparsebench import record
 from sparsebench.identity import NOT_IDENTITY, digest
 from sparsebench.sweep import main_metric
 
+FFN_ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
+
 
 @dataclass
 class Row:
@@ -26,6 +28,9 @@ class Row:
     path: Path
     found: dict
     label: str = ""
+    series: str = (
+        ""  # the curve it belongs to: its method and the choices (not numbers) in which the method's rows differ
+    )
     method: str = ""
     metric: str | None = None
     dense: float | None = None
@@ -34,6 +39,7 @@ class Row:
     requested: float | None = None
     sparsity: float | None = None
     macs: float | None = None  # sparse / dense, counted
+    ffn_macs: float | None = None  # sparse / dense of the FFNs' maps alone, routers and predictors included
     executed: float | None = None  # sparse / dense, as the kernel ran
     bytes: float | None = None  # sparse / dense
     times: dict[str, dict] = field(default_factory=dict)  # part -> {dense, sparse, speedup, kernel}, ms
@@ -135,6 +141,7 @@ def make_row(path: Path, found: dict) -> Row:
     measured = found.get("sparsity") or {}
     row.requested, row.sparsity = measured.get("requested"), measured.get("model_wide")
     row.macs, row.executed = (share(costs.get(k), costs.get("dense")) for k in ("sparse", "executed"))
+    row.ffn_macs = ffn_share(costs.get("per_site") or {})
     row.bytes = share(traffic.get("sparse"), traffic.get("dense"))
     row.fit_seconds = (found.get("fit") or {}).get("seconds")
     row.times = dict(timings(found.get("latency") or {}))
@@ -143,6 +150,12 @@ def make_row(path: Path, found: dict) -> Row:
 
 def share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
+
+
+def ffn_share(sites: dict) -> float | None:
+    """Counted over dense products of the sites `<layer>.<role>` of FFNs; None where the model has none."""
+    mine = [site for name, site in sites.items() if name.rpartition(".")[2] in FFN_ROLES]
+    return share(sum(s["sparse_macs"] + s["overhead_macs"] for s in mine), sum(s["dense_macs"] for s in mine))
 
 
 def timings(latency: dict) -> Iterable[tuple[str, dict]]:
@@ -243,7 +256,7 @@ def flat(node: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def label(rows: list[Row]) -> None:
-    """Name each row by its method and by the settings in which rows of that method differ."""
+    """Name each row by its method and by the settings in which rows of that method differ; its curve by the choices."""
     for method in {r.method for r in rows}:
         mine = [r for r in rows if r.method == method]
         settings = [flat(r.found["config"]) for r in mine]
@@ -251,6 +264,12 @@ def label(rows: list[Row]) -> None:
         for row, values in zip(mine, settings, strict=True):
             words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
             row.label = " ".join([method, *words])
+            row.series = " ".join([method, *(f"{v}" for k, v in values.items() if k in keys and is_choice(k, v))])
+
+
+def is_choice(key: str, value: Any) -> bool:
+    """Whether a setting tells curves apart: a word or a switch of the method, not a number along the curve."""
+    return key.startswith("method.") and isinstance(value, (str, bool))
 
 
 def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bool) -> list[int]:
@@ -272,14 +291,19 @@ def differences(found: list[Group]) -> dict[str, list]:
     return {k: v for k, v in values.items() if len({repr(x) for x in v}) > 1}
 
 
-def over_seeds(rows: list[Row]) -> list[dict]:
-    """Mean and standard deviation where rows differ in nothing but the seed."""
+def repeats(rows: list[Row]) -> list[list[Row]]:
+    """Rows that differ in nothing but the seed, together."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         settings = {k: v for k, v in row.found["config"].items() if k not in (*NOT_IDENTITY, "seed")}
         found.setdefault(digest([settings, row.machine]), []).append(row)
+    return list(found.values())
+
+
+def over_seeds(rows: list[Row]) -> list[dict]:
+    """Mean and standard deviation where rows differ in nothing but the seed."""
     summaries = []
-    for same in found.values():
+    for same in repeats(rows):
         if len(same) < 2 or any(r.sparse is None for r in same):
             continue
         name = " ".join(w for w in same[0].label.split() if not w.startswith("seed="))
