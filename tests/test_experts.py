@@ -1,6 +1,7 @@
 """Experts, routers and rules (d2dmoe.md, section 9; lte.md, section 7), every kernel against masked dense."""
 
 import copy
+import ctypes
 import os
 import subprocess
 import sys
@@ -256,6 +257,101 @@ def test_kernels_equal_masked_dense(name, rows, gated, activation):
 def test_kernels_in_16_bits(name, rows):
     """Triton's interpreter multiplies bfloat16 matrices wrongly (a plain tl.dot, too), so float16 stands in there."""
     check_half(name, rows, torch.float16 if name == "cuda_triton" else torch.bfloat16)
+
+
+@pytest.fixture
+def cuda_on_cpu(emulated, monkeypatch):
+    """cuda_gather with its own host code, on CPU tensors: a GPU of 3 processors, small CTAs; checks shared memory."""
+    from sparsebench.kernels import _nvrtc, cuda_gather
+    from sparsebench.kernels.cuda_gather import Tuning
+
+    def built(name, weight, tuning, shared):
+        defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide}
+        defines |= {"BF16": 1} if weight.dtype == torch.bfloat16 else {}
+        return emulated(**defines, HEAD_DIM=64, GROUP=1, SPLITS=1), name
+
+    def launch(kernel, grid, threads, shared, arguments, overlap):
+        library, name = kernel
+        getattr(library, f"run_{name}")(*grid, shared, *(ctypes.byref(a) for a in arguments))
+        assert library.count_overruns() == 0, f"{name} wrote past its shared memory"
+
+    small = {"KEEP": Tuning(2, 2), "HIDDEN": Tuning(2, 2, 1, 1.0), "LAST": Tuning(2, 2, 1, 2.0)}
+    for name, value in {**small, "PLAIN_HIDDEN": Tuning(2, 2, 1, 1.0), "built": built}.items():
+        monkeypatch.setattr(cuda_gather, name, value)
+    monkeypatch.setattr(cuda_gather, "processors", lambda device: 3)
+    monkeypatch.setattr(cuda_gather, "cuda_experts", cuda_gather.run_experts)
+    monkeypatch.setattr(cuda_gather, "cuda_expert_keep", cuda_gather.run_keep)
+    monkeypatch.setattr(cuda_gather, "_workspaces", {})
+    monkeypatch.setattr(_nvrtc, "launch", launch)
+    return cuda_gather
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated, activation", FFNS)
+def test_cuda_kernels_equal_masked_dense(cuda_on_cpu, gated, activation, dtype):
+    """One token; no, some, all experts; sizes that no tile divides; weights of other experts may be NaN; buffers stay."""
+    reference, limit = kernels.load("masked_dense").expert_ffn, 2e-3 if dtype == torch.float16 else 1e-2
+    for d, n, num_experts, size, bias in ((40, 24, 6, 8, True), (1040, 264, 23, 3, True), (16, 8, 601, 1, False)):
+        maps = tensors(d=d, f=num_experts * size, n=n, gated=gated, bias=bias, dtype=dtype)
+        x, generator = x_of(1, 1, d=d, dtype=dtype), torch.Generator().manual_seed(2)
+        for share in (0.0, 0.1, 0.5, 1.0):
+            keep = torch.rand(1, 1, num_experts, generator=generator) < share
+            wide = {k: v.double() for k, v in maps.items()}
+            expected = reference(x.double(), keep, wide.pop("first"), wide.pop("last"), activation, **wide)
+            poisoned = {k: v.clone() for k, v in maps.items()}
+            for key in poisoned.keys() - {"last_bias"}:
+                poisoned[key].view(num_experts, size, -1)[~keep.flatten()] = float("nan")
+            y = cuda_on_cpu.expert_ffn(x, keep, poisoned.pop("first"), poisoned.pop("last"), activation, **poisoned)
+            assert y.shape == (1, 1, n) and y.dtype == dtype
+            assert float((y - expected).norm()) <= limit * float(expected.norm())
+            assert not any(t.any() for t in cuda_on_cpu.workspace(x.device, n))
+
+
+@pytest.mark.parametrize("router", [torch.float32, torch.float16])
+def test_cuda_router_is_the_rule(cuda_on_cpu, router):
+    """Rule `above` in the router's launch: tau = 0 and below keep all, 1 none, equality is not above."""
+    for d, num_experts in ((24, 7), (1032, 70)):
+        x = x_of(1, d=d, dtype=torch.float16)
+        weight = torch.randn(num_experts, d, generator=torch.Generator().manual_seed(0)).to(router)
+        weight[3] = 0
+        for tau in (-1.0, 0.0, 0.3, 0.5, 0.8, 1.0):
+            expected = select(x.double() @ weight.double().t(), "above", t(tau))
+            assert torch.equal(cuda_on_cpu.expert_keep(x, weight, t(tau)), expected), tau
+
+
+def test_one_token_takes_the_fused_router_and_kernels(cuda_on_cpu, monkeypatch):
+    """ExpertFFN in 16 bits: rule and product by cuda_gather, the same as masked dense; other calls go to other kernels."""
+    served = []
+    for name in ("expert_ffn", "expert_keep"):
+        monkeypatch.setattr(
+            cuda_on_cpu,
+            name,
+            lambda *a, name=name, own=getattr(cuda_on_cpu, name), **k: served.append(name) or own(*a, **k),
+        )
+    found, x = ffn_of(gated=True, activation="silu", dtype=torch.float16), x_of(1, 1, dtype=torch.float16)
+    found.router = experts.random_router(24, None, 6, torch.Generator().manual_seed(0))
+    experts.harden(model_of(found), "above", 0.5)
+    with torch.no_grad():
+        expected = found(x)
+        found.kernel_name = "cuda_gather"
+        torch.testing.assert_close(found(x), expected, rtol=1e-2, atol=1e-2)
+    assert served == ["expert_keep", "expert_ffn"] and found.ran == "cuda_gather" and found.ran_many == "cuda_triton"
+
+
+def test_what_the_cuda_kernels_can_not_serve_goes_to_the_next():
+    served = lambda x, maps: kernels.serving("cuda_gather", x, maps["first"], "expert_ffn", maps["last"])  # noqa: E731
+    half, name = torch.float16, lambda backend: backend.__name__.rpartition(".")[2]
+    assert name(served(x_of(1, dtype=half), tensors(dtype=half))) == "cuda_gather"
+    for x, maps in (
+        (x_of(2, dtype=half), tensors(dtype=half)),
+        (x_of(1), tensors()),
+        (x_of(1, d=20, dtype=half), tensors(d=20, dtype=half)),
+        (x_of(1, dtype=half), tensors(n=20, dtype=half)),
+    ):
+        assert name(served(x, maps)) == "cuda_triton"
+        with pytest.raises(ValueError, match="cuda_gather (serves|needs)"):
+            first, last = maps.pop("first"), maps.pop("last")
+            kernels.load("cuda_gather").expert_ffn(x, torch.ones(1, 6, dtype=torch.bool), first, last, "relu", **maps)
 
 
 def test_triton_kernels_through_the_interpreter():

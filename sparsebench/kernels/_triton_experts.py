@@ -16,7 +16,7 @@ FEW = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
     """Why this call can't be served; weight: the experts' first map [f, d]."""
     if weight.dtype not in DTYPES or x.dtype != weight.dtype:
         return f"cuda_triton serves float32, float16 and bfloat16, got input {x.dtype} and weight {weight.dtype}"

@@ -44,7 +44,7 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep = keep.scatter(-1, order, (before < threshold) | first | (threshold >= 1))
     else:
-        keep = scores > torch.logit(threshold.clamp(min=0))
+        return masked_dense.above(scores, threshold)
     return keep | (threshold < 0)
 
 
@@ -77,6 +77,11 @@ class Router(nn.Module):
             return (scores.abs() if self.outer == "abs" else scores).to(
                 torch.promote_types(scores.dtype, torch.float32)
             )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether scores are one plain product of x."""
+        return self.second is None and self.outer == "none" and not self.normalise
 
     @property
     def num_products(self) -> int:
@@ -173,6 +178,10 @@ class ExpertFFN(nn.Module):
 
     def keep(self, x: torch.Tensor, x1: torch.Tensor | None = None) -> torch.Tensor:
         """bool [..., E]: the experts each token runs. routing=oracle ranks by the true label (sums for topk, else norms)."""
+        simple = self.rule == "above" and self.routing == "trained" and self.router.is_linear
+        if simple and not torch.is_grad_enabled():  # product and rule at once
+            backend = kernels.serving(self.running, x, self.router.first, "expert_keep")
+            return backend.expert_keep(x, self.router.first, self.threshold)
         if self.routing == "trained":
             scores = self.router(x)
         elif self.routing == "random":
@@ -184,7 +193,7 @@ class ExpertFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "hard" and self.counter is None and not torch.is_grad_enabled():
-            backend = kernels.serving(self.running, x, self.first, "expert_ffn")
+            backend = kernels.serving(self.running, x, self.first, "expert_ffn", self.last)
             return backend.expert_ffn(x, self.keep(x), self.first, self.last, self.activation, **self.maps)
         z, a, x1 = self.hidden(x)
         if self.watch is not None:
@@ -217,9 +226,17 @@ class ExpertFFN(nn.Module):
     @property
     def ran(self) -> str:
         """The backend that serves one token; a module that runs all experts skips nothing."""
-        return kernels.ran(self.running, self.first, "expert_ffn") if self.mode == "hard" else "masked_dense"
+        return self.runs(1)
 
-    ran_many = ran  # backends serve any number of tokens
+    @property
+    def ran_many(self) -> str:
+        """The backend that serves many tokens."""
+        return self.runs(1024)
+
+    def runs(self, rows: int) -> str:
+        if self.mode != "hard":
+            return "masked_dense"
+        return kernels.ran(self.running, self.first, "expert_ffn", self.last, rows=rows)
 
     @property
     def skips(self) -> bool:
