@@ -23,13 +23,13 @@ def grouping(size=16, by="kmeans", rounds=5):
     return Grouping(size=size, by=by, rounds=rounds)
 
 
-def tensors(d=24, f=48, n=24, gated=False, bias=True, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def tensors(d=24, f=48, n=24, gated=False, bias=True, dtype=torch.float32, seed=0, device="cpu"):
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = {"first": (f, d), "last": (f, n)}
     shapes |= {"up": (f, d)} if gated else {}
     shapes |= {"first_bias": (f,), "last_bias": (n,)} if bias else {}
     shapes |= {"up_bias": (f,)} if bias and gated else {}
-    return {k: (torch.randn(*s, generator=generator) * 0.3).to(dtype) for k, s in shapes.items()}
+    return {k: (torch.randn(*s, generator=generator, device=device) * 0.3).to(dtype) for k, s in shapes.items()}
 
 
 def ffn_of(num_experts=6, activation="gelu", **arguments):
@@ -419,8 +419,8 @@ def test_triton_kernels_on_the_gpu():
 
 def on_gpu(d, num_experts, size, gated, dtype, rows, share, bias=True):
     """(x, keep, maps, float64 result, relative error of a result) with values as in a model; a token without experts."""
-    maps = tensors(d=d, f=num_experts * size, n=d, gated=gated, bias=bias, dtype=dtype)
-    maps = {k: (v * (d**-0.5 / 0.3 if v.dim() == 2 else 1)).to("cuda", dtype) for k, v in maps.items()}
+    maps = tensors(d=d, f=num_experts * size, n=d, gated=gated, bias=bias, dtype=dtype, device="cuda")
+    maps = {k: v * (d**-0.5 / 0.3 if v.dim() == 2 else 1) for k, v in maps.items()}
     x = x_of(rows, d=d, dtype=dtype).cuda()
     keep = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(3)).cuda() < share
     wide = {k: v.double() for k, v in maps.items()}
@@ -502,7 +502,8 @@ def test_expert_ffn_compiles_for_one_token():
     experts.harden(model_of(found), "above", 0.5, kernel="cuda_gather")
     x = x_of(1, 1, d=64, dtype=torch.float16).cuda()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(found, fullgraph=True)(x), found(x))
+        expected = found(x)
+        torch.testing.assert_close(torch.compile(found, fullgraph=True)(x), expected)
 
 
 @pytest.mark.parametrize("name", [n for n in CPU if n != "masked_dense"])

@@ -343,7 +343,7 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     problem = unsupported_expert_ffn(x, first)
     if problem:
         raise ValueError(problem)
-    rows, chosen = x.reshape(-1, x.shape[-1]).contiguous(), keep.reshape(-1, keep.shape[-1]).contiguous()
+    rows, chosen = x.reshape(-1, x.shape[-1]).contiguous(), keep.reshape(-1, keep.shape[-1]).bool().contiguous()
     y = triton_experts(rows, chosen, first, last, activation, first_bias, up, up_bias)
     y = y if last_bias is None else y + last_bias
     return y.to(x.dtype).view(*x.shape[:-1], last.shape[1])

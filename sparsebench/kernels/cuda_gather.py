@@ -286,7 +286,7 @@ def run_experts(
     last_bias: torch.Tensor | None, sums: torch.Tensor, arrived: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """x [d], keep bool [E], first and up [f, d], last [f, n] -> [n] in two launches."""
-    (f, d), n, device = first.shape, last.shape[1], x.device.index
+    (f, d), n, device, x = first.shape, last.shape[1], x.device.index, aligned(x)
     hidden, y = torch.empty(f, dtype=torch.float32, device=x.device), x.new_empty(n)
     a = Experts(d=d, n=n, experts=len(keep), size=f // len(keep), activation=ACTIVATIONS.index(activation))
     tensors = {
@@ -323,7 +323,7 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     problem = unsupported_expert_ffn(x, first, last)
     if problem or keep.dtype != torch.bool or not (up is None or up.is_contiguous()):
         raise ValueError(problem or f"cuda_gather needs a bool mask and a contiguous gate, got a {keep.dtype} mask")
-    row, chosen = aligned(x), keep.reshape(-1).contiguous()
+    row, chosen = x.reshape(-1).contiguous(), keep.reshape(-1).contiguous()
     space = workspace(x.device, last.shape[1])
     y = cuda_experts(row, chosen, first, last, activation, first_bias, up, up_bias, last_bias, *space)
     return y.view(*x.shape[:-1], -1)
@@ -340,7 +340,7 @@ def unsupported_expert_keep(x: torch.Tensor, weight: torch.Tensor) -> str | None
 
 def run_keep(x: torch.Tensor, weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """x [d], weight [E, d], threshold fp32 on the device -> bool [E] in one launch."""
-    experts, d = weight.shape
+    (experts, d), x = weight.shape, aligned(x)
     keep = torch.empty(experts, dtype=torch.bool, device=x.device)
     pointers = {"weight": weight, "x": x, "threshold": threshold, "keep": keep}
     a = Keep(wide=weight.dtype == torch.float32, d=d, **{k: v.data_ptr() for k, v in pointers.items()})
@@ -364,10 +364,9 @@ def expert_keep(x, weight, threshold):
     problem = unsupported_expert_keep(x, weight)
     if problem:
         raise ValueError(problem)
-    return cuda_expert_keep(aligned(x), weight, threshold.float()).view(*x.shape[:-1], -1)
+    return cuda_expert_keep(x.reshape(-1).contiguous(), weight, threshold.float()).view(*x.shape[:-1], -1)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """One row as a vector that 16-byte loads can read."""
-    row = x.reshape(-1).contiguous()
-    return row.clone() if row.storage_offset() % 8 else row
+    """x where 16-byte loads can read it."""
+    return x.clone() if x.data_ptr() % 16 else x
