@@ -179,7 +179,7 @@ class ExpertFFN(nn.Module):
     def keep(self, x: torch.Tensor, x1: torch.Tensor | None = None) -> torch.Tensor:
         """bool [..., E]: the experts each token runs. routing=oracle ranks by the true label (sums for topk, else norms)."""
         simple = self.rule == "above" and self.routing == "trained" and self.router.is_linear
-        if simple and not torch.is_grad_enabled():  # product and rule at once
+        if simple and x.numel() == x.shape[-1] and not torch.is_grad_enabled():  # one token: product and rule at once
             backend = kernels.serving(self.running, x, self.router.first, "expert_keep")
             return backend.expert_keep(x, self.router.first, self.threshold)
         if self.routing == "trained":
