@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 
 from sparsebench import config
 from sparsebench.compose import compose_all
+from sparsebench.kernels import cuda_gather
 
 os.environ.setdefault("WANDB_MODE", "offline")
 COMMAND = Path(sys.executable).with_name("sparsebench")
@@ -31,6 +34,30 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to build the CUDA kernels for the CPU")
+    folder, built = tmp_path_factory.mktemp("cuda"), {}
+
+    def build(**defines):
+        key = tuple(sorted(defines.items()))
+        if key not in built:
+            target = folder / f"{len(built)}.so"
+            source = Path(__file__).with_name("cuda_on_cpu.cpp")
+            flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{cuda_gather.SOURCE}"']
+            subprocess.run(
+                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target],
+                check=True,
+            )
+            built[key] = ctypes.CDLL(str(target))
+        return built[key]
+
+    return build
 
 
 @pytest.fixture(scope="session", autouse=True)

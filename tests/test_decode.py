@@ -3,9 +3,6 @@
 import copy
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,30 +121,6 @@ def test_maps_left_dense_are_stored_for_the_step():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The CUDA kernels, built for the CPU
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to build the CUDA kernels for the CPU")
-    folder, built = tmp_path_factory.mktemp("cuda"), {}
-
-    def build(**defines):
-        key = tuple(sorted(defines.items()))
-        if key not in built:
-            target = folder / f"{len(built)}.so"
-            source = Path(__file__).with_name("cuda_on_cpu.cpp")
-            flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{fused_cuda.SOURCE}"']
-            subprocess.run(
-                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target],
-                check=True,
-            )
-            built[key] = ctypes.CDLL(str(target))
-        return built[key]
-
-    return build
 
 
 def emulate(step, library):

@@ -1,6 +1,7 @@
 """Experts, routers and rules (d2dmoe.md, section 9; lte.md, section 7), every kernel against masked dense."""
 
 import copy
+import ctypes
 import os
 import subprocess
 import sys
@@ -22,13 +23,13 @@ def grouping(size=16, by="kmeans", rounds=5):
     return Grouping(size=size, by=by, rounds=rounds)
 
 
-def tensors(d=24, f=48, n=24, gated=False, bias=True, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def tensors(d=24, f=48, n=24, gated=False, bias=True, dtype=torch.float32, seed=0, device="cpu"):
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = {"first": (f, d), "last": (f, n)}
     shapes |= {"up": (f, d)} if gated else {}
     shapes |= {"first_bias": (f,), "last_bias": (n,)} if bias else {}
     shapes |= {"up_bias": (f,)} if bias and gated else {}
-    return {k: (torch.randn(*s, generator=generator) * 0.3).to(dtype) for k, s in shapes.items()}
+    return {k: (torch.randn(*s, generator=generator, device=device) * 0.3).to(dtype) for k, s in shapes.items()}
 
 
 def ffn_of(num_experts=6, activation="gelu", **arguments):
@@ -146,6 +147,15 @@ def test_dynamic_k_is_between_one_and_all_and_shrinks_with_tau():
     assert select(scores, "max", t(0)).all() and (select(scores, "max", t(1)).sum(1) == 1).all()
 
 
+def test_experts_of_which_nothing_is_expected_are_not_run():
+    """A layer that the sparsifying fine-tune silenced has R = 0 everywhere, and 0 >= tau 0 would run all of it."""
+    scores = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    assert select(scores, "max", t(0.3)).tolist() == [[False] * 3, [False, True, True]]
+    assert select(scores, "max", t(0)).all()
+    assert select(scores, "cumshare", t(0.9)).tolist() == [[False] * 3, [False, True, True]]
+    assert select(scores, "cumshare", t(1)).all()
+
+
 def test_paper_tau_keeps_exact_ties():
     """The released code's 1 - tau drops them (d2dmoe.md, section 8, trap 1)."""
     scores = torch.tensor([[1.0, 0.01, 0.009]])
@@ -258,9 +268,114 @@ def test_kernels_in_16_bits(name, rows):
     check_half(name, rows, torch.float16 if name == "cuda_triton" else torch.bfloat16)
 
 
+@pytest.fixture
+def cuda_on_cpu(emulated, monkeypatch):
+    """cuda_gather with its own host code, on CPU tensors: a GPU of 2 processors, small CTAs; checks shared memory."""
+    from sparsebench.kernels import _nvrtc, cuda_gather
+    from sparsebench.kernels.cuda_gather import Tuning
+
+    def built(name, weight, tuning, shared):
+        defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide}
+        defines |= {"BF16": 1} if weight.dtype == torch.bfloat16 else {}
+        return emulated(**defines, HEAD_DIM=64, GROUP=1, SPLITS=1), name
+
+    def launch(kernel, grid, threads, shared, arguments, overlap):
+        library, name = kernel
+        getattr(library, f"run_{name}")(*grid, shared, *(ctypes.byref(a) for a in arguments))
+        assert library.count_overruns() == 0, f"{name} wrote past its shared memory"
+
+    small = {"KEEP": Tuning(2, 2), "HIDDEN": Tuning(1, 2, 1, 1.0), "LAST": Tuning(1, 2, 1, 2.0)}
+    for name, value in {**small, "PLAIN_HIDDEN": Tuning(2, 2, 1, 1.0), "built": built}.items():
+        monkeypatch.setattr(cuda_gather, name, value)
+    monkeypatch.setattr(cuda_gather, "processors", lambda device: 2)
+    monkeypatch.setattr(cuda_gather, "cuda_experts", cuda_gather.run_experts)
+    monkeypatch.setattr(cuda_gather, "cuda_expert_keep", cuda_gather.run_keep)
+    monkeypatch.setattr(cuda_gather, "_workspaces", {})
+    monkeypatch.setattr(_nvrtc, "launch", launch)
+    return cuda_gather
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated, activation", FFNS)
+def test_cuda_kernels_equal_masked_dense(cuda_on_cpu, gated, activation, dtype):
+    """One token; no, some, all experts; sizes that no tile divides; weights of other experts may be NaN; buffers stay."""
+    reference, limit = kernels.load("masked_dense").expert_ffn, 2e-3 if dtype == torch.float16 else 1e-2
+    for d, n, num_experts, size, bias in ((40, 24, 6, 8, True), (552, 264, 5, 3, True), (16, 8, 301, 1, False)):
+        maps = tensors(d=d, f=num_experts * size, n=n, gated=gated, bias=bias, dtype=dtype)
+        x, generator = x_of(1, 1, d=d, dtype=dtype), torch.Generator().manual_seed(2)
+        for share in (0.0, 0.4, 1.0):
+            keep = torch.rand(1, 1, num_experts, generator=generator) < share
+            wide = {k: v.double() for k, v in maps.items()}
+            expected = reference(x.double(), keep, wide.pop("first"), wide.pop("last"), activation, **wide)
+            poisoned = {k: v.clone() for k, v in maps.items()}
+            for key in poisoned.keys() - {"last_bias"}:
+                poisoned[key].view(num_experts, size, -1)[~keep.flatten()] = float("nan")
+            y = cuda_on_cpu.expert_ffn(x, keep, poisoned.pop("first"), poisoned.pop("last"), activation, **poisoned)
+            assert y.shape == (1, 1, n) and y.dtype == dtype
+            assert float((y - expected).norm()) <= limit * float(expected.norm())
+            assert not any(t.any() for t in cuda_on_cpu.workspace(x.device, n))
+
+
+@pytest.mark.parametrize("router", [torch.float32, torch.float16])
+def test_cuda_router_is_the_rule(cuda_on_cpu, router):
+    """Rule `above` in the router's launch: tau = 0 and below keep all, 1 none, equality is not above."""
+    for d, num_experts in ((24, 7), (1032, 70)):
+        x = x_of(1, d=d, dtype=torch.float16)
+        weight = torch.randn(num_experts, d, generator=torch.Generator().manual_seed(0)).to(router)
+        weight[3] = 0
+        for tau in (-1.0, 0.0, 0.3, 0.5, 0.8, 1.0):
+            expected = select(x.double() @ weight.double().t(), "above", t(tau))
+            assert torch.equal(cuda_on_cpu.expert_keep(x, weight, t(tau)), expected), tau
+
+
+def test_one_token_takes_the_fused_router_and_kernels(cuda_on_cpu, monkeypatch):
+    """ExpertFFN in 16 bits: rule and product by cuda_gather, the same as masked dense; other calls go to other kernels."""
+    served = []
+
+    def noting(name, own):
+        return lambda *a, **k: served.append(name) or own(*a, **k)
+
+    for name in ("expert_ffn", "expert_keep"):
+        monkeypatch.setattr(cuda_on_cpu, name, noting(name, getattr(cuda_on_cpu, name)))
+    found, x = ffn_of(gated=True, activation="silu", dtype=torch.float16), x_of(1, 1, dtype=torch.float16)
+    found.router = experts.random_router(24, None, 6, torch.Generator().manual_seed(0))
+    experts.harden(model_of(found), "above", 0.5)
+    with torch.no_grad():
+        expected = found(x)
+        found.kernel_name = "cuda_gather"
+        torch.testing.assert_close(found(x), expected, rtol=1e-2, atol=1e-2)
+    assert served == ["expert_keep", "expert_ffn"] and found.ran == "cuda_gather" and found.ran_many == "cuda_triton"
+
+
+def test_what_the_cuda_kernels_can_not_serve_goes_to_the_next():
+    served = lambda x, maps: kernels.serving("cuda_gather", x, maps["first"], "expert_ffn", maps["last"])  # noqa: E731
+    half, name = torch.float16, lambda backend: backend.__name__.rpartition(".")[2]
+    assert name(served(x_of(1, dtype=half), tensors(dtype=half))) == "cuda_gather"
+    for x, maps in (
+        (x_of(2, dtype=half), tensors(dtype=half)),
+        (x_of(1), tensors()),
+        (x_of(1, d=20, dtype=half), tensors(d=20, dtype=half)),
+        (x_of(1, dtype=half), tensors(n=20, dtype=half)),
+    ):
+        assert name(served(x, maps)) == "cuda_triton"
+        with pytest.raises(ValueError, match="cuda_gather (serves|needs)"):
+            first, last = maps.pop("first"), maps.pop("last")
+            kernels.load("cuda_gather").expert_ffn(x, torch.ones(1, 6, dtype=torch.bool), first, last, "relu", **maps)
+
+
 def test_triton_kernels_through_the_interpreter():
     """The cases of this file that need TRITON_INTERPRET=1, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "cuda_triton or test_triton_reads"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-k",
+        "cuda_triton or (test_triton and not through)",
+        "-m",
+        "not gpu",
+    ]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -271,6 +386,37 @@ def test_triton_kernels_through_the_interpreter():
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@pytest.mark.parametrize("rows, num_experts", [(1, 1), (9, 5), (300, 40)])
+def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
+    from sparsebench.kernels import _triton_experts
+
+    keep = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(0)) < 0.4
+    tokens, ends = _triton_experts.group(keep.view(torch.uint8))
+    expected = keep.t().nonzero()
+    assert torch.equal(tokens[: len(expected)].long(), expected[:, 1])
+    assert torch.equal(ends[:, -1].long(), keep.sum(0).cumsum(0))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@pytest.mark.parametrize("gated", [False, True])
+def test_triton_takes_several_tiles_per_program(gated, monkeypatch):
+    """Uneven experts, several tiles of pairs, neurons, depth and outputs, none of which divides its size."""
+    from sparsebench.kernels import _triton_experts
+
+    for name in ("HIDDEN", "GATED", "LAST"):
+        monkeypatch.setattr(_triton_experts, name, {4: _triton_experts.Tiles(16, 16, 16, 4, 2, 1)})
+    maps = tensors(d=40, f=4 * 20, n=36, gated=gated)
+    x, keep = (
+        x_of(70, d=40),
+        torch.rand(70, 4, generator=torch.Generator().manual_seed(0)) < torch.tensor([1, 0.5, 0, 0.1]),
+    )
+    first, last = maps.pop("first"), maps.pop("last")
+    expected = kernels.load("masked_dense").expert_ffn(x, keep, first, last, "silu", **maps)
+    y = kernels.load("cuda_triton").expert_ffn(x, keep, first, last, "silu", **maps)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 def test_triton_kernels_on_the_gpu():
     for rows in (1, 3, 37, 500):
@@ -278,6 +424,95 @@ def test_triton_kernels_on_the_gpu():
             check_fp32("cuda_triton", rows, gated, activation, "cuda")
         for dtype in (torch.float16, torch.bfloat16):
             check_half("cuda_triton", rows, dtype, "cuda")
+
+
+def on_gpu(d, num_experts, size, gated, dtype, rows, share, bias=True):
+    """(x, keep, maps, float64 result, relative error of a result) with values as in a model; a token without experts."""
+    maps = tensors(d=d, f=num_experts * size, n=d, gated=gated, bias=bias, dtype=dtype, device="cuda")
+    maps = {k: v * (d**-0.5 / 0.3 if v.dim() == 2 else 1) for k, v in maps.items()}
+    x = x_of(rows, d=d, dtype=dtype).cuda()
+    keep = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(3)).cuda() < share
+    wide = {k: v.double() for k, v in maps.items()}
+    first, last = wide.pop("first"), wide.pop("last")
+    expected = kernels.load("masked_dense").expert_ffn(x.double(), keep, first, last, "silu", **wide)
+    return x, keep, maps, lambda y: float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_many_tokens_on_the_gpu(dtype, limit, gated):
+    """The tiles that are timed: d2dmoe.md's experts of 128, many blocks of tokens; sizes that no tile divides."""
+    for d, num_experts, size, rows in ((768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777)):
+        for share in (0.0, 0.3, 1.0):
+            x, keep, maps, error = on_gpu(d, num_experts, size, gated, dtype, rows, share)
+            served = kernels.serving("cuda_gather", x, maps["first"], "expert_ffn", maps["last"])
+            assert served is kernels.load("cuda_triton")
+            y = served.expert_ffn(x, keep, maps.pop("first"), maps.pop("last"), "silu", **maps)
+            assert error(y) < limit, (d, share)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_one_token_on_the_gpu(dtype, limit, gated):
+    """lte.md's shape and small and odd ones, twice each: buffers are left as they were found."""
+    served = kernels.load("cuda_gather")
+    for d, num_experts, size in ((4096, 344, 32), (768, 24, 128), (40, 5, 3), (1032, 2000, 1)):
+        for share in (0.0, 0.5, 1.0, 0.5):
+            x, keep, maps, error = on_gpu(d, num_experts, size, gated, dtype, 1, share, bias=share != 1)
+            first, last = maps.pop("first"), maps.pop("last")
+            y = served.expert_ffn(x, keep, first, last, "silu", **maps)
+            assert error(y) < limit, (d, share)
+    for name in ("relu", "gelu", "gelu_tanh"):
+        y = served.expert_ffn(x, keep, first, last, name, **maps)
+        wide = {k: v.double() for k, v in maps.items()}
+        expected = kernels.load("masked_dense").expert_ffn(
+            x.double(), keep, first.double(), last.double(), name, **wide
+        )
+        assert float((y - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_expert_ffn_in_a_cuda_graph(rows, dtype):
+    """Captured twice in a row, replayed on new input: router, rule and experts follow it."""
+    maps = {k: v.cuda() for k, v in tensors(d=512, f=1024, n=512, gated=True, bias=False, dtype=dtype).items()}
+    found = ExpertFFN(maps, "silu", 32, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
+    found.router = experts.random_router(512, None, 32, torch.Generator().manual_seed(0)).cuda()
+    experts.harden(model_of(found), "above", 0.5, kernel="cuda_gather")
+    x = x_of(rows, d=512, dtype=dtype).cuda()
+    with torch.no_grad():
+        found(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found(x)
+            y = found(x)
+        for seed in (5, 6):
+            x.copy_(x_of(rows, d=512, dtype=dtype, seed=seed).cuda())
+            for _ in range(20):
+                graph.replay()
+            keep = (x.double() @ found.router.first.double().t()) > 0
+            wide = {k: v.double() for k, v in maps.items()}
+            first, last = wide.pop("first"), wide.pop("last")
+            expected = kernels.load("masked_dense").expert_ffn(x.double(), keep, first, last, "silu", **wide)
+            assert float((y.double() - expected).norm() / expected.norm()) < 1e-2
+            assert torch.equal(found.keep(x), keep)
+    assert found.ran == "cuda_gather" and found.ran_many == "cuda_triton"
+
+
+@pytest.mark.gpu
+def test_expert_ffn_compiles_for_one_token():
+    maps = {k: v.cuda() for k, v in tensors(d=64, f=96, n=64, gated=True, dtype=torch.float16).items()}
+    found = ExpertFFN(maps, "silu", 6, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
+    found.router = experts.random_router(64, None, 6, torch.Generator().manual_seed(0)).cuda()
+    experts.harden(model_of(found), "above", 0.5, kernel="cuda_gather")
+    x = x_of(1, 1, d=64, dtype=torch.float16).cuda()
+    with torch.no_grad():
+        expected = found(x)
+        torch.testing.assert_close(torch.compile(found, fullgraph=True)(x), expected)
 
 
 @pytest.mark.parametrize("name", [n for n in CPU if n != "masked_dense"])

@@ -1,8 +1,8 @@
 """Expert kernels at two published shapes: many tokens (D2DMoE, section 5 of its specification) and one token (LTE, 4.3).
 
 D2DMoE: T = 256 x 197 tokens, d = 768, E = 24 experts of 128, ReLU, Bernoulli routing, beside the dense MLP and the dense
-MLP narrowed to the same active width. LTE: the FFN of Llama-2-7B in 344 experts of 32, SwiGLU, one token. The router,
-its rule and the grouping of tokens are inside the clock: router scores are shifted so that the wanted share passes.
+MLP narrowed to the same active width. LTE: the FFN of Llama-2-7B in 344 experts of 32, SwiGLU, one token. What is
+timed is ExpertFFN's own forward pass: router, rule (`above`, its tau so that the wanted share passes), grouping, maps.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sparsebench import kernels
 from sparsebench.bench.clock import ROTATED_BYTES, clock, summary_us
 from sparsebench.bench.products import relative_error
 from sparsebench.kernels import masked_dense
+from sparsebench.modules.expert_ffn import ExpertFFN, Router
 
 log = logging.getLogger(__name__)
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -38,6 +38,7 @@ def time_experts(settings) -> list[dict]:
     return [time_shape(name, shape, settings) for name, shape in SHAPES.items()]
 
 
+@torch.no_grad()
 def time_shape(name: str, shape: dict, settings) -> dict:
     """Times by share of executed (token, expert) pairs, router included; `proportional`: ideal over measured time.
 
@@ -55,20 +56,25 @@ def time_shape(name: str, shape: dict, settings) -> dict:
         return (torch.randn(*size, device=device, generator=generator) * scale).to(dtype)
 
     x = normal(tokens, d)
-    first = [normal(f, d, scale=d**-0.5) for _ in range(copies)]
-    up = [normal(f, d, scale=d**-0.5) for _ in range(copies)] if shape["gated"] else [None] * copies
-    last = [normal(f, d, scale=f**-0.5) for _ in range(copies)]
     width = shape["width"]
-    v1 = normal(width or shape["experts"], d, scale=d**-0.5)
-    v1 = v1 if width else v1.float()  # as the methods have it: LTE's router in float32, D2DMoE's in the model's dtype
-    v2 = normal(shape["experts"], width, scale=width**-0.5) if width else None
+    router = Router(
+        normal(width or shape["experts"], d, scale=d**-0.5),
+        normal(shape["experts"], width, scale=width**-0.5) if width else None,
+    ).to(device, dtype if width else torch.float32)  # as the methods have it: LTE's in float32, D2DMoE's as the model
+    ffns = []
+    for _ in range(copies):
+        maps = {"first": normal(f, d, scale=d**-0.5), "last": normal(f, d, scale=f**-0.5)}
+        maps |= {"up": normal(f, d, scale=d**-0.5)} if shape["gated"] else {}
+        ffns.append(
+            ExpertFFN(maps, activation, shape["experts"], site="ffn", dense_macs={}, kernel=hardware.kernel_name)
+        )
+        ffns[-1].router, ffns[-1].rule, ffns[-1].mode = router, "above", "hard"
+    first, last, up = ([getattr(ffn, name) for ffn in ffns] for name in ("first", "last", "up"))
+    taus = {s: tau_for(router(x).flatten(), s) for s in SHARES}
 
-    def scores() -> torch.Tensor:
-        inner = F.linear(x.to(v1.dtype), v1)
-        return (inner if v2 is None else F.linear(inner.relu(), v2)).float()
-
-    backend = next(b for b in kernels.chain(hardware.kernel_name) if hasattr(b, "expert_ffn"))
-    limits = {s: limit_for(scores().flatten(), s) for s in SHARES}
+    def sparse(i: int, share: float) -> torch.Tensor:
+        ffns[i].threshold = taus[share]
+        return ffns[i](x)
 
     def dense(i: int, count: int = f) -> torch.Tensor:
         hidden = masked_dense.expert_hidden(
@@ -79,43 +85,39 @@ def time_shape(name: str, shape: dict, settings) -> dict:
     bodies = {"dense": dense}
     if device.type == "cuda":
         bodies["dense torch.compile"] = torch.compile(dense, dynamic=False)
-    for s, limit in limits.items():
-        bodies[f"experts@{s}"] = lambda i, limit=limit: backend.expert_ffn(
-            x, scores() > limit, first[i], last[i], activation, up=up[i]
-        )
+    for s in SHARES:
+        bodies[f"experts@{s}"] = lambda i, s=s: sparse(i, s)
         if tokens > 1 and s:
             bodies[f"narrow@{s}"] = lambda i, s=s: dense(i, round(s * f))
     times = {k: summary_us(v) for k, v in clock(bodies, copies, settings, device).items()}
     fastest = min((k for k in times if k.startswith("dense")), key=lambda k: times[k]["median_us"])
     whole = times["experts@1.0"]["median_us"]
     rows = []
-    for s, limit in limits.items():
-        keep = scores() > limit
-        measured, median = float(keep.float().mean()), times[f"experts@{s}"]["median_us"]
+    for s in SHARES:
         part = slice(0, 512)
+        found, keep = sparse(0, s)[part], ffns[0].keep(x)
+        measured, median = float(keep.float().mean()), times[f"experts@{s}"]["median_us"]
         reference = masked_dense.expert_ffn(
             x[part].float(), keep[part], first[0].float(), last[0].float(), activation,
             up=None if up[0] is None else up[0].float(),
         )  # fmt: skip
-        found = backend.expert_ffn(x, keep, first[0], last[0], activation, up=up[0])[part]
         rows.append({
             "executed": s, "measured": measured, "median_us": median,
             "speedup": times[fastest]["median_us"] / median, "proportional": whole * measured / median,
             "relative_error": relative_error(found, reference.flatten()) if s else float(found.abs().max()),
         })  # fmt: skip
         log.info("%s at %.3f of the experts: %.1f us, %.2fx of dense", name, s, median, rows[-1]["speedup"])
-    return {"shape": name, **shape, "tokens": tokens, "kernel": backend.__name__.rpartition(".")[2], "dense": fastest,
+    return {"shape": name, **shape, "tokens": tokens, "kernel": ffns[0].runs(tokens), "dense": fastest,
             "times": times, "rows": rows}  # fmt: skip
 
 
-def limit_for(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """The t with exactly round(share n) of n scores above it (up to ties), on the device."""
+def tau_for(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """The tau with exactly round(share n) of n scores above its logit (up to ties), on the device."""
     kept = round(share * scores.numel())
-    if kept == 0:
-        return torch.full((), math.inf, device=scores.device)
-    if kept == scores.numel():
-        return torch.full((), -math.inf, device=scores.device)
-    return scores.sort(descending=True).values[kept].clone()
+    if kept in (0, scores.numel()):
+        return torch.full((), -1.0 if kept else 1.0, device=scores.device)
+    neighbours = scores.sort(descending=True).values[kept - 1 : kept + 1]
+    return neighbours.double().mean().sigmoid().float()
 
 
 def table(found: list[dict]) -> list[str]:

@@ -51,15 +51,18 @@ def chain(name: str) -> tuple[ModuleType, ...]:
     return _chains[name]
 
 
-def serving(name: str, x: torch.Tensor, weight: torch.Tensor, function: str = "input_sparse_linear") -> ModuleType:
+def serving(
+    name: str, x: torch.Tensor, weight: torch.Tensor, function: str = "input_sparse_linear", *others: torch.Tensor
+) -> ModuleType:
     """The first backend of `chain(name)` that has `function` and serves x [..., n] with weight [m, n].
 
     `unsupported_<function>` of a backend answers for that function, `unsupported` for those without one of their own.
+    others: further weights that it asks for (expert_ffn: the last map).
     """
     for backend in chain(name):
         if not hasattr(backend, function):
             continue
-        if getattr(backend, f"unsupported_{function}", backend.unsupported)(x, weight) is None:
+        if getattr(backend, f"unsupported_{function}", backend.unsupported)(x, weight, *others) is None:
             return backend
     raise ValueError(
         f"no kernel serves input {tuple(x.shape)} {x.dtype} with weight {tuple(weight.shape)} {weight.dtype}"
@@ -71,10 +74,12 @@ def providing(name: str, function: str) -> ModuleType:
     return next(backend for backend in chain(name) if hasattr(backend, function))
 
 
-def ran(name: str, weight: torch.Tensor, function: str = "input_sparse_linear") -> str:
-    """The name of the backend that serves one token."""
-    row = torch.empty(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return serving(name, row, weight, function).__name__.rpartition(".")[2]
+def ran(
+    name: str, weight: torch.Tensor, function: str = "input_sparse_linear", *others: torch.Tensor, rows: int = 1
+) -> str:
+    """The name of the backend that serves one token, or `rows`."""
+    x = torch.empty(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return serving(name, x, weight, function, *others).__name__.rpartition(".")[2]
 
 
 def best(device: str) -> str:

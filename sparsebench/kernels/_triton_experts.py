@@ -2,11 +2,14 @@
 
 Nothing leaves the device. Few tokens (up to 8): the selected experts are listed, one program per (listed expert, few of
 its neurons) writes x1, then the listed neurons' rows of the last map are summed, split over programs, with fp32 atomics.
-Many: a prefix sum over the [E, T] mask places each (token, expert) pair, two grouped GEMMs work on the pairs; grids are
-as large as the worst case and programs past an expert's count end at once.
+Many: two passes over the [T, E] mask list the (token, expert) pairs by expert, then by token; two grouped GEMMs work on
+the pairs. As many programs as run at the same time take tiles in turn: tile b of every expert before tile b + 1 of any.
+Tiles of equal b cover about the same tokens, so what they read and add into stays in the cache.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,7 +19,7 @@ FEW = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
     """Why this call can't be served; weight: the experts' first map [f, d]."""
     if weight.dtype not in DTYPES or x.dtype != weight.dtype:
         return f"cuda_triton serves float32, float16 and bfloat16, got input {x.dtype} and weight {weight.dtype}"
@@ -124,71 +127,108 @@ def few_last(
 
 
 @triton.jit
+def pair_tile(keep, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
+    """(tokens [block_t], experts [block_e], int32 0 or 1) of one tile of the mask."""
+    t = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    e = tl.program_id(1) * block_e + tl.arange(0, block_e)
+    mask = (t < rows)[:, None] & (e < experts)[None, :]
+    return t, e, tl.load(keep + t.to(tl.int64)[:, None] * experts + e[None, :], mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def count_pairs(keep, counts, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
+    """counts[e, b]: tokens of block b that select expert e; grid (token blocks, expert blocks)."""
+    _, e, kept = pair_tile(keep, rows, experts, block_t, block_e)
+    tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), tl.sum(kept, 0), mask=e < experts)
+
+
+@triton.jit
+def place_pairs(keep, ends, tokens, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
+    """tokens[p] of each pair; ends [E, token blocks]: running sums of `counts`. Same grid."""
+    t, e, kept = pair_tile(keep, rows, experts, block_t, block_e)
+    begin = tl.load(ends + e * tl.num_programs(0) + tl.program_id(0), mask=e < experts, other=0) - tl.sum(kept, 0)
+    place = begin[None, :] + tl.cumsum(kept, 0) - kept
+    tl.store(tokens + place, t[:, None] + tl.zeros_like(kept), mask=kept > 0)
+
+
+@triton.jit
+def most_tiles(ends, blocks, experts: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr):
+    """Tiles of block_t pairs of the expert that has most."""
+    e = tl.arange(0, block_e)
+    begin = tl.load(ends + e * blocks - 1, mask=(e > 0) & (e < experts), other=0)
+    end = tl.load(ends + e * blocks + blocks - 1, mask=e < experts, other=0)
+    return (tl.max(end - begin, 0) + block_t - 1) // block_t
+
+
+@triton.jit
 def many_hidden(
-    x, tokens, ends, first, first_bias, up, up_bias, hidden, d: tl.constexpr, size: tl.constexpr, name: tl.constexpr,
-    has_bias: tl.constexpr, gated: tl.constexpr, has_up_bias: tl.constexpr, precision: tl.constexpr,
-    block_t: tl.constexpr, block_j: tl.constexpr, block_d: tl.constexpr,
+    x, tokens, ends, blocks, first, first_bias, up, up_bias, hidden, d: tl.constexpr, size: tl.constexpr,
+    experts: tl.constexpr, name: tl.constexpr, has_bias: tl.constexpr, gated: tl.constexpr, has_up_bias: tl.constexpr,
+    precision: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_j: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """hidden[p, j] = x1 of pair p (a token of this expert); grid (token blocks * neuron blocks, E)."""
-    expert = tl.program_id(1)
-    blocks_j = tl.cdiv(size, block_j)
-    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
-    start = begin + (tl.program_id(0) // blocks_j) * block_t
-    if start < end:
-        p = start + tl.arange(0, block_t)
-        there = p < end
-        token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
-        j = (tl.program_id(0) % blocks_j) * block_j + tl.arange(0, block_j)
-        inside = j < size
-        neuron = (expert * size + j).to(tl.int64)
-        z = tl.zeros((block_t, block_j), tl.float32)
-        u = tl.zeros((block_t, block_j), tl.float32)
-        for k in range(0, d, block_d):
-            i = k + tl.arange(0, block_d)
-            rows = tl.load(x + token[:, None] * d + i[None, :], mask=there[:, None] & (i < d)[None, :], other=0.0)
-            mask = inside[None, :] & (i < d)[:, None]
-            z = tl.dot(rows, tl.load(first + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), z, precision)
+    """hidden[p, j] = x1 of pair p (a token of this expert); any number of programs."""
+    blocks_j: tl.constexpr = (size + block_j - 1) // block_j
+    total = most_tiles(ends, blocks, experts, block_e, block_t) * (experts * blocks_j)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert = tile // blocks_j % experts
+        end = tl.load(ends + expert * blocks + blocks - 1)
+        start = tl.load(ends + expert * blocks - 1, mask=expert > 0, other=0) + tile // (experts * blocks_j) * block_t
+        if start < end:
+            p = start + tl.arange(0, block_t)
+            there = p < end
+            token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
+            j = tile % blocks_j * block_j + tl.arange(0, block_j)
+            inside = j < size
+            neuron = (expert * size + j).to(tl.int64)
+            z = tl.zeros((block_t, block_j), tl.float32)
+            u = tl.zeros((block_t, block_j), tl.float32)
+            for k in range(0, d, block_d):
+                i = k + tl.arange(0, block_d)
+                rows = tl.load(x + token[:, None] * d + i[None, :], mask=there[:, None] & (i < d)[None, :], other=0.0)
+                mask = inside[None, :] & (i < d)[:, None]
+                z = tl.dot(rows, tl.load(first + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), z, precision)
+                if gated:
+                    u = tl.dot(rows, tl.load(up + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), u, precision)
+            if has_bias:
+                z += tl.load(first_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a = activate(z, name)
             if gated:
-                u = tl.dot(rows, tl.load(up + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), u, precision)
-        if has_bias:
-            z += tl.load(first_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
-        a = activate(z, name)
-        if gated:
-            if has_up_bias:
-                u += tl.load(up_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
-            a = a * u
-        target = hidden + p.to(tl.int64)[:, None] * size + j[None, :]
-        tl.store(target, a.to(hidden.dtype.element_ty), mask=there[:, None] & inside[None, :])
+                if has_up_bias:
+                    u += tl.load(up_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
+                a = a * u
+            target = hidden + p.to(tl.int64)[:, None] * size + j[None, :]
+            tl.store(target, a.to(hidden.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
 @triton.jit
 def many_last(
-    hidden, tokens, ends, last, y, n: tl.constexpr, size: tl.constexpr, precision: tl.constexpr, block_t: tl.constexpr,
-    block_n: tl.constexpr, block_j: tl.constexpr,
+    hidden, tokens, ends, blocks, last, y, n: tl.constexpr, size: tl.constexpr, experts: tl.constexpr,
+    precision: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_j: tl.constexpr,
 ):  # fmt: skip
-    """y[token of p, i] += hidden[p, :] . last of this expert; grid (token blocks * output blocks, E)."""
-    expert = tl.program_id(1)
-    blocks_n = tl.cdiv(n, block_n)
-    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
-    start = begin + (tl.program_id(0) // blocks_n) * block_t
-    if start < end:
-        p = start + tl.arange(0, block_t)
-        there = p < end
-        token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
-        i = (tl.program_id(0) % blocks_n) * block_n + tl.arange(0, block_n)
-        inside = i < n
-        sums = tl.zeros((block_t, block_n), tl.float32)
-        for k in range(0, size, block_j):
-            j = k + tl.arange(0, block_j)
-            mask = there[:, None] & (j < size)[None, :]
-            rows = tl.load(hidden + p.to(tl.int64)[:, None] * size + j[None, :], mask=mask, other=0.0)
-            neuron = (expert * size + j).to(tl.int64)
-            mask = (j < size)[:, None] & inside[None, :]
-            sums = tl.dot(rows, tl.load(last + neuron[:, None] * n + i[None, :], mask=mask, other=0.0), sums, precision)
-        target = y + token[:, None] * n + i[None, :]
-        tl.atomic_add(target, sums, mask=there[:, None] & inside[None, :], sem="relaxed")
+    """y[token of p, i] += hidden[p, :] . last of this expert; any number of programs."""
+    blocks_n: tl.constexpr = (n + block_n - 1) // block_n
+    total = most_tiles(ends, blocks, experts, block_e, block_t) * (experts * blocks_n)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert = tile // blocks_n % experts
+        end = tl.load(ends + expert * blocks + blocks - 1)
+        start = tl.load(ends + expert * blocks - 1, mask=expert > 0, other=0) + tile // (experts * blocks_n) * block_t
+        if start < end:
+            p = start + tl.arange(0, block_t)
+            there = p < end
+            token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
+            i = tile % blocks_n * block_n + tl.arange(0, block_n)
+            inside = i < n
+            sums = tl.zeros((block_t, block_n), tl.float32)
+            for k in range(0, size, block_j):
+                j = k + tl.arange(0, block_j)
+                mask = there[:, None] & (j < size)[None, :]
+                rows = tl.load(hidden + p.to(tl.int64)[:, None] * size + j[None, :], mask=mask, other=0.0)
+                neuron = (expert * size + j).to(tl.int64)
+                mask = (j < size)[:, None] & inside[None, :]
+                part = tl.load(last + neuron[:, None] * n + i[None, :], mask=mask, other=0.0)
+                sums = tl.dot(rows, part, sums, precision)
+            target = y + token[:, None] * n + i[None, :]
+            tl.atomic_add(target, sums, mask=there[:, None] & inside[None, :], sem="relaxed")
 
 
 def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
@@ -217,41 +257,69 @@ def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
 
 
 def group(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token of each pair int32 [T E + 1], pairs sorted by expert; end of each expert's pairs int32 [E])."""
-    tokens, experts = keep.shape
-    mask = keep.t().contiguous().view(-1)
-    places = mask.cumsum(0, dtype=torch.int32)
-    spare = tokens * experts  # pairs that are not there are all written to one spare place
-    target = torch.where(mask, places - 1, spare).long()
-    token = torch.arange(tokens, dtype=torch.int32, device=keep.device).repeat(experts)
-    listed = torch.empty(spare + 1, dtype=torch.int32, device=keep.device).scatter_(0, target, token)
-    return listed, places.view(experts, tokens)[:, -1].contiguous()
+    """(token of each pair int32 [T E], sorted by expert, then token; ends int32 [E, blocks]: running counts of pairs).
+
+    Expert e's pairs end at ends[e, -1].
+    """
+    rows, experts = keep.shape
+    block_t, block_e = 128, min(32, triton.next_power_of_2(experts))
+    grid = (triton.cdiv(rows, block_t), triton.cdiv(experts, block_e))
+    counts = torch.empty(experts, grid[0], dtype=torch.int32, device=keep.device)
+    count_pairs[grid](keep, counts, rows, experts, block_t, block_e)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(counts.shape)
+    tokens = torch.empty(rows * experts, dtype=torch.int32, device=keep.device)
+    place_pairs[grid](keep, ends, tokens, rows, experts, block_t, block_e)
+    return tokens, ends
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a grouped GEMM is cut: pairs, columns, depth of a tile; warps and stages; programs per processor."""
+
+    pairs: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    per_sm: int
+
+    def launch(self, kernel, depth: int, columns: int, rows: int, device: torch.device):
+        """(starter for arguments, tile sizes) with the tile no larger than what there is to do."""
+        sizes = [
+            min(most, max(16, triton.next_power_of_2(there)))
+            for most, there in ((self.pairs, rows), (self.columns, columns), (self.depth, depth))
+        ]
+        programs = self.per_sm * processors(device)
+        return lambda *arguments: kernel[(programs,)](*arguments, *sizes, num_warps=self.warps, num_stages=self.stages)
+
+
+# By bytes of an element. In 16 bits two programs fit on a processor (128 registers, 96 KiB), in fp32 one.
+HIDDEN = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(128, 128, 32, 8, 3, 1)}
+GATED = {2: Tiles(128, 64, 64, 8, 3, 2), 4: Tiles(64, 64, 32, 8, 3, 1)}
+LAST = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(128, 128, 32, 8, 3, 1)}
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def many(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
-    """fp32 [T, n] for rows x [T, d]; keep bool [T, E]."""
+    """fp32 [T, n] for rows x [T, d]; keep uint8 [T, E]."""
     (rows, d), (f, n), experts = x.shape, last.shape, keep.shape[1]
-    size, gated = f // experts, up is not None
+    size, gated, width = f // experts, up is not None, x.element_size()
     tokens, ends = group(keep)
     hidden = torch.empty(rows * experts, size, dtype=x.dtype, device=x.device)  # as large as the dense x1
+    precision = "tf32x3" if width == 4 else "tf32"  # tf32 means nothing for 16 bits
+    block_e, blocks = triton.next_power_of_2(experts), ends.shape[1]
+    (GATED if gated else HIDDEN)[width].launch(many_hidden, d, size, rows, x.device)(
+        x, tokens, ends, blocks, first, x if first_bias is None else first_bias, up if gated else first,
+        x if up_bias is None else up_bias, hidden, d, size, experts, name, first_bias is not None, gated,
+        up_bias is not None, precision, block_e,
+    )  # fmt: skip
     y = torch.zeros(rows, n, dtype=torch.float32, device=x.device)
-    wide = x.dtype == torch.float32
-    precision = "ieee" if wide else "tf32"  # tf32 means nothing for 16 bits
-    block_t = 64 if wide else 128
-    block_t = min(block_t, max(16, triton.next_power_of_2(rows)))
-    block_j = min(64 if wide or gated else 128, max(16, triton.next_power_of_2(size)))
-    block_d = 32 if wide else 64
-    blocks = triton.cdiv(rows, block_t)
-    many_hidden[(blocks * triton.cdiv(size, block_j), experts)](
-        x, tokens, ends, first, x if first_bias is None else first_bias, up if gated else first,
-        x if up_bias is None else up_bias, hidden, d, size, name, first_bias is not None, gated, up_bias is not None,
-        precision, block_t, block_j, block_d, num_warps=8 if block_j == 128 else 4, num_stages=3,
-    )  # fmt: skip
-    block_n = min(64 if wide else 128, max(16, triton.next_power_of_2(n)))
-    many_last[(blocks * triton.cdiv(n, block_n), experts)](
-        hidden, tokens, ends, last, y, n, size, precision, block_t, block_n, min(block_d, max(16, block_j)),
-        num_warps=8 if block_n == 128 else 4, num_stages=3,
-    )  # fmt: skip
+    LAST[width].launch(many_last, size, n, rows, x.device)(
+        hidden, tokens, ends, blocks, last, y, n, size, experts, precision, block_e
+    )
     return y
 
 
@@ -261,9 +329,8 @@ def triton_experts(
     first_bias: torch.Tensor | None, up: torch.Tensor | None, up_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """x [T, d], keep bool [T, E], first and up [f, d], last [f, n] -> fp32 [T, n] without the last bias."""
-    if len(x) <= FEW:
-        return few(x, keep.to(torch.uint8), first, last, activation, first_bias, up, up_bias)
-    return many(x, keep, first, last, activation, first_bias, up, up_bias)
+    served = few if len(x) <= FEW else many
+    return served(x, keep.view(torch.uint8), first, last, activation, first_bias, up, up_bias)
 
 
 @triton_experts.register_fake
@@ -276,7 +343,7 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     problem = unsupported_expert_ffn(x, first)
     if problem:
         raise ValueError(problem)
-    rows, chosen = x.reshape(-1, x.shape[-1]).contiguous(), keep.reshape(-1, keep.shape[-1]).contiguous()
+    rows, chosen = x.reshape(-1, x.shape[-1]).contiguous(), keep.reshape(-1, keep.shape[-1]).bool().contiguous()
     y = triton_experts(rows, chosen, first, last, activation, first_bias, up, up_bias)
     y = y if last_bias is None else y + last_bias
     return y.to(x.dtype).view(*x.shape[:-1], last.shape[1])

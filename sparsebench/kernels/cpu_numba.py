@@ -152,7 +152,7 @@ def map_sparse_conv2d(x, rows, bias, stride, padding, dilation):
     return out.permute(2, 0, 1)[None]
 
 
-def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
     """Why this call can't be served; weight: the experts' first map [f, d]."""
     if weight.dtype not in (torch.float32, torch.bfloat16) or x.dtype != weight.dtype:
         return f"cpu_numba serves float32 and bfloat16, got input {x.dtype} and weight {weight.dtype}"

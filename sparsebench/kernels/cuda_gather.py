@@ -1,4 +1,4 @@
-"""Sparse products of one row on an NVIDIA GPU: the kernels of decode.cu as operators of torch.
+"""Sparse products and expert FFNs of one row on an NVIDIA GPU: the kernels of decode.cu as operators of torch.
 
 One row, fp16 or bf16. The kept channels are compacted inside the kernel; the last CTA of each tile of outputs adds the
 bias and rounds. It can be captured in CUDA graphs and compiled through (fullgraph), and needs no compiler installed.
@@ -41,6 +41,25 @@ class Rows(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Keep(ctypes.Structure):
+    """Arguments of decode.cu's `expert_keep`."""
+
+    _fields_ = [
+        ("weight", Pointer), ("x", Pointer), ("threshold", Pointer), ("keep", Pointer), ("scores", Pointer),
+        ("wide", ctypes.c_int), ("d", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class Experts(ctypes.Structure):
+    """Arguments of decode.cu's `expert_hidden`, `expert_hidden_gated` and `expert_last`."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("first", "first_bias", "up", "up_bias", "last", "last_bias", "x", "keep")),
+        *((name, Pointer) for name in ("hidden", "sums", "result", "arrived")),
+        *((name, ctypes.c_int) for name in ("d", "n", "experts", "size", "activation")),
+    ]
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel is built and spread: warps per CTA, 16-byte loads in flight, loads per lane and channel, CTAs per SM."""
@@ -59,6 +78,18 @@ def gather_bytes(tuning: Tuning) -> int:
 def rows_bytes(n: int, tuning: Tuning) -> int:
     """Shared memory of `rows`: the input in fp32 and scratch per warp."""
     return (n + 3 * tuning.warps) * 4 + 16
+
+
+def hidden_bytes(d: int, experts: int, size: int, ctas: int, tuning: Tuning) -> int:
+    """Shared memory of `expert_hidden`: the input in fp32, sums of pieces, rows of the listed neurons, the list."""
+    pieces, most = -(-d // (256 * tuning.loads)), -(-experts * size // ctas)
+    return d * 4 + most * (pieces * 8 + 4) + tuning.warps * 32 + experts * 2 + 16
+
+
+def last_bytes(experts: int, size: int, shares: int, tuning: Tuning) -> int:
+    """Shared memory of `expert_last`: the ring of rows in flight, values and rows of the listed neurons, the list."""
+    ring = tuning.warps * 32 * max(tuning.loads, 2) * tuning.wide * 16
+    return ring + -(-experts * size // shares) * 8 + tuning.warps * 32 + experts * 2 + 16
 
 
 RANK = 20
@@ -224,3 +255,118 @@ def neuron_sparse_ffn(x, activation, up, down):
     space, zero = workspace(x.device, down.shape[0]), torch.zeros((), device=x.device)
     row = activation.to(down.dtype).reshape(-1).contiguous()
     return cuda_ffn(x.reshape(-1).contiguous(), row, up, down.t(), zero, *space).view(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Expert FFN
+
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")  # in decode.cu's order
+KEEP, HIDDEN, LAST = Tuning(16, 4), Tuning(16, 4, 1, 1.0), Tuning(8, 4, 1, 4.0)
+PLAIN_HIDDEN = Tuning(16, 8, 1, 1.0)  # without a gate, as many loads in flight
+LARGEST = 96 * 1024  # bytes of shared memory for the input and the list of experts
+
+
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
+    """Why this call can't be served; weight: the experts' first map [f, d], last: their last map [f, n]."""
+    f, d = weight.shape
+    if weight.dtype not in (torch.float16, torch.bfloat16) or x.dtype != weight.dtype:
+        return f"cuda_gather serves float16 and bfloat16, got input {x.dtype} and weight {weight.dtype}"
+    if x.numel() != x.shape[-1]:
+        return f"cuda_gather serves one row, got {x.numel() // x.shape[-1]}"
+    if d % 8 or 4 * d + 2 * f > LARGEST or not weight.is_contiguous():
+        return f"cuda_gather needs contiguous maps, inputs a multiple of 8 and 4 d + 2 f <= {LARGEST}, got d {d}, f {f}"
+    if last is not None and (last.shape[1] % 8 or not last.is_contiguous()):
+        return f"cuda_gather needs a contiguous last map with a multiple of 8 outputs, got {last.shape[1]}"
+    return None
+
+
+def run_experts(
+    x: torch.Tensor, keep: torch.Tensor, first: torch.Tensor, last: torch.Tensor, activation: str,
+    first_bias: torch.Tensor | None, up: torch.Tensor | None, up_bias: torch.Tensor | None,
+    last_bias: torch.Tensor | None, sums: torch.Tensor, arrived: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """x [d], keep bool [E], first and up [f, d], last [f, n] -> [n] in two launches."""
+    (f, d), n, device, x = first.shape, last.shape[1], x.device.index, aligned(x)
+    hidden, y = torch.empty(f, dtype=torch.float32, device=x.device), x.new_empty(n)
+    a = Experts(d=d, n=n, experts=len(keep), size=f // len(keep), activation=ACTIVATIONS.index(activation))
+    tensors = {
+        "first": first, "first_bias": first_bias, "up": up, "up_bias": up_bias, "last": last, "last_bias": last_bias,
+        "x": x, "keep": keep, "hidden": hidden, "sums": sums, "result": y, "arrived": arrived,
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        setattr(a, name, None if tensor is None else tensor.data_ptr())
+    t = PLAIN_HIDDEN if up is None else HIDDEN
+    ctas = max(1, round(processors(device) * t.per_sm))
+    shared = hidden_bytes(d, a.experts, a.size, ctas, t)
+    kernel = built("expert_hidden" if up is None else "expert_hidden_gated", first, t, shared)
+    _nvrtc.launch(kernel, (ctas, 1), t.warps * 32, shared, [a], overlap=True)
+    tiles = -(-n // (256 * LAST.wide))
+    shares = max(1, round(processors(device) * LAST.per_sm / tiles))
+    shared = last_bytes(a.experts, a.size, shares, LAST)
+    kernel = built("expert_last", last, LAST, shared)
+    _nvrtc.launch(kernel, (tiles, shares), LAST.warps * 32, shared, [a], overlap=True)
+    return y
+
+
+cuda_experts = torch.library.custom_op(
+    "sparsebench::cuda_experts", run_experts, mutates_args=("sums", "arrived"), device_types="cuda"
+)
+
+
+@cuda_experts.register_fake
+def _(x, keep, first, last, activation, first_bias, up, up_bias, last_bias, sums, arrived):
+    return x.new_empty(last.shape[1])
+
+
+def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up_bias=None, last_bias=None):
+    """As masked_dense.expert_ffn for a bool mask, sums in fp32. Raises ValueError for what it can't serve."""
+    problem = unsupported_expert_ffn(x, first, last)
+    if problem or keep.dtype != torch.bool or not (up is None or up.is_contiguous()):
+        raise ValueError(problem or f"cuda_gather needs a bool mask and a contiguous gate, got a {keep.dtype} mask")
+    row, chosen = x.reshape(-1).contiguous(), keep.reshape(-1).contiguous()
+    space = workspace(x.device, last.shape[1])
+    y = cuda_experts(row, chosen, first, last, activation, first_bias, up, up_bias, last_bias, *space)
+    return y.view(*x.shape[:-1], -1)
+
+
+def unsupported_expert_keep(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why this router can't be served; weight [E, d], float32 or as x."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype not in (torch.float32, x.dtype):
+        return f"cuda_gather serves float16 and bfloat16, got input {x.dtype} and router {weight.dtype}"
+    if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not weight.is_contiguous():
+        return "cuda_gather serves one row, a multiple of 8 inputs and a contiguous router"
+    return None
+
+
+def run_keep(x: torch.Tensor, weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """x [d], weight [E, d], threshold fp32 on the device -> bool [E] in one launch."""
+    (experts, d), x = weight.shape, aligned(x)
+    keep = torch.empty(experts, dtype=torch.bool, device=x.device)
+    pointers = {"weight": weight, "x": x, "threshold": threshold, "keep": keep}
+    a = Keep(wide=weight.dtype == torch.float32, d=d, **{k: v.data_ptr() for k, v in pointers.items()})
+    shared = KEEP.warps * 4
+    _nvrtc.launch(built("expert_keep", x, KEEP, shared), (experts, 1), KEEP.warps * 32, shared, [a], overlap=True)
+    return keep
+
+
+cuda_expert_keep = torch.library.custom_op(
+    "sparsebench::cuda_expert_keep", run_keep, mutates_args=(), device_types="cuda"
+)
+
+
+@cuda_expert_keep.register_fake
+def _(x, weight, threshold):
+    return x.new_empty(len(weight), dtype=torch.bool)
+
+
+def expert_keep(x, weight, threshold):
+    """As masked_dense.expert_keep for one row, scores summed in fp32. Raises ValueError for what it can't serve."""
+    problem = unsupported_expert_keep(x, weight)
+    if problem:
+        raise ValueError(problem)
+    return cuda_expert_keep(x.reshape(-1).contiguous(), weight, threshold.float()).view(*x.shape[:-1], -1)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x where 16-byte loads can read it."""
+    return x.clone() if x.data_ptr() % 16 else x

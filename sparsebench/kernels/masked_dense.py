@@ -60,8 +60,20 @@ ACTIVATIONS = {
 }
 
 
-def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
     return None
+
+
+def above(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """bool: sigmoid(score) > tau, strictly; all where tau is below 0 (LTE, eq. 2)."""
+    return (scores > torch.logit(threshold.clamp(min=0))) | (threshold < 0)
+
+
+def expert_keep(x, weight, threshold):
+    """Rule `above` on a linear router's scores, in the dtype of its weights: x [..., d], weight [E, d] -> bool [..., E]."""
+    with torch.autocast(x.device.type, enabled=False):
+        scores = F.linear(x.to(weight.dtype), weight)
+    return above(scores.to(torch.promote_types(scores.dtype, torch.float32)), threshold)
 
 
 def expert_hidden(x, first, activation, *, first_bias=None, up=None, up_bias=None):

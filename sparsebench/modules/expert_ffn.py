@@ -28,23 +28,24 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
     """bool [..., E] from scores [..., E]; a threshold below 0 keeps all.
 
     topk      exactly k largest (MoEfication), the lowest index wins a tie
-    max       R_e >= tau max R: tau = 0 all, tau = 1 the largest only (D2DMoE, scores >= 0)
-    cumshare  the largest shares R_e / sum R until they reach tau, at least one (D2DMoE, first release)
+    max       R_e >= tau max R: tau = 0 all, tau = 1 the largest only (D2DMoE, scores >= 0). R_e = 0 says that the expert
+              adds nothing, so with tau > 0 it isn't run even where all are 0 [choice]
+    cumshare  the largest shares R_e / sum R until they reach tau, at least one of those above 0 (D2DMoE, first release)
     above     sigmoid(logit) > tau, strictly; a token may keep none (LTE, eq. 2)
     """
     if rule == "topk":
         keep = topk_mask(scores, k)
     elif rule == "max":
-        keep = scores >= threshold * scores.amax(-1, keepdim=True)
+        keep = (scores >= threshold * scores.amax(-1, keepdim=True)) & ((scores > 0) | (threshold <= 0))
     elif rule == "cumshare":
         shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)
         shares, order = shares.sort(dim=-1, descending=True, stable=True)
         before = shares.cumsum(-1) - shares
         first = torch.arange(scores.shape[-1], device=scores.device) == 0
         keep = torch.zeros_like(scores, dtype=torch.bool)
-        keep = keep.scatter(-1, order, (before < threshold) | first | (threshold >= 1))
+        keep = keep.scatter(-1, order, ((before < threshold) | first) & (shares > 0) | (threshold >= 1))
     else:
-        keep = scores > torch.logit(threshold.clamp(min=0))
+        return masked_dense.above(scores, threshold)
     return keep | (threshold < 0)
 
 
@@ -77,6 +78,11 @@ class Router(nn.Module):
             return (scores.abs() if self.outer == "abs" else scores).to(
                 torch.promote_types(scores.dtype, torch.float32)
             )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether scores are one plain product of x."""
+        return self.second is None and self.outer == "none" and not self.normalise
 
     @property
     def num_products(self) -> int:
@@ -173,6 +179,10 @@ class ExpertFFN(nn.Module):
 
     def keep(self, x: torch.Tensor, x1: torch.Tensor | None = None) -> torch.Tensor:
         """bool [..., E]: the experts each token runs. routing=oracle ranks by the true label (sums for topk, else norms)."""
+        simple = self.rule == "above" and self.routing == "trained" and self.router.is_linear
+        if simple and x.numel() == x.shape[-1] and not torch.is_grad_enabled():  # one token: product and rule at once
+            backend = kernels.serving(self.running, x, self.router.first, "expert_keep")
+            return backend.expert_keep(x, self.router.first, self.threshold)
         if self.routing == "trained":
             scores = self.router(x)
         elif self.routing == "random":
@@ -184,7 +194,7 @@ class ExpertFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "hard" and self.counter is None and not torch.is_grad_enabled():
-            backend = kernels.serving(self.running, x, self.first, "expert_ffn")
+            backend = kernels.serving(self.running, x, self.first, "expert_ffn", self.last)
             return backend.expert_ffn(x, self.keep(x), self.first, self.last, self.activation, **self.maps)
         z, a, x1 = self.hidden(x)
         if self.watch is not None:
@@ -217,9 +227,17 @@ class ExpertFFN(nn.Module):
     @property
     def ran(self) -> str:
         """The backend that serves one token; a module that runs all experts skips nothing."""
-        return kernels.ran(self.running, self.first, "expert_ffn") if self.mode == "hard" else "masked_dense"
+        return self.runs(1)
 
-    ran_many = ran  # backends serve any number of tokens
+    @property
+    def ran_many(self) -> str:
+        """The backend that serves many tokens."""
+        return self.runs(1024)
+
+    def runs(self, rows: int) -> str:
+        if self.mode != "hard":
+            return "masked_dense"
+        return kernels.ran(self.running, self.first, "expert_ffn", self.last, rows=rows)
 
     @property
     def skips(self) -> bool:
