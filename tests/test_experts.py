@@ -152,7 +152,7 @@ def test_experts_of_which_nothing_is_expected_are_not_run():
     scores = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
     assert select(scores, "max", t(0.3)).tolist() == [[False] * 3, [False, True, True]]
     assert select(scores, "max", t(0)).all()
-    assert select(scores, "cumshare", t(0.9)).tolist() == [[False] * 3, [False, True, True]]
+    assert select(scores, "cumshare", t(0.9)).tolist() == [[True, False, False], [False, True, True]]
     assert select(scores, "cumshare", t(1)).all()
 
 

@@ -30,7 +30,7 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
     topk      exactly k largest (MoEfication), the lowest index wins a tie
     max       R_e >= tau max R: tau = 0 all, tau = 1 the largest only (D2DMoE, scores >= 0). R_e = 0 says that the expert
               adds nothing, so with tau > 0 it isn't run even where all are 0 [choice]
-    cumshare  the largest shares R_e / sum R until they reach tau, at least one of those above 0 (D2DMoE, first release)
+    cumshare  the largest shares R_e / sum R until they reach tau, none of share 0, at least one (D2DMoE, first release)
     above     sigmoid(logit) > tau, strictly; a token may keep none (LTE, eq. 2)
     """
     if rule == "topk":
@@ -43,7 +43,7 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
         before = shares.cumsum(-1) - shares
         first = torch.arange(scores.shape[-1], device=scores.device) == 0
         keep = torch.zeros_like(scores, dtype=torch.bool)
-        keep = keep.scatter(-1, order, ((before < threshold) | first) & (shares > 0) | (threshold >= 1))
+        keep = keep.scatter(-1, order, (before < threshold) & (shares > 0) | first | (threshold >= 1))
     else:
         return masked_dense.above(scores, threshold)
     return keep | (threshold < 0)
