@@ -392,10 +392,26 @@ def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
     from sparsebench.kernels import _triton_experts
 
     keep = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(0)) < 0.4
-    tokens, ends = _triton_experts.group(keep.view(torch.uint8))
+    pairs = _triton_experts.Pairs(keep.view(torch.uint8))
+    tokens, ends = pairs.tokens, pairs.ends
     expected = keep.t().nonzero()
     assert torch.equal(tokens[: len(expected)].long(), expected[:, 1])
     assert torch.equal(ends[:, -1].long(), keep.sum(0).cumsum(0))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@pytest.mark.parametrize("experts_there", [1, 7, 24])
+def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
+    from sparsebench.kernels import _triton_experts
+
+    torch.manual_seed(experts_there)
+    shares = torch.rand(experts_there) * (torch.rand(experts_there) > 0.2)  # unequal, some experts without tokens
+    pairs = _triton_experts.Pairs((torch.rand(700, experts_there) < shares).view(torch.uint8))
+    order, most = pairs.listed(16)
+    ends = pairs.ends[:, -1].tolist()
+    tiles = [-(-(end - begin) // 16) for begin, end in zip([0, *ends], ends, strict=False)]
+    wanted = sorted(((2 * b + 1) / (2 * n), e, b) for e, n in enumerate(tiles) for b in range(n))
+    assert [divmod(int(code), most) for code in order[: sum(tiles)]] == [(e, b) for _, e, b in wanted]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")

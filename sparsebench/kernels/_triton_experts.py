@@ -2,9 +2,9 @@
 
 Nothing leaves the device. Few tokens (up to 8): the selected experts are listed, one program per (listed expert, few of
 its neurons) writes x1, then the listed neurons' rows of the last map are summed, split over programs, with fp32 atomics.
-Many: two passes over the [T, E] mask list the (token, expert) pairs by expert, then by token; two grouped GEMMs work on
-the pairs. As many programs as run at the same time take tiles in turn: tile b of every expert before tile b + 1 of any.
-Tiles of equal b cover about the same tokens, so what they read and add into stays in the cache.
+Many: two passes over the [T, E] mask list the (token, expert) pairs by expert, then by token; the tiles of all experts
+are listed by where in the text they stand; two grouped GEMMs take the listed tiles in turn, with as many programs as run
+at the same time. What these read and add into at one time then stays in the cache, and all have equally many tiles.
 """
 
 from __future__ import annotations
@@ -152,83 +152,107 @@ def place_pairs(keep, ends, tokens, rows, experts: tl.constexpr, block_t: tl.con
 
 
 @triton.jit
-def most_tiles(ends, blocks, experts: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr):
-    """Tiles of block_t pairs of the expert that has most."""
+def tiles_of(ends, blocks, experts: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr):
+    """Tiles of block_t pairs of each expert [block_e]."""
     e = tl.arange(0, block_e)
     begin = tl.load(ends + e * blocks - 1, mask=(e > 0) & (e < experts), other=0)
     end = tl.load(ends + e * blocks + blocks - 1, mask=e < experts, other=0)
-    return (tl.max(end - begin, 0) + block_t - 1) // block_t
+    return tl.where(e < experts, (end - begin + block_t - 1) // block_t, 0)
+
+
+@triton.jit
+def list_tiles(
+    ends, blocks, order, most, experts: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_b: tl.constexpr
+):  # fmt: skip
+    """order[rank] = expert * most + tile, by the tile's relative place (tile + 1/2) / tiles of its expert.
+
+    Tiles that stand near each other then hold the same tokens, however unequal the experts' shares are, so what programs
+    read and add at one time stays in the L2 cache. A rank is a sum of counts over experts; grid (E, tile blocks).
+    """
+    expert = tl.program_id(0)
+    b = tl.program_id(1) * block_b + tl.arange(0, block_b)
+    other = tl.arange(0, block_e)[None, :]
+    tiles = tiles_of(ends, blocks, experts, block_e, block_t).to(tl.int64)[None, :]
+    mine = tl.sum(tl.where(other == expert, tiles, 0))
+    if tl.program_id(1) * block_b < mine:
+        a = (2 * b + 1).to(tl.int64)[:, None] * tiles  # of another: tiles before (2 b + 1) tiles / (2 mine) - 1/2
+        before = tl.where(other < expert, (a // mine + 1) // 2, (a + mine - 1) // mine // 2)
+        rank = tl.sum(tl.where(other == expert, b.to(tl.int64)[:, None], before), 1)
+        tl.store(order + rank, expert * most + b, mask=b < mine)
+
+
+@triton.jit
+def place_of(order, rank, most, ends, blocks, block_t: tl.constexpr):
+    """(expert, first pair, end of the expert's pairs) of a listed tile."""
+    listed = tl.load(order + rank)
+    expert = listed // most
+    begin = tl.load(ends + expert * blocks - 1, mask=expert > 0, other=0)
+    return expert, begin + listed % most * block_t, tl.load(ends + expert * blocks + blocks - 1)
 
 
 @triton.jit
 def many_hidden(
-    x, tokens, ends, blocks, first, first_bias, up, up_bias, hidden, d: tl.constexpr, size: tl.constexpr,
+    tokens, ends, blocks, order, most, x, first, first_bias, up, up_bias, hidden, d: tl.constexpr, size: tl.constexpr,
     experts: tl.constexpr, name: tl.constexpr, has_bias: tl.constexpr, gated: tl.constexpr, has_up_bias: tl.constexpr,
     precision: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_j: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     """hidden[p, j] = x1 of pair p (a token of this expert); any number of programs."""
     blocks_j: tl.constexpr = (size + block_j - 1) // block_j
-    total = most_tiles(ends, blocks, experts, block_e, block_t) * (experts * blocks_j)
+    total = tl.sum(tiles_of(ends, blocks, experts, block_e, block_t)) * blocks_j
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        expert = tile // blocks_j % experts
-        end = tl.load(ends + expert * blocks + blocks - 1)
-        start = tl.load(ends + expert * blocks - 1, mask=expert > 0, other=0) + tile // (experts * blocks_j) * block_t
-        if start < end:
-            p = start + tl.arange(0, block_t)
-            there = p < end
-            token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
-            j = tile % blocks_j * block_j + tl.arange(0, block_j)
-            inside = j < size
-            neuron = (expert * size + j).to(tl.int64)
-            z = tl.zeros((block_t, block_j), tl.float32)
-            u = tl.zeros((block_t, block_j), tl.float32)
-            for k in range(0, d, block_d):
-                i = k + tl.arange(0, block_d)
-                rows = tl.load(x + token[:, None] * d + i[None, :], mask=there[:, None] & (i < d)[None, :], other=0.0)
-                mask = inside[None, :] & (i < d)[:, None]
-                z = tl.dot(rows, tl.load(first + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), z, precision)
-                if gated:
-                    u = tl.dot(rows, tl.load(up + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), u, precision)
-            if has_bias:
-                z += tl.load(first_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
-            a = activate(z, name)
+        expert, start, end = place_of(order, tile // blocks_j, most, ends, blocks, block_t)
+        p = start + tl.arange(0, block_t)
+        there = p < end
+        token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
+        j = tile % blocks_j * block_j + tl.arange(0, block_j)
+        inside = j < size
+        neuron = (expert * size + j).to(tl.int64)
+        z = tl.zeros((block_t, block_j), tl.float32)
+        u = tl.zeros((block_t, block_j), tl.float32)
+        for k in range(0, d, block_d):
+            i = k + tl.arange(0, block_d)
+            rows = tl.load(x + token[:, None] * d + i[None, :], mask=there[:, None] & (i < d)[None, :], other=0.0)
+            mask = inside[None, :] & (i < d)[:, None]
+            z = tl.dot(rows, tl.load(first + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), z, precision)
             if gated:
-                if has_up_bias:
-                    u += tl.load(up_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
-                a = a * u
-            target = hidden + p.to(tl.int64)[:, None] * size + j[None, :]
-            tl.store(target, a.to(hidden.dtype.element_ty), mask=there[:, None] & inside[None, :])
+                u = tl.dot(rows, tl.load(up + neuron[None, :] * d + i[:, None], mask=mask, other=0.0), u, precision)
+        if has_bias:
+            z += tl.load(first_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a = activate(z, name)
+        if gated:
+            if has_up_bias:
+                u += tl.load(up_bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a = a * u
+        target = hidden + p.to(tl.int64)[:, None] * size + j[None, :]
+        tl.store(target, a.to(hidden.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
 @triton.jit
 def many_last(
-    hidden, tokens, ends, blocks, last, y, n: tl.constexpr, size: tl.constexpr, experts: tl.constexpr,
+    tokens, ends, blocks, order, most, hidden, last, y, n: tl.constexpr, size: tl.constexpr, experts: tl.constexpr,
     precision: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_j: tl.constexpr,
 ):  # fmt: skip
     """y[token of p, i] += hidden[p, :] . last of this expert; any number of programs."""
     blocks_n: tl.constexpr = (n + block_n - 1) // block_n
-    total = most_tiles(ends, blocks, experts, block_e, block_t) * (experts * blocks_n)
+    total = tl.sum(tiles_of(ends, blocks, experts, block_e, block_t)) * blocks_n
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        expert = tile // blocks_n % experts
-        end = tl.load(ends + expert * blocks + blocks - 1)
-        start = tl.load(ends + expert * blocks - 1, mask=expert > 0, other=0) + tile // (experts * blocks_n) * block_t
-        if start < end:
-            p = start + tl.arange(0, block_t)
-            there = p < end
-            token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
-            i = tile % blocks_n * block_n + tl.arange(0, block_n)
-            inside = i < n
-            sums = tl.zeros((block_t, block_n), tl.float32)
-            for k in range(0, size, block_j):
-                j = k + tl.arange(0, block_j)
-                mask = there[:, None] & (j < size)[None, :]
-                rows = tl.load(hidden + p.to(tl.int64)[:, None] * size + j[None, :], mask=mask, other=0.0)
-                neuron = (expert * size + j).to(tl.int64)
-                mask = (j < size)[:, None] & inside[None, :]
-                part = tl.load(last + neuron[:, None] * n + i[None, :], mask=mask, other=0.0)
-                sums = tl.dot(rows, part, sums, precision)
-            target = y + token[:, None] * n + i[None, :]
-            tl.atomic_add(target, sums, mask=there[:, None] & inside[None, :], sem="relaxed")
+        expert, start, end = place_of(order, tile // blocks_n, most, ends, blocks, block_t)
+        p = start + tl.arange(0, block_t)
+        there = p < end
+        token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
+        i = tile % blocks_n * block_n + tl.arange(0, block_n)
+        inside = i < n
+        sums = tl.zeros((block_t, block_n), tl.float32)
+        for k in range(0, size, block_j):
+            j = k + tl.arange(0, block_j)
+            mask = there[:, None] & (j < size)[None, :]
+            rows = tl.load(hidden + p.to(tl.int64)[:, None] * size + j[None, :], mask=mask, other=0.0)
+            neuron = (expert * size + j).to(tl.int64)
+            mask = (j < size)[:, None] & inside[None, :]
+            part = tl.load(last + neuron[:, None] * n + i[None, :], mask=mask, other=0.0)
+            sums = tl.dot(rows, part, sums, precision)
+        target = y + token[:, None] * n + i[None, :]
+        tl.atomic_add(target, sums, mask=there[:, None] & inside[None, :], sem="relaxed")
 
 
 def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
@@ -256,20 +280,33 @@ def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
     return y
 
 
-def group(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token of each pair int32 [T E], sorted by expert, then token; ends int32 [E, blocks]: running counts of pairs).
+class Pairs:
+    """The (token, expert) pairs of a mask [T, E] (uint8), sorted by expert, then token.
 
-    Expert e's pairs end at ends[e, -1].
+    tokens int32 [T E]; ends int32 [E, blocks]: running counts, expert e's pairs end at ends[e, -1].
     """
-    rows, experts = keep.shape
-    block_t, block_e = 128, min(32, triton.next_power_of_2(experts))
-    grid = (triton.cdiv(rows, block_t), triton.cdiv(experts, block_e))
-    counts = torch.empty(experts, grid[0], dtype=torch.int32, device=keep.device)
-    count_pairs[grid](keep, counts, rows, experts, block_t, block_e)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(counts.shape)
-    tokens = torch.empty(rows * experts, dtype=torch.int32, device=keep.device)
-    place_pairs[grid](keep, ends, tokens, rows, experts, block_t, block_e)
-    return tokens, ends
+
+    def __init__(self, keep: torch.Tensor):
+        (self.rows, self.experts), self.lists = keep.shape, {}
+        block_t, block_e = 128, min(32, triton.next_power_of_2(self.experts))
+        grid = (triton.cdiv(self.rows, block_t), triton.cdiv(self.experts, block_e))
+        counts = torch.empty(self.experts, grid[0], dtype=torch.int32, device=keep.device)
+        count_pairs[grid](keep, counts, self.rows, self.experts, block_t, block_e)
+        self.ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(counts.shape)
+        self.tokens = torch.empty(self.rows * self.experts, dtype=torch.int32, device=keep.device)
+        place_pairs[grid](keep, self.ends, self.tokens, self.rows, self.experts, block_t, block_e)
+
+    def listed(self, size: int) -> tuple[torch.Tensor, int]:
+        """(tiles of `size` pairs in the order of `list_tiles`, most tiles that an expert could have)."""
+        most = triton.cdiv(self.rows, size)
+        if size not in self.lists:
+            order = torch.empty(self.experts * most, dtype=torch.int32, device=self.tokens.device)
+            block_e = triton.next_power_of_2(self.experts)
+            list_tiles[(self.experts, triton.cdiv(most, 16))](
+                self.ends, self.ends.shape[1], order, most, self.experts, block_e, size, 16
+            )
+            self.lists[size] = order
+        return self.lists[size], most
 
 
 @dataclass(frozen=True)
@@ -283,14 +320,17 @@ class Tiles:
     stages: int
     per_sm: int
 
-    def launch(self, kernel, depth: int, columns: int, rows: int, device: torch.device):
-        """(starter for arguments, tile sizes) with the tile no larger than what there is to do."""
+    def launch(self, kernel, pairs: Pairs, depth: int, columns: int, *arguments) -> None:
+        """Start programs over the listed tiles, which are no larger than what there is to do."""
         sizes = [
             min(most, max(16, triton.next_power_of_2(there)))
-            for most, there in ((self.pairs, rows), (self.columns, columns), (self.depth, depth))
+            for most, there in ((self.pairs, pairs.rows), (self.columns, columns), (self.depth, depth))
         ]
-        programs = self.per_sm * processors(device)
-        return lambda *arguments: kernel[(programs,)](*arguments, *sizes, num_warps=self.warps, num_stages=self.stages)
+        programs = self.per_sm * processors(pairs.tokens.device)
+        kernel[(programs,)](
+            pairs.tokens, pairs.ends, pairs.ends.shape[1], *pairs.listed(sizes[0]), *arguments, *sizes,
+            num_warps=self.warps, num_stages=self.stages,
+        )  # fmt: skip
 
 
 # By bytes of an element. In 16 bits two programs fit on a processor (128 registers, 96 KiB), in fp32 one.
@@ -307,19 +347,17 @@ def many(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
     """fp32 [T, n] for rows x [T, d]; keep uint8 [T, E]."""
     (rows, d), (f, n), experts = x.shape, last.shape, keep.shape[1]
     size, gated, width = f // experts, up is not None, x.element_size()
-    tokens, ends = group(keep)
+    pairs = Pairs(keep)
     hidden = torch.empty(rows * experts, size, dtype=x.dtype, device=x.device)  # as large as the dense x1
     precision = "tf32x3" if width == 4 else "tf32"  # tf32 means nothing for 16 bits
-    block_e, blocks = triton.next_power_of_2(experts), ends.shape[1]
-    (GATED if gated else HIDDEN)[width].launch(many_hidden, d, size, rows, x.device)(
-        x, tokens, ends, blocks, first, x if first_bias is None else first_bias, up if gated else first,
+    block_e = triton.next_power_of_2(experts)
+    (GATED if gated else HIDDEN)[width].launch(
+        many_hidden, pairs, d, size, x, first, x if first_bias is None else first_bias, up if gated else first,
         x if up_bias is None else up_bias, hidden, d, size, experts, name, first_bias is not None, gated,
         up_bias is not None, precision, block_e,
     )  # fmt: skip
     y = torch.zeros(rows, n, dtype=torch.float32, device=x.device)
-    LAST[width].launch(many_last, size, n, rows, x.device)(
-        hidden, tokens, ends, blocks, last, y, n, size, experts, precision, block_e
-    )
+    LAST[width].launch(many_last, pairs, size, n, hidden, last, y, n, size, experts, precision, block_e)
     return y
 
 
