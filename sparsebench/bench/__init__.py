@@ -87,12 +87,13 @@ def main() -> None:
     """Entry point of the console script."""
     import hydra
 
+    from sparsebench import compose
     from sparsebench import config as checks
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     def task(composed) -> None:
-        configuration = checks.to_dict(composed)
+        configuration = compose.to_dict(composed)
         configuration.pop("dataset")  # models name one, timing needs none
         problems: list[str] = []
         settings = checks.build(configuration, "", problems, Bench)
@@ -105,4 +106,4 @@ def main() -> None:
         print((folder / "table.md").read_text())
         print(json.dumps({"record": str(folder / "result.json"), "plot": str(folder / "speedup.png")}))
 
-    hydra.main(version_base="1.3", config_path=f"pkg://{checks.CONFIG_MODULE}", config_name="bench")(task)()
+    hydra.main(version_base="1.3", config_path=f"pkg://{compose.CONFIG_MODULE}", config_name="bench")(task)()
