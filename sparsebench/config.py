@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from sparsebench import shape_bias
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration: one line per problem, all problems of the run together."""
@@ -58,6 +60,7 @@ class Evaluation:
     batch_size: int = setting(gt=0)
     test_examples: int | None = setting(gt=0)
     examples_per_batch: int = setting(gt=0)
+    cue_conflict: str | None
     neurons: NeuronMetrics
     tasks: list[str]
     task_limit: int | None = setting(gt=0)
@@ -66,6 +69,9 @@ class Evaluation:
     def __post_init__(self):
         if self.tasks and importlib.util.find_spec("lm_eval") is None:
             raise ValueError(f"tasks={','.join(self.tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
+        wrong = self.cue_conflict is not None and shape_bias.problem(self.cue_conflict)
+        if wrong:
+            raise ValueError(f"cue_conflict must be a folder of cue-conflict images: {wrong}")
         if self.task_path is not None and not Path(self.task_path).is_dir():
             raise ValueError(f"task_path must be a folder with task files of lm-eval, got {self.task_path!r}")
 

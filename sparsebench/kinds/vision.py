@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsebench import evaluate, macs, measure, pictures, products, sparsity
+from sparsebench import evaluate, macs, measure, pictures, products, shape_bias, sparsity
 from sparsebench.kinds import language
 from sparsebench.modules.activation_map import MapCounter, maps_of
 from sparsebench.modules.input_sparse import replace
@@ -43,7 +43,10 @@ def quality(module: nn.Module, split, evaluation) -> tuple[dict, tuple]:
 
 
 def more(module: nn.Module, data, evaluation) -> dict:
-    return {}
+    """Shape bias, where `eval.cue_conflict` names images for it."""
+    if evaluation.cue_conflict is None:
+        return {}
+    return {"shape_bias": shape_bias.measure(module, data, evaluation.cue_conflict, evaluation.examples_per_batch)}
 
 
 def protocol(split, method) -> dict:
