@@ -37,6 +37,7 @@ lint: $(VENV)/.test  ## ruff: rules and format
 
 wheel: $(VENV)/.test  ## build the wheel, install it in an environment of its own, run it from another folder
 	$(BIN)/python -m pytest -m slow --timeout 1800 tests/test_wheel.py
+	rm -rf build  # setuptools would pack what an older build left there
 	$(BIN)/python -m build --wheel
 
 bench-cpu: $(VENV)/.installed  ## time kernels and decode at Llama-2-7B's shapes on one CPU thread (about 3 minutes)

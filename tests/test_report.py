@@ -196,6 +196,30 @@ def test_the_page_needs_no_network_and_no_script(tmp_path):
     assert "default-src 'none'" in html and "<script" not in html
 
 
+def test_macs_of_ffns_are_those_of_their_maps_and_routers():
+    """Attention's maps and layers of networks without blocks (`fc1` of LeNet) don't count."""
+    cost = {"dense_macs": 100, "sparse_macs": 20, "overhead_macs": 5}
+    sites = {"0.q": {**cost, "sparse_macs": 100}, "0.gate": cost, "0.down": {**cost, "overhead_macs": 0}, "fc1": {}}
+    assert rows.ffn_share(sites) == 45 / 200
+    assert rows.ffn_share({"conv1": {}, "fc1": {}}) is None
+
+
+def test_a_curve_is_a_method_with_its_choices_and_its_points_are_means_over_seeds(tmp_path):
+    records = []
+    for seed, perplexity in ((0, 11.0), (1, 13.0)):
+        for routing in ("trained", "oracle"):
+            record = made("moefication", perplexity=perplexity, seed=seed)
+            record["config"]["method"]["routing"] = routing
+            record["config_hash"] = digest(record)
+            records.append(record)
+    group = rows.groups(rows.collect([laid(tmp_path, *records)]).finished)[0]
+    assert {r.series for r in group.rows} == {"moefication trained", "moefication oracle"}
+    assert [len(same) for same in rows.repeats(group.rows)] == [2, 2]
+    figure = plots.quality_plots(group, plots.styles([r.series for r in group.rows]))["macs"]
+    drawn = {c.get_label(): c.lines[0].get_xydata().tolist() for c in figure.axes[0].containers}
+    assert drawn == {"moefication trained": [[0.5, 12.0]], "moefication oracle": [[0.5, 12.0]]}
+
+
 def test_seeds_are_summed_up(tmp_path):
     _, groups, html, _ = reported(
         laid(tmp_path, *(made(seed=s, perplexity=12 + s) for s in range(3)), made(sparsity=0.3))

@@ -154,7 +154,8 @@ def share(part: float | None, whole: float | None) -> float | None:
 
 def ffn_share(sites: dict) -> float | None:
     """Counted over dense products of the sites `<layer>.<role>` of FFNs; None where the model has none."""
-    mine = [site for name, site in sites.items() if name.rpartition(".")[2] in FFN_ROLES]
+    split = ((name.partition("."), site) for name, site in sites.items())
+    mine = [site for (layer, _, role), site in split if layer.isdigit() and role in FFN_ROLES]
     return share(sum(s["sparse_macs"] + s["overhead_macs"] for s in mine), sum(s["dense_macs"] for s in mine))
 
 
