@@ -1,6 +1,7 @@
 #!/bin/sh
 # Checks and times everything that needs a GPU, in one call: the tests marked gpu, then the benchmark in fp16 and bf16 at
-# the shapes of Llama-2-7B, Llama-3-8B's step (grouped queries), and one whole run on random weights.
+# the shapes of Llama-2-7B, Llama-3-8B's step (grouped queries), the expert kernels, one whole run on random weights, time and
+# memory of the longer calibrations, and the latency of the other input-sparse methods.
 #   PYTHON  interpreter with sparsebench's dependencies     OUT  where records go (default outputs/reference/h200)
 #   HISTOGRAMS  folder of published TEAL histograms (optional: inputs follow them instead of a normal distribution)
 set -u
@@ -20,6 +21,19 @@ step tests "$python" -m pytest -m gpu -q $(grep -l mark.gpu tests/test_*.py)
 step bench-llama3 bench model=llama3-8b hardware.dtype=bfloat16 'parts=[step]' 'sparsities=[0.0,0.5,0.65,0.9]' output="$out/llama3-8b-bfloat16"
 step bench-fp16 bench model=llama2-7b hardware.dtype=float16 $inputs output="$out/llama2-7b-float16"
 step bench-bf16 bench model=llama2-7b hardware.dtype=bfloat16 $inputs output="$out/llama2-7b-bfloat16"
+step experts-bf16 bench model=llama2-7b hardware.dtype=bfloat16 'parts=[experts]' output="$out/experts-bfloat16"
+step experts-fp32 bench model=llama2-7b hardware.dtype=float32 'parts=[experts]' output="$out/experts-float32"
 step run "$python" -m sparsebench model=llama2-7b model.weights=random hardware="$target" hardware.dtype=float16 \
     dataset=pystdlib eval.test_sequences=16 wandb.mode=disabled output_dir="$out/runs"
+fit() { # key=value...: time and memory of a calibration, of its depth cut to four layers where that is long
+    "$python" -m sparsebench model=llama2-7b model.weights=random hardware="$target" hardware.dtype=float16 dataset=pystdlib \
+        dataset.sequence_length=2048 eval.test_sequences=2 eval.batch_size=2 measure.latency=false wandb.mode=disabled \
+        output_dir="$out/fits" "$@"
+}
+step fit-rsparse fit method=rsparse
+step fit-greedy fit method=teal method.allocation=greedy model.num_layers=4
+for method in rsparse wina_plain; do # their latency with the skipping kernels
+    step "latency-$method" "$python" -m sparsebench model=llama2-7b model.weights=random model.num_layers=8 hardware="$target" \
+        hardware.dtype=float16 dataset=pystdlib method="$method" eval.test_sequences=4 wandb.mode=disabled output_dir="$out/runs"
+done
 exit $failed
