@@ -188,6 +188,43 @@ __device__ __forceinline__ float input_value(const Gather& a, int i, float inver
     return mixed / weight;
 }
 
+// out[tile] += the warps' sums of 8 WIDE outputs a lane, brought together in shared memory [WARPS][TILE].
+__device__ __forceinline__ void add_warps(const float* sum, float* sums, float* out, int tile, int m) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int d = 0; d < WIDE; d++) {
+        float4* mine = (float4*)(sums + warp * TILE + d * 256 + lane * 8);
+        mine[0] = make_float4(sum[8 * d], sum[8 * d + 1], sum[8 * d + 2], sum[8 * d + 3]);
+        mine[1] = make_float4(sum[8 * d + 4], sum[8 * d + 5], sum[8 * d + 6], sum[8 * d + 7]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILE / 4; i += THREADS) {
+        if (tile * TILE + i * 4 >= m) continue;
+        float4 whole = ((float4*)sums)[i];
+        for (int w = 1; w < WARPS; w++) {
+            const float4 other = ((float4*)(sums + w * TILE))[i];
+            whole.x += other.x, whole.y += other.y, whole.z += other.z, whole.w += other.w;
+        }
+        add4(out + tile * TILE + i * 4, whole);
+    }
+}
+
+// The last CTA of a tile to arrive rounds the sums, adds the bias and leaves sums and counter at zero for the next call.
+__device__ __forceinline__ void round_last(
+    float* out, u16* result, const u16* bias, u32* arrived, int* last, int tile, int m) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *last = atomicAdd(arrived + tile, 1u) == gridDim.y - 1;
+    __syncthreads();
+    if (!*last) return;
+    __threadfence();
+    for (int i = tile * TILE + threadIdx.x; i < min(m, (tile + 1) * TILE); i += THREADS) {
+        result[i] = narrow(__ldcg(out + i) + (bias ? widen(bias[i]) : 0.0f));
+        out[i] = 0;
+    }
+    if (threadIdx.x == 0) arrived[tile] = 0;
+}
+
 // Grid: (tiles of all parts, shares of the channels).
 template <int MODE>
 __device__ void gather(const Gather& a) {
@@ -269,34 +306,8 @@ __device__ void gather(const Gather& a) {
         wait_group<0>();
         __syncthreads();
     }
-#pragma unroll
-    for (int d = 0; d < WIDE; d++) {
-        float4* mine = (float4*)(sums + warp * TILE + d * 256 + lane * 8);
-        mine[0] = make_float4(sum[8 * d], sum[8 * d + 1], sum[8 * d + 2], sum[8 * d + 3]);
-        mine[1] = make_float4(sum[8 * d + 4], sum[8 * d + 5], sum[8 * d + 6], sum[8 * d + 7]);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE / 4; i += THREADS) {
-        if (tile * TILE + i * 4 >= m) continue;
-        float4 whole = ((float4*)sums)[i];
-        for (int w = 1; w < WARPS; w++) {
-            const float4 other = ((float4*)(sums + w * TILE))[i];
-            whole.x += other.x, whole.y += other.y, whole.z += other.z, whole.w += other.w;
-        }
-        add4(a.out[part] + tile * TILE + i * 4, whole);
-    }
-    if (!a.result) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *count = atomicAdd(a.arrived + tile, 1u) == gridDim.y - 1;
-    __syncthreads();
-    if (!*count) return;
-    __threadfence();
-    for (int i = tile * TILE + threadIdx.x; i < min(m, (tile + 1) * TILE); i += THREADS) {
-        a.result[i] = narrow(__ldcg(a.out[0] + i) + (a.bias ? widen(a.bias[i]) : 0.0f));
-        a.out[0][i] = 0;
-    }
-    if (threadIdx.x == 0) a.arrived[tile] = 0;
+    add_warps(sum, sums, a.out[part], tile, m);
+    if (a.result) round_last(a.out[0], a.result, a.bias, a.arrived, count, tile, m);
 }
 
 ENTRY gather_plain(Gather a) { gather<PLAIN>(a); }
@@ -779,31 +790,6 @@ ENTRY expert_last(Experts a) {
     }
     wait_group<0>();
     __syncthreads();
-#pragma unroll
-    for (int d = 0; d < WIDE; d++) {
-        float4* own = (float4*)(sums + warp * TILE + d * 256 + lane * 8);
-        own[0] = make_float4(sum[8 * d], sum[8 * d + 1], sum[8 * d + 2], sum[8 * d + 3]);
-        own[1] = make_float4(sum[8 * d + 4], sum[8 * d + 5], sum[8 * d + 6], sum[8 * d + 7]);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE / 4 && n; i += THREADS) {
-        if (tile * TILE + i * 4 >= a.n) continue;
-        float4 whole = ((float4*)sums)[i];
-        for (int w = 1; w < WARPS; w++) {
-            const float4 other = ((float4*)(sums + w * TILE))[i];
-            whole.x += other.x, whole.y += other.y, whole.z += other.z, whole.w += other.w;
-        }
-        add4(a.sums + tile * TILE + i * 4, whole);
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *scratch = atomicAdd(a.arrived + tile, 1u) == gridDim.y - 1;
-    __syncthreads();
-    if (!*scratch) return;
-    __threadfence();
-    for (int i = tile * TILE + threadIdx.x; i < min(a.n, (tile + 1) * TILE); i += THREADS) {
-        a.result[i] = narrow(__ldcg(a.sums + i) + (a.last_bias ? widen(a.last_bias[i]) : 0.0f));
-        a.sums[i] = 0;
-    }
-    if (threadIdx.x == 0) a.arrived[tile] = 0;
+    if (n) add_warps(sum, sums, a.sums, tile, a.n);
+    round_last(a.sums, a.result, a.last_bias, a.arrived, scratch, tile, a.n);
 }
