@@ -211,8 +211,9 @@ def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tm
         *arguments(model_folder("llama"), text_file, "method.calibration_tokens=100000000", "eval.test_sequences=null"),
     ]
     process = subprocess.Popen(
-        given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs of a shell ignore it
+    )  # fmt: skip
     for line in process.stderr:
         if "evaluating" in line:
             break
