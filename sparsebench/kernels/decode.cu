@@ -188,6 +188,21 @@ __device__ __forceinline__ float input_value(const Gather& a, int i, float inver
     return mixed / weight;
 }
 
+// sum += value * row over this warp's `mine` rows, which lie in the ring as they arrive; `fetch` starts the row LOADS ahead.
+template <class Fetch>
+__device__ __forceinline__ void add_rows(float* sum, const uint4* ring, const float* value, int mine, Fetch fetch) {
+    const int warp = threadIdx.x >> 5;
+    for (int t = 0; t < mine; t++) {
+        wait_group<LOADS - 1>();
+        const float v = value[warp + t * WARPS];
+#pragma unroll
+        for (int d = 0; d < WIDE; d++) axpy8(sum + 8 * d, ring[((t % LOADS) * WIDE + d) * THREADS + threadIdx.x], v);
+        fetch(t + LOADS);
+    }
+    wait_group<0>();
+    __syncthreads();
+}
+
 // out[tile] += the warps' sums of 8 WIDE outputs a lane, brought together in shared memory [WARPS][TILE].
 __device__ __forceinline__ void add_warps(const float* sum, float* sums, float* out, int tile, int m) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -296,15 +311,7 @@ __device__ void gather(const Gather& a) {
         };
 #pragma unroll
         for (int t = 0; t < LOADS; t++) fetch(t);
-        for (int t = 0; t < mine; t++) {
-            wait_group<LOADS - 1>();
-            const float v = value[warp + t * WARPS];
-#pragma unroll
-            for (int d = 0; d < WIDE; d++) axpy8(sum + 8 * d, ring[((t % LOADS) * WIDE + d) * THREADS + threadIdx.x], v);
-            fetch(t + LOADS);
-        }
-        wait_group<0>();
-        __syncthreads();
+        add_rows(sum, ring, value, mine, fetch);
     }
     add_warps(sum, sums, a.out[part], tile, m);
     if (a.result) round_last(a.out[0], a.result, a.bias, a.arrived, count, tile, m);
@@ -781,15 +788,7 @@ ENTRY expert_last(Experts a) {
     float sum[8 * WIDE];
 #pragma unroll
     for (int i = 0; i < 8 * WIDE; i++) sum[i] = 0;
-    for (int t = 0; t < mine; t++) {
-        wait_group<LOADS - 1>();
-        const float v = value[warp + t * WARPS];
-#pragma unroll
-        for (int d = 0; d < WIDE; d++) axpy8(sum + 8 * d, ring[((t % LOADS) * WIDE + d) * THREADS + threadIdx.x], v);
-        fetch(t + LOADS);
-    }
-    wait_group<0>();
-    __syncthreads();
+    add_rows(sum, ring, value, mine, fetch);
     if (n) add_warps(sum, sums, a.sums, tile, a.n);
     round_last(a.sums, a.result, a.last_bias, a.arrived, scratch, tile, a.n);
 }
