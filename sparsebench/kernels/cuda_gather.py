@@ -45,7 +45,7 @@ class Keep(ctypes.Structure):
     """Arguments of decode.cu's `expert_keep`."""
 
     _fields_ = [
-        ("weight", Pointer), ("x", Pointer), ("threshold", Pointer), ("keep", Pointer), ("scores", Pointer),
+        ("weight", Pointer), ("x", Pointer), ("threshold", Pointer), ("keep", Pointer),
         ("wide", ctypes.c_int), ("d", ctypes.c_int),
     ]  # fmt: skip
 

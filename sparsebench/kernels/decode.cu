@@ -583,7 +583,6 @@ struct Keep {
     const u16* x;            // [d]
     const float* threshold;  // tau: sigmoid(score) > tau, all below 0
     unsigned char* keep;     // [experts]
-    float* scores;           // [experts] or null
     int wide, d;
 };
 
@@ -612,7 +611,6 @@ ENTRY expert_keep(Keep a) {
     if (threadIdx.x) return;
     const float tau = *a.threshold;
     a.keep[blockIdx.x] = tau < 0 || sum > logf(tau / (1.0f - tau));
-    if (a.scores) a.scores[blockIdx.x] = sum;
 }
 
 enum { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };

@@ -21,7 +21,6 @@ NAMES = {  # of transformers -> of the kernels
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_tanh": "gelu_tanh",
 }  # fmt: skip
-RULES = ("topk", "max", "cumshare", "above")
 
 
 def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | None = None) -> torch.Tensor:
