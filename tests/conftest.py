@@ -107,7 +107,9 @@ SHAPES = {
     "llama": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
     "mistral": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
     "qwen2": {"num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
+    "phi3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "pad_token_id": 0},
     "gpt2": {"n_embd": 64, "n_head": 4},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 160, "num_attention_heads": 4},
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from sparsebench import allocate, evaluate, sparsity, state
+from sparsebench import allocate, blocks, evaluate, sparsity, state
 from sparsebench.allocate import Greedy, search, table_of
 from sparsebench.calibrate import observe
 from sparsebench.hardware import Hardware
@@ -134,7 +134,7 @@ def test_first_greedy_row_of_published_shapes(name):
     table = search(
         find_blocks(model)[0],
         model,
-        lambda shares: sum(shares.values()),
+        lambda shares, _: sum(shares.values()),
         Greedy(step=0.05, stop=0.02, error_tokens=1.0),
     )
     assert float(table.effective[0]) == pytest.approx(0.05 / total, rel=1e-6)
@@ -158,26 +158,39 @@ def test_greedy_is_no_worse_than_uniform_for_most_rows(data, tmp_path):
         )
 
 
-def test_greedy_error_is_the_block_output_distance(data):
-    """The error of a trial equals the distance of block outputs computed apart, over the last tokens only."""
-    model = tiny_model()
-    blocks = find_blocks(model)
-    rows = data.fit.rows[:4]
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_greedy_error_is_the_block_output_distance(data, family):
+    """Along the path, trials and uniform sparsities err as far as block outputs computed apart, over the last tokens."""
+    model = tiny_model(family)
+    block, rows = find_blocks(model)[1], data.fit.rows[:4]
 
     def threshold(layer, role, p):
-        return 10 * p
+        return 1.5 * p
 
-    settings = Greedy(step=0.5, stop=0.05, error_tokens=0.25)
-    tables = allocate.greedy(model, blocks[:1], rows, threshold, settings, batch_size=4)
-    best = tables[0]
-    chosen = dict(zip(best.roles, best.sparsity[0].tolist(), strict=True))
-    hidden, arguments = allocate.block_inputs(model, blocks[:1], rows, 4)
-    block = model.model.layers[0]
+    settings = Greedy(step=0.4, stop=0.7, error_tokens=0.25)
+    tables = allocate.greedy(model, find_blocks(model), rows, threshold, settings, batch_size=2)
+    hidden, arguments = blocks.block_inputs(model, find_blocks(model), rows, 2)
+    first, module = (model.get_submodule(b.path) for b in find_blocks(model))
+
+    def distance(shares):
+        def rule(role, p):
+            return lambda x: torch.where(x.abs() > threshold(1, role, p), x, 0)
+
+        total = 0.0
+        for entering in hidden:
+            h = blocks.run_block(first, entering, arguments[0])
+            dense = blocks.run_block(module, h, arguments[1])
+            with blocks.changed(model, block, {r: rule(r, p) for r, p in shares.items() if p > 0}):
+                total += float((blocks.run_block(module, h, arguments[1]) - dense)[:, 24:].square().sum())
+        return total**0.5
+
+    table = tables[1]
     with torch.no_grad():
-        dense = allocate.run_block(block, hidden[0], arguments[0])
-        with allocate.masked(model, blocks[0], {r: 10 * p for r, p in chosen.items()}, {}):
-            seen = allocate.run_block(block, hidden[0], arguments[0])
-    assert float(best.greedy_error[0]) == pytest.approx(float((seen - dense)[:, 24:].norm()), rel=1e-4)
+        for row, shares in enumerate(table.sparsity.tolist()):
+            found = distance(dict(zip(table.roles, shares, strict=True)))
+            assert float(table.greedy_error[row]) == pytest.approx(found, rel=1e-4)
+            found = distance(dict.fromkeys(table.roles, float(table.effective[row])))
+            assert float(table.uniform_error[row]) == pytest.approx(found, rel=1e-4)
 
 
 def test_dense_prompt_policy_is_bit_equal_on_prompts(data, tmp_path):

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from sparsebench import allocate, prune
+from sparsebench import prune
+from sparsebench.blocks import block_inputs, changed, run_block
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods import Method, Work
 from sparsebench.models.sites import Block, find_blocks, weight_of
@@ -97,13 +98,13 @@ class DuoGPT(Method):
     @torch.no_grad()
     def calibrated(self, module: nn.Module, blocks: list[Block], sequences: torch.Tensor, work: Work) -> int:
         """Prune all blocks in place, in order; the number of calibration tokens."""
-        dense, arguments = allocate.block_inputs(module, blocks, sequences, work.batch_size)
+        dense, arguments = block_inputs(module, blocks, sequences, work.batch_size)
         sparse = [h.clone() for h in dense]
         for block in blocks:
             layer = module.get_submodule(block.path)
             original, named = copy.deepcopy(layer), arguments[block.index]
             rules = dict.fromkeys(block.sites, self.pruned_input) if self.statistics == "sparse" else {}
-            with allocate.changed(module, block, rules):
+            with changed(module, block, rules):
                 for roles in groups(block):
                     width = weight_of(module.get_submodule(block.sites[roles[0]].path)).shape[1]
                     found = prune.Statistics.empty(width, work.hardware.torch_device)
@@ -113,8 +114,8 @@ class DuoGPT(Method):
                     for role in roles:
                         weight = weight_of(module.get_submodule(block.sites[role].path))
                         weight.copy_(prune.prune(weight, found, self.rule))
-                sparse = [allocate.run_block(layer, y, named) for y in sparse]
-            dense = [allocate.run_block(original, x, named) for x in dense]
+                sparse = [run_block(layer, y, named) for y in sparse]
+            dense = [run_block(original, x, named) for x in dense]
             drift = sum(float((x - y).square().sum()) for x, y in zip(dense, sparse, strict=True))
             size = sum(float(x.square().sum()) for x in dense)
             work.log({"fit/blocks_done": block.index + 1, "fit/relative_output_error": (drift / size) ** 0.5})
@@ -156,7 +157,7 @@ def seen(layer: nn.Module, path: str, hidden: torch.Tensor, arguments: tuple) ->
 
     hook = layer.get_submodule(path).register_forward_pre_hook(see)
     try:
-        allocate.run_block(layer, hidden, arguments)
+        run_block(layer, hidden, arguments)
     except Seen:
         pass
     finally:
