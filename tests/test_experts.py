@@ -396,6 +396,9 @@ def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
     tokens, ends = pairs.tokens, pairs.ends
     expected = keep.t().nonzero()
     assert torch.equal(tokens[: len(expected)].long(), expected[:, 1])
+    places = torch.full((rows, num_experts), -1)
+    places[expected[:, 1], expected[:, 0]] = torch.arange(len(expected))
+    assert torch.equal(pairs.places.long(), places)
     assert torch.equal(ends[:, -1].long(), keep.sum(0).cumsum(0))
 
 
@@ -415,11 +418,12 @@ def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
-@pytest.mark.parametrize("gated", [False, True])
-def test_triton_takes_several_tiles_per_program(gated, monkeypatch):
+@pytest.mark.parametrize("gated, pieces", [(False, 1), (True, 1), (True, 3)])
+def test_triton_takes_several_tiles_per_program(gated, pieces, monkeypatch):
     """Uneven experts, several tiles of pairs, neurons, depth and outputs, none of which divides its size."""
     from sparsebench.kernels import _triton_experts
 
+    monkeypatch.setattr(_triton_experts, "PARTS_BYTES", -(-70 * 4 * 36 * 4 // pieces))
     for name in ("HIDDEN", "GATED", "LAST"):
         monkeypatch.setattr(_triton_experts, name, {4: _triton_experts.Tiles(16, 16, 16, 4, 2, 1)})
     maps = tensors(d=40, f=4 * 20, n=36, gated=gated)

@@ -4,7 +4,8 @@ Nothing leaves the device. Few tokens (up to 8): the selected experts are listed
 its neurons) writes x1, then the listed neurons' rows of the last map are summed, split over programs, with fp32 atomics.
 Many: two passes over the [T, E] mask list the (token, expert) pairs by expert, then by token; the tiles of all experts
 are listed by where in the text they stand; two grouped GEMMs take the listed tiles in turn, with as many programs as run
-at the same time. What these read and add into at one time then stays in the cache, and all have equally many tiles.
+at the same time, so that what these read at one time stays in the cache and all have equally many tiles. The second
+leaves one row per pair, and a last pass adds each token's rows in fp32: without atomics, the same every time.
 """
 
 from __future__ import annotations
@@ -143,12 +144,14 @@ def count_pairs(keep, counts, rows, experts: tl.constexpr, block_t: tl.constexpr
 
 
 @triton.jit
-def place_pairs(keep, ends, tokens, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
-    """tokens[p] of each pair; ends [E, token blocks]: running sums of `counts`. Same grid."""
+def place_pairs(keep, ends, tokens, places, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
+    """tokens[p] of each pair and places[t, e] = p, or -1; ends [E, token blocks]: running sums of `counts`. Same grid."""
     t, e, kept = pair_tile(keep, rows, experts, block_t, block_e)
     begin = tl.load(ends + e * tl.num_programs(0) + tl.program_id(0), mask=e < experts, other=0) - tl.sum(kept, 0)
     place = begin[None, :] + tl.cumsum(kept, 0) - kept
     tl.store(tokens + place, t[:, None] + tl.zeros_like(kept), mask=kept > 0)
+    target = places + t.to(tl.int64)[:, None] * experts + e[None, :]
+    tl.store(target, tl.where(kept > 0, place, -1), mask=(t < rows)[:, None] & (e < experts)[None, :])
 
 
 @triton.jit
@@ -229,17 +232,16 @@ def many_hidden(
 
 @triton.jit
 def many_last(
-    tokens, ends, blocks, order, most, hidden, last, y, n: tl.constexpr, size: tl.constexpr, experts: tl.constexpr,
+    tokens, ends, blocks, order, most, hidden, last, parts, n: tl.constexpr, size: tl.constexpr, experts: tl.constexpr,
     precision: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_j: tl.constexpr,
 ):  # fmt: skip
-    """y[token of p, i] += hidden[p, :] . last of this expert; any number of programs."""
+    """parts[p, i] = hidden[p, :] . last of this expert; any number of programs."""
     blocks_n: tl.constexpr = (n + block_n - 1) // block_n
     total = tl.sum(tiles_of(ends, blocks, experts, block_e, block_t)) * blocks_n
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         expert, start, end = place_of(order, tile // blocks_n, most, ends, blocks, block_t)
         p = start + tl.arange(0, block_t)
         there = p < end
-        token = tl.load(tokens + p, mask=there, other=0).to(tl.int64)
         i = tile % blocks_n * block_n + tl.arange(0, block_n)
         inside = i < n
         sums = tl.zeros((block_t, block_n), tl.float32)
@@ -251,12 +253,30 @@ def many_last(
             mask = (j < size)[:, None] & inside[None, :]
             part = tl.load(last + neuron[:, None] * n + i[None, :], mask=mask, other=0.0)
             sums = tl.dot(rows, part, sums, precision)
-        target = y + token[:, None] * n + i[None, :]
-        tl.atomic_add(target, sums, mask=there[:, None] & inside[None, :], sem="relaxed")
+        target = parts + p.to(tl.int64)[:, None] * n + i[None, :]
+        tl.store(target, sums.to(parts.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
-def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
-    """fp32 [B, n] for up to FEW rows x [B, d]; keep uint8 [B, E]."""
+@triton.jit
+def add_parts(
+    parts, places, bias, y, n: tl.constexpr, experts: tl.constexpr, has_bias: tl.constexpr, block_n: tl.constexpr
+):  # fmt: skip
+    """y[t, i] = bias[i] + sum over the experts of t of parts[p, i]; grid (tokens, outputs / block_n)."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    inside = i < n
+    sums = tl.zeros((block_n,), tl.float32)
+    if has_bias:
+        sums += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    for e in range(experts):
+        p = tl.load(places + t * experts + e)
+        if p >= 0:
+            sums += tl.load(parts + p.to(tl.int64) * n + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + t * n + i, sums.to(y.dtype.element_ty), mask=inside)
+
+
+def few(x, keep, first, last, name, first_bias, up, up_bias, last_bias) -> torch.Tensor:
+    """[B, n] for up to FEW rows x [B, d]; keep uint8 [B, E]."""
     (rows, d), (f, n), experts = x.shape, last.shape, keep.shape[1]
     size = f // experts
     index = torch.empty(experts, dtype=torch.int32, device=x.device)
@@ -271,19 +291,22 @@ def few(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
         up_bias is not None, block_j, block_d, num_warps=4,
     )  # fmt: skip
     y = torch.zeros(rows, n, dtype=torch.float32, device=x.device)
+    if last_bias is not None:
+        y += last_bias
     block_n, block_k = 128, 16
     tiles = triton.cdiv(n, block_n)
     shares = max(1, min(64, triton.cdiv(1024, tiles)))
     few_last[(tiles, shares)](
         hidden, index, count, last, y, n, f, size, rows, block_n, block_k, num_warps=4, num_stages=2
     )
-    return y
+    return y.to(x.dtype)
 
 
 class Pairs:
     """The (token, expert) pairs of a mask [T, E] (uint8), sorted by expert, then token.
 
-    tokens int32 [T E]; ends int32 [E, blocks]: running counts, expert e's pairs end at ends[e, -1].
+    tokens int32 [T E]; places int32 [T, E]: a pair's number, or -1; ends int32 [E, blocks]: running counts, expert e's
+    pairs end at ends[e, -1].
     """
 
     def __init__(self, keep: torch.Tensor):
@@ -294,7 +317,8 @@ class Pairs:
         count_pairs[grid](keep, counts, self.rows, self.experts, block_t, block_e)
         self.ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(counts.shape)
         self.tokens = torch.empty(self.rows * self.experts, dtype=torch.int32, device=keep.device)
-        place_pairs[grid](keep, self.ends, self.tokens, self.rows, self.experts, block_t, block_e)
+        self.places = torch.empty(self.rows, self.experts, dtype=torch.int32, device=keep.device)
+        place_pairs[grid](keep, self.ends, self.tokens, self.places, self.rows, self.experts, block_t, block_e)
 
     def listed(self, size: int) -> tuple[torch.Tensor, int]:
         """(tiles of `size` pairs in the order of `list_tiles`, most tiles that an expert could have)."""
@@ -337,14 +361,25 @@ class Tiles:
 HIDDEN = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(128, 128, 32, 8, 3, 1)}
 GATED = {2: Tiles(128, 64, 64, 8, 3, 2), 4: Tiles(64, 64, 32, 8, 3, 1)}
 LAST = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(128, 128, 32, 8, 3, 1)}
+PARTS_BYTES = 2 << 30  # most that the rows of all pairs may take; where they could take more, tokens go in pieces
 
 
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def many(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
-    """fp32 [T, n] for rows x [T, d]; keep uint8 [T, E]."""
+def many(x, keep, first, last, name, first_bias, up, up_bias, last_bias) -> torch.Tensor:
+    """[T, n] for rows x [T, d]; keep uint8 [T, E]."""
+    (rows, experts), n = keep.shape, last.shape[1]
+    y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    pieces = triton.cdiv(rows * experts * n * x.element_size(), PARTS_BYTES)
+    for piece in zip(*(each.tensor_split(pieces) for each in (x, keep, y)), strict=True):
+        grouped(*piece, first, last, name, first_bias, up, up_bias, last_bias)
+    return y
+
+
+def grouped(x, keep, y, first, last, name, first_bias, up, up_bias, last_bias) -> None:
+    """Write y [T, n] for as many tokens as the pairs' rows have memory for."""
     (rows, d), (f, n), experts = x.shape, last.shape, keep.shape[1]
     size, gated, width = f // experts, up is not None, x.element_size()
     pairs = Pairs(keep)
@@ -356,24 +391,29 @@ def many(x, keep, first, last, name, first_bias, up, up_bias) -> torch.Tensor:
         x if up_bias is None else up_bias, hidden, d, size, experts, name, first_bias is not None, gated,
         up_bias is not None, precision, block_e,
     )  # fmt: skip
-    y = torch.zeros(rows, n, dtype=torch.float32, device=x.device)
-    LAST[width].launch(many_last, pairs, size, n, hidden, last, y, n, size, experts, precision, block_e)
-    return y
+    parts = torch.empty(rows * experts, n, dtype=x.dtype, device=x.device)
+    LAST[width].launch(many_last, pairs, size, n, hidden, last, parts, n, size, experts, precision, block_e)
+    block_n = min(1024, triton.next_power_of_2(n))
+    add_parts[(rows, triton.cdiv(n, block_n))](
+        parts, pairs.places, x if last_bias is None else last_bias, y, n, experts, last_bias is not None, block_n,
+        num_warps=1,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("sparsebench::triton_experts", mutates_args=())
 def triton_experts(
     x: torch.Tensor, keep: torch.Tensor, first: torch.Tensor, last: torch.Tensor, activation: str,
     first_bias: torch.Tensor | None, up: torch.Tensor | None, up_bias: torch.Tensor | None,
+    last_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """x [T, d], keep bool [T, E], first and up [f, d], last [f, n] -> fp32 [T, n] without the last bias."""
+    """x [T, d], keep bool [T, E], first and up [f, d], last [f, n] -> [T, n]."""
     served = few if len(x) <= FEW else many
-    return served(x, keep.view(torch.uint8), first, last, activation, first_bias, up, up_bias)
+    return served(x, keep.view(torch.uint8), first, last, activation, first_bias, up, up_bias, last_bias)
 
 
 @triton_experts.register_fake
-def _(x, keep, first, last, activation, first_bias, up, up_bias):
-    return x.new_empty(x.shape[0], last.shape[1], dtype=torch.float32)
+def _(x, keep, first, last, activation, first_bias, up, up_bias, last_bias):
+    return x.new_empty(x.shape[0], last.shape[1])
 
 
 def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up_bias=None, last_bias=None):
@@ -382,6 +422,5 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     if problem:
         raise ValueError(problem)
     rows, chosen = x.reshape(-1, x.shape[-1]).contiguous(), keep.reshape(-1, keep.shape[-1]).bool().contiguous()
-    y = triton_experts(rows, chosen, first, last, activation, first_bias, up, up_bias)
-    y = y if last_bias is None else y + last_bias
-    return y.to(x.dtype).view(*x.shape[:-1], last.shape[1])
+    y = triton_experts(rows, chosen, first, last, activation, first_bias, up, up_bias, last_bias)
+    return y.view(*x.shape[:-1], last.shape[1])
