@@ -313,7 +313,7 @@ def test_cuda_kernels_equal_masked_dense(cuda_on_cpu, gated, activation, dtype):
             y = cuda_on_cpu.expert_ffn(x, keep, poisoned.pop("first"), poisoned.pop("last"), activation, **poisoned)
             assert y.shape == (1, 1, n) and y.dtype == dtype
             assert float((y - expected).norm()) <= limit * float(expected.norm())
-            assert not any(t.any() for t in cuda_on_cpu.workspace(x.device, n))
+            assert not any(t.any() for t in cuda_on_cpu._workspaces[x.device, n])
 
 
 @pytest.mark.parametrize("router", [torch.float32, torch.float16])

@@ -11,6 +11,7 @@ import torch
 
 from sparsebench import kernels
 from sparsebench.kernels import cpu_numba, masked_dense
+from sparsebench.modules.input_sparse import InputSparseLinear
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RANDOM = random.Random(0)
@@ -223,18 +224,46 @@ def test_gpu_neuron_sparse_ffn(name, share):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 40])
+def test_gpu_hybrid_map_of_any_rank(top_k, dtype):
+    """R-Sparse's remainder, by threshold and by count, with ranks that fill no whole row of 16 bytes."""
+    for rank in (1, 51, 64):
+        torch.manual_seed(rank)
+        x, weight, bias, scale = (t.cuda() for t in inputs(264, 136, 1, dtype))
+        linear = torch.nn.Linear(136, 264, device="cuda", dtype=dtype)
+        linear.weight.data, linear.bias.data = weight, bias
+        low_rank = tuple((torch.randn(*s, device="cuda") / 8).to(dtype) for s in ((136, rank), (rank, 264)))
+        sparse = InputSparseLinear(
+            linear, "0.q", 0.7, scale=scale, top_k=top_k, low_rank=low_rank, kernel="cuda_gather"
+        )
+        keep, wide = sparse.keep(x), [t.float() for t in low_rank]
+        reference = masked_dense.input_sparse_linear(x.float(), weight.float(), bias.float(), keep=keep, low_rank=wide)
+        for _ in range(2):
+            assert error(sparse(x[None]), reference) < LIMIT[dtype], rank
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("remainder", [False, True])
 @pytest.mark.parametrize("name", ["cuda_gather", "cuda_triton"])
-def test_gpu_products_compile_and_capture(name):
+def test_gpu_products_compile_and_capture(name, remainder):
+    """Compiled before it ever ran, and really captured in a CUDA graph."""
+    from torch._dynamo.utils import counters
+
     backend = kernels.load(name)
-    x, weight, bias, _ = (t.cuda() for t in inputs(256, 128, 1, torch.float16))
+    x, weight, bias, _ = (t.cuda() for t in inputs(1256, 128, 1, torch.float16))
     weight, limit = weight.t().contiguous().t(), torch.tensor(0.7, device="cuda")
+    factors = [torch.randn(*s, device="cuda").half() / 8 for s in ((128, 24), (24, 1256))] if remainder else None
 
     def product(x):
-        return backend.input_sparse_linear(x, weight, bias, threshold=limit) + 1
+        return backend.input_sparse_linear(x, weight, bias, threshold=limit, low_rank=factors) + 1
 
+    counters.clear()
     compiled = torch.compile(product, mode="reduce-overhead", fullgraph=True)
-    for _ in range(3):
-        torch.testing.assert_close(compiled(x).clone(), product(x), rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(compiled(x).clone(), product(x), rtol=1e-2, atol=1e-2)
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.gpu

@@ -277,6 +277,19 @@ def test_svd_is_cached_by_content_and_dtype(tmp_path, monkeypatch):
     assert len(keys) == 4
 
 
+def test_ranks_are_stored_in_whole_rows_and_charged_as_they_are():
+    """Kernels read 8 ranks at once; the 5 zeros that fill 3 up change nothing and cost nothing in the count."""
+    linear, x = torch.nn.Linear(24, 20, bias=False), torch.randn(2, 24)
+    low_rank = tuple(f.float() for f in lowrank.factors(linear.weight, 3))
+    sparse = InputSparseLinear(linear, "0.q", 1e9, low_rank=low_rank)
+    assert [f.shape for f in sparse.low_rank] == [(24, 8), (8, 20)] and sparse.rank == 3
+    torch.testing.assert_close(sparse(x), (x @ low_rank[0]) @ low_rank[1])
+    share = sparsity.SiteSparsity(1.0, 1.0, 480, 2, 0)
+    assert sparse.costs({"0.q": share}, "0.q")["0.q"].overhead_macs == 3 * (24 + 20)
+    sparse.low_rank = None
+    assert sparse.rank == 0 and not sparse(x).any()
+
+
 @pytest.mark.parametrize("score", ["abs", "abs_colnorm"])
 def test_fast_kernel_serves_the_hybrid_map(score, data, tmp_path):
     """Kept channels are gathered, the remainder included: numba against masked-dense at every map."""

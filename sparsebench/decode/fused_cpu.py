@@ -99,9 +99,7 @@ class Decoder:
             row[table.WEIGHT + i], row[table.THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
             row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
             for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
-                factor = factor.contiguous()  # noqa: PLW2901
-                row[table.RANK + i] = linear.low_rank_a.shape[1]
-                row[column + i] = factor.data_ptr()
+                row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
                 self.held.append(factor)
             if linear.bias is not None:
                 row[table.BIAS + i] = linear.bias.data_ptr()

@@ -101,13 +101,17 @@ def prepare(threads: int) -> None:
     """Nothing to set up: kernels are compiled when they are first launched."""
 
 
-def workspace(device: torch.device, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 sums and arrival counters for one output size; every call leaves them zero."""
-    key = (device, outputs)
-    if key not in _workspaces:
+@torch.compiler.assume_constant_result
+def reserve(device: torch.device, outputs: int) -> bool:
+    """Make the workspace of one output size: fp32 sums and arrival counters, which every call finds and leaves zero.
+
+    Called before an operator that uses it, so that compiled code makes it while it is traced, outside any CUDA graph's
+    memory, and sees an operator that changes none of its arguments (else no graph would be captured).
+    """
+    if (device, outputs) not in _workspaces:
         sums = torch.zeros(outputs, dtype=torch.float32, device=device)
-        _workspaces[key] = sums, torch.zeros(-(-outputs // 256), dtype=torch.int32, device=device)
-    return _workspaces[key]
+        _workspaces[device, outputs] = sums, torch.zeros(-(-outputs // 256), dtype=torch.int32, device=device)
+    return True
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -121,14 +125,14 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("sparsebench::gather_linear", mutates_args=("sums", "arrived"), device_types="cuda")
+@torch.library.custom_op("sparsebench::gather_linear", mutates_args=(), device_types="cuda")
 def gather_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: torch.Tensor, scale: torch.Tensor | None,
-    sums: torch.Tensor, arrived: torch.Tensor, complement: bool, warps: int, loads: int, wide: int, per_sm: float,
+    complement: bool, warps: int, loads: int, wide: int, per_sm: float,
 ) -> torch.Tensor:  # fmt: skip
-    """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile."""
+    """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile; needs `reserve(.., m)`."""
     n, m = weight.shape
-    y = x.new_empty(m)
+    y, (sums, arrived) = x.new_empty(m), _workspaces[x.device, m]
     arguments = Gather()
     arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), sums.data_ptr(), m
     arguments.threshold[0], arguments.parts, arguments.n = threshold.data_ptr(), 1, n
@@ -183,42 +187,43 @@ def processors(device: int) -> int:
 
 
 @gather_linear.register_fake
-def _(x, weight, bias, threshold, scale, sums, arrived, complement, warps, loads, wide, per_sm):
+def _(x, weight, bias, threshold, scale, complement, warps, loads, wide, per_sm):
     return x.new_empty(weight.shape[1])
 
 
 def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None, tuning=None):
     """As masked_dense.input_sparse_linear, for one row. Raises ValueError for what `unsupported` names."""
     problem = unsupported(x, weight)
+    if problem is None and low_rank is not None and (low_rank[0].shape[1] % 8 or not low_rank[0].is_contiguous()):
+        problem = f"cuda_gather needs A contiguous with a multiple of 8 ranks, got {low_rank[0].shape[1]}"
     if problem:
         raise ValueError(problem)
     row = x.reshape(-1).contiguous()
+    reserve(x.device, weight.shape[0])
     if keep is not None:
         row = torch.where(keep.reshape(-1), row, 0)
         threshold = torch.zeros((), device=x.device)
     t = tuning or Tuning()
     shape = (t.warps, t.loads, t.wide, t.per_sm)
     scale = None if scale is None else scale.float()
-    y = gather_linear(row, weight.t(), bias, threshold, scale, *workspace(x.device, weight.shape[0]), False, *shape)
+    y = gather_linear(row, weight.t(), bias, threshold, scale, False, *shape)
     if low_rank is not None:
         a, b = low_rank
-        dropped = row if keep is None else torch.where(keep.reshape(-1), 0, x.reshape(-1))
-        inner = torch.empty(0)
+        reserve(x.device, a.shape[1])
         if keep is None:
-            inner = gather_linear(dropped, a, None, threshold, scale, *workspace(x.device, a.shape[1]), True, *shape)
+            inner = gather_linear(row, a, None, threshold, scale, True, *shape)
         else:
-            inner = dropped @ a
+            inner = torch.where(keep.reshape(-1), 0, x.reshape(-1)) @ a
         y = y + inner @ b
     return y.view(*x.shape[:-1], -1)
 
 
-@torch.library.custom_op("sparsebench::cuda_ffn", mutates_args=("sums", "arrived"), device_types="cuda")
+@torch.library.custom_op("sparsebench::cuda_ffn", mutates_args=(), device_types="cuda")
 def cuda_ffn(
-    x: torch.Tensor, activation: torch.Tensor, up: torch.Tensor, down: torch.Tensor, zero: torch.Tensor,
-    sums: torch.Tensor, arrived: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, activation: torch.Tensor, up: torch.Tensor, down: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
     """x [d], activation [f], up and down [f, d] -> [d]: rows of up where active, then the same rows of down."""
-    f, d = up.shape
+    (f, d), (sums, arrived) = up.shape, _workspaces[x.device, up.shape[1]]
     scores, y = torch.empty(f, dtype=torch.float32, device=x.device), x.new_empty(d)
     tuning = Tuning(16, 4, 1, 1.0)
     first = Rows()
@@ -243,7 +248,7 @@ def cuda_ffn(
 
 
 @cuda_ffn.register_fake
-def _(x, activation, up, down, zero, sums, arrived):
+def _(x, activation, up, down, zero):
     return torch.empty_like(x)
 
 
@@ -252,9 +257,10 @@ def neuron_sparse_ffn(x, activation, up, down):
     problem = unsupported(activation.to(down.dtype), down)
     if problem or not up.is_contiguous() or up.shape[1] % 8:
         raise ValueError(problem or "cuda_gather needs up stored by neuron and sizes that are multiples of 8")
-    space, zero = workspace(x.device, down.shape[0]), torch.zeros((), device=x.device)
+    reserve(x.device, down.shape[0])
+    zero = torch.zeros((), device=x.device)
     row = activation.to(down.dtype).reshape(-1).contiguous()
-    return cuda_ffn(x.reshape(-1).contiguous(), row, up, down.t(), zero, *space).view(x.shape)
+    return cuda_ffn(x.reshape(-1).contiguous(), row, up, down.t(), zero).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,10 +289,11 @@ def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Te
 def run_experts(
     x: torch.Tensor, keep: torch.Tensor, first: torch.Tensor, last: torch.Tensor, activation: str,
     first_bias: torch.Tensor | None, up: torch.Tensor | None, up_bias: torch.Tensor | None,
-    last_bias: torch.Tensor | None, sums: torch.Tensor, arrived: torch.Tensor,
+    last_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """x [d], keep bool [E], first and up [f, d], last [f, n] -> [n] in two launches."""
     (f, d), n, device, x = first.shape, last.shape[1], x.device.index, aligned(x)
+    sums, arrived = _workspaces[x.device, n]
     hidden, y = torch.empty(f, dtype=torch.float32, device=x.device), x.new_empty(n)
     a = Experts(d=d, n=n, experts=len(keep), size=f // len(keep), activation=ACTIVATIONS.index(activation))
     tensors = {
@@ -308,13 +315,11 @@ def run_experts(
     return y
 
 
-cuda_experts = torch.library.custom_op(
-    "sparsebench::cuda_experts", run_experts, mutates_args=("sums", "arrived"), device_types="cuda"
-)
+cuda_experts = torch.library.custom_op("sparsebench::cuda_experts", run_experts, mutates_args=(), device_types="cuda")
 
 
 @cuda_experts.register_fake
-def _(x, keep, first, last, activation, first_bias, up, up_bias, last_bias, sums, arrived):
+def _(x, keep, first, last, activation, first_bias, up, up_bias, last_bias):
     return x.new_empty(last.shape[1])
 
 
@@ -324,8 +329,8 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     if problem or keep.dtype != torch.bool or not (up is None or up.is_contiguous()):
         raise ValueError(problem or f"cuda_gather needs a bool mask and a contiguous gate, got a {keep.dtype} mask")
     row, chosen = x.reshape(-1).contiguous(), keep.reshape(-1).contiguous()
-    space = workspace(x.device, last.shape[1])
-    y = cuda_experts(row, chosen, first, last, activation, first_bias, up, up_bias, last_bias, *space)
+    reserve(x.device, last.shape[1])
+    y = cuda_experts(row, chosen, first, last, activation, first_bias, up, up_bias, last_bias)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -151,7 +151,7 @@ class RSparse(Method):
         scale = self.scale_of(state, site, rho)
         sparse.scale = None if scale is None else scale.to(a.device)
         sparse.threshold.fill_(self.threshold(state, site, part, scale is not None))
-        sparse.low_rank_a, sparse.low_rank_b = (a[:, : part.rank], b[: part.rank]) if part.rank else (None, None)
+        sparse.low_rank = (a[:, : part.rank], b[: part.rank]) if part.rank else None
 
     def apply(self, module: nn.Module, state: State, work: Work):
         """Replace every projection; at s = 0 and rho = 1 there is nothing to skip and the map stays."""
@@ -165,7 +165,7 @@ class RSparse(Method):
                 continue
             scale, low_rank = self.scale_of(state, site, share), None
             if part.rank:
-                low_rank = tuple(state.tensors[f"{n}.{site.name}"].to(device, dtype).contiguous() for n in "ab")
+                low_rank = tuple(state.tensors[f"{n}.{site.name}"].to(device, dtype) for n in "ab")
             swap(
                 module, site, self.threshold(state, site, part, scale is not None),
                 scale=None if scale is None else scale.to(device), low_rank=low_rank,

@@ -48,7 +48,8 @@ class InputSparseLinear(nn.Module):
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
         top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, ties included); a negative
             threshold still keeps all.
-        low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None.
+        low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None. Filled up with zeros to a multiple of 8
+            ranks, so that kernels read whole rows of 16 bytes; `rank` is r.
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
     """
 
@@ -64,8 +65,9 @@ class InputSparseLinear(nn.Module):
         device = self.weight.device
         self.register_buffer("threshold", torch.tensor(float(threshold), device=device), persistent=False)
         self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
-        for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
-            self.register_buffer(name, factor, persistent=False)
+        for name in ("low_rank_a", "low_rank_b"):
+            self.register_buffer(name, None, persistent=False)
+        self.low_rank = low_rank
         self.site, self.top_k, self.prompt, self.kernel_name = site, top_k, prompt, kernel
         self.counter: Counter | None = None
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
@@ -77,6 +79,13 @@ class InputSparseLinear(nn.Module):
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None if self.low_rank_a is None else (self.low_rank_a, self.low_rank_b)
+
+    @low_rank.setter
+    def low_rank(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        a, b = factors or (None, None)
+        self.rank = 0 if a is None else a.shape[1]
+        self.low_rank_a = None if a is None else F.pad(a, (0, -self.rank % 8)).contiguous()
+        self.low_rank_b = None if b is None else F.pad(b, (0, 0, 0, -self.rank % 8)).contiguous()
 
     def new_counter(self) -> Counter:
         return Counter(self.weight.shape[1], self.weight.device)
@@ -119,8 +128,7 @@ class InputSparseLinear(nn.Module):
         m, n = self.weight.shape
         found = measured[name]
         kept = (1 - found.sparsity_of_sparse_tokens) * m * n
-        rank = self.low_rank_a.shape[1] if self.low_rank_a is not None else 0
-        factors, element = rank * (m + n), self.weight.element_size()
+        factors, element = self.rank * (m + n), self.weight.element_size()
         extra = factors + n * (self.scale is not None) + n * (self.top_k is not None)
         both = kept if found.kept_nonzeros is None else found.kept_nonzeros
         return {name: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
