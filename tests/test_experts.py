@@ -12,6 +12,7 @@ import torch
 
 from sparsebench import experts, kernels, macs, measure, sparsity
 from sparsebench.experts import Grouping
+from sparsebench.kernels import masked_dense
 from sparsebench.models.sites import find_blocks
 from sparsebench.modules.expert_ffn import ExpertFFN, Router, select
 from tests.conftest import tiny_model
@@ -328,6 +329,57 @@ def test_cuda_router_is_the_rule(cuda_on_cpu, router):
             assert torch.equal(cuda_on_cpu.expert_keep(x, weight, t(tau)), expected), tau
 
 
+def check_router(dtype, device="cpu"):
+    """Router of two maps and rule in one pass, against scores in float64; a token whose scores are all 0 keeps none."""
+    served = kernels.load("cuda_triton")
+    for rows, d, width, num_experts in ((1, 5, 3, 2), (70, 40, 20, 7), (200, 136, 128, 24)):
+        x = x_of(rows, d=d, dtype=dtype).to(device)
+        generator = torch.Generator().manual_seed(0)
+        shapes = (width, d), (num_experts, width)
+        first, second = (torch.randn(s, generator=generator).div(s[1] ** 0.5).to(device, dtype) for s in shapes)
+        x[-1] = 0
+        for outer in ("none", "abs"):
+            scores = masked_dense.expert_scores(x.double(), first.double(), second.double(), outer=outer)
+            for rule in ("above", "max"):
+                for tau in (-1.0, 0.0, 0.3, 0.6, 1.0) if outer == "abs" or rule == "above" else (0.0,):
+                    limit = t(tau).to(device)
+                    found = served.expert_keep(x, first, limit, second, outer=outer, rule=rule)
+                    expected = select(scores, rule, limit)
+                    line = tau * scores.amax(-1, keepdim=True) if rule == "max" else t(tau).clamp(0).logit().to(device)
+                    clear = ((scores - line).abs() > MARGIN[dtype]) | (tau < 0) | (scores == 0)
+                    assert torch.equal(found & clear, expected & clear), (rows, outer, rule, tau)
+                    assert clear.float().mean() > 0.8
+
+
+MARGIN = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+def test_triton_router_is_the_rule():
+    check_router(torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_router_on_the_gpu(dtype):
+    check_router(dtype, "cuda")
+
+
+def test_routers_that_no_kernel_fuses_take_the_plain_way():
+    """tanh, normalised inputs (MoEfication) and rules that rank go to torch; two maps never go to cuda_gather."""
+    two = experts.random_router(24, 8, 6, torch.Generator().manual_seed(0))
+    one = experts.random_router(24, None, 6, torch.Generator().manual_seed(0))
+    assert two.rules() == ("above", "max") and one.rules() == ("above",)
+    assert Router(two.first, two.second, inner="tanh").rules() == Router(one.first, normalise=True).rules() == ()
+    assert Router(one.first, outer="abs").rules() == ()
+    serving = lambda x, router: kernels.serving("cuda_gather", x, router.first, "expert_keep", router.second).__name__  # noqa: E731
+    assert serving(x_of(3), two).endswith("cuda_triton") and serving(x_of(1), two).endswith("cuda_triton")
+    assert serving(x_of(3), one).endswith("masked_dense")
+    assert serving(x_of(1, dtype=torch.float16), one).endswith("cuda_gather")
+    with pytest.raises(ValueError, match="cuda_gather serves"):
+        kernels.load("cuda_gather").expert_keep(x_of(1), two.first, t(0.5), two.second)
+
+
 def test_one_token_takes_the_fused_router_and_kernels(cuda_on_cpu, monkeypatch):
     """ExpertFFN in 16 bits: rule and product by cuda_gather, the same as masked dense; other calls go to other kernels."""
     served = []
@@ -389,10 +441,10 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
 @pytest.mark.parametrize("rows, num_experts", [(1, 1), (9, 5), (300, 40)])
 def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
-    from sparsebench.kernels import _triton_experts
+    from sparsebench.kernels import _triton_grouped
 
     keep = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(0)) < 0.4
-    pairs = _triton_experts.Pairs(keep.view(torch.uint8))
+    pairs = _triton_grouped.Pairs(keep.view(torch.uint8))
     tokens, ends = pairs.tokens, pairs.ends
     expected = keep.t().nonzero()
     assert torch.equal(tokens[: len(expected)].long(), expected[:, 1])
@@ -405,11 +457,11 @@ def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
 @pytest.mark.parametrize("experts_there", [1, 7, 24])
 def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
-    from sparsebench.kernels import _triton_experts
+    from sparsebench.kernels import _triton_grouped
 
     torch.manual_seed(experts_there)
     shares = torch.rand(experts_there) * (torch.rand(experts_there) > 0.2)  # unequal, some experts without tokens
-    pairs = _triton_experts.Pairs((torch.rand(700, experts_there) < shares).view(torch.uint8))
+    pairs = _triton_grouped.Pairs((torch.rand(700, experts_there) < shares).view(torch.uint8))
     order, most = pairs.listed(16)
     ends = pairs.ends[:, -1].tolist()
     tiles = [-(-(end - begin) // 16) for begin, end in zip([0, *ends], ends, strict=False)]
@@ -421,11 +473,11 @@ def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
 @pytest.mark.parametrize("gated, pieces", [(False, 1), (True, 1), (True, 3)])
 def test_triton_takes_several_tiles_per_program(gated, pieces, monkeypatch):
     """Uneven experts, several tiles of pairs, neurons, depth and outputs, none of which divides its size."""
-    from sparsebench.kernels import _triton_experts
+    from sparsebench.kernels import _triton_grouped
 
-    monkeypatch.setattr(_triton_experts, "PARTS_BYTES", -(-70 * 4 * 36 * 4 // pieces))
+    monkeypatch.setattr(_triton_grouped, "PARTS_BYTES", -(-70 * 4 * 36 * 4 // pieces))
     for name in ("HIDDEN", "GATED", "LAST"):
-        monkeypatch.setattr(_triton_experts, name, {4: _triton_experts.Tiles(16, 16, 16, 4, 2, 1)})
+        monkeypatch.setattr(_triton_grouped, name, {4: _triton_grouped.Tiles(16, 16, 16, 4, 2, 1)})
     maps = tensors(d=40, f=4 * 20, n=36, gated=gated)
     x, keep = (
         x_of(70, d=40),

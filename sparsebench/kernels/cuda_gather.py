@@ -334,8 +334,10 @@ def expert_ffn(x, keep, first, last, activation, *, first_bias=None, up=None, up
     return y.view(*x.shape[:-1], -1)
 
 
-def unsupported_expert_keep(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_expert_keep(x: torch.Tensor, weight: torch.Tensor, second: torch.Tensor | None = None) -> str | None:
     """Why this router can't be served; weight [E, d], float32 or as x."""
+    if second is not None:
+        return "cuda_gather serves routers of one map"
     if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype not in (torch.float32, x.dtype):
         return f"cuda_gather serves float16 and bfloat16, got input {x.dtype} and router {weight.dtype}"
     if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not weight.is_contiguous():
@@ -364,11 +366,11 @@ def _(x, weight, threshold):
     return x.new_empty(len(weight), dtype=torch.bool)
 
 
-def expert_keep(x, weight, threshold):
+def expert_keep(x, weight, threshold, second=None, *, outer="none", rule="above"):
     """As masked_dense.expert_keep for one row, scores summed in fp32. Raises ValueError for what it can't serve."""
-    problem = unsupported_expert_keep(x, weight)
-    if problem:
-        raise ValueError(problem)
+    problem = unsupported_expert_keep(x, weight, second)
+    if problem or (outer, rule) != ("none", "above"):
+        raise ValueError(problem or f"cuda_gather serves the rule above on plain scores, got {rule} on {outer}")
     return cuda_expert_keep(x.reshape(-1).contiguous(), weight, threshold.float()).view(*x.shape[:-1], -1)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sparsebench.kernels._triton_experts import expert_ffn, unsupported_expert_ffn  # noqa: F401 (of this backend)
+from sparsebench.kernels._triton_router import expert_keep, unsupported_expert_keep  # noqa: F401
 
 RANK = 10
 SKIPS = True

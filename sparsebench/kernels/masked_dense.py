@@ -15,7 +15,7 @@ def prepare(threads: int) -> None:
     """Nothing to set up: torch's own threads are used."""
 
 
-def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     return None
 
 
@@ -60,20 +60,35 @@ ACTIVATIONS = {
 }
 
 
-def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:
-    return None
-
-
 def above(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """bool: sigmoid(score) > tau, strictly; all where tau is below 0 (LTE, eq. 2)."""
     return (scores > torch.logit(threshold.clamp(min=0))) | (threshold < 0)
 
 
-def expert_keep(x, weight, threshold):
-    """Rule `above` on a linear router's scores, in the dtype of its weights: x [..., d], weight [E, d] -> bool [..., E]."""
+def near_largest(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """bool: R_e >= tau max R, without experts of R_e = 0; all where tau is 0 or below (D2DMoE; scores >= 0)."""
+    return (scores >= threshold * scores.amax(-1, keepdim=True)) & ((scores > 0) | (threshold <= 0)) | (threshold < 0)
+
+
+RULES = {"above": above, "max": near_largest}
+
+
+def expert_scores(x, weight, second=None, *, inner="relu", outer="none", normalise=False):
+    """Scores of a router of one map [E, d], or two: [w, d] and [E, w]; float32 at least [..., E], computed in their dtype.
+
+    inner: an activation of torch between the maps; outer: abs or none; normalise: x is divided by its length.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        scores = F.linear(x.to(weight.dtype), weight)
-    return above(scores.to(torch.promote_types(scores.dtype, torch.float32)), threshold)
+        x = x.to(weight.dtype)
+        scores = F.linear(F.normalize(x, dim=-1) if normalise else x, weight)
+        if second is not None:
+            scores = F.linear(getattr(torch, inner)(scores), second)
+        return (scores.abs() if outer == "abs" else scores).to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def expert_keep(x, weight, threshold, second=None, *, outer="none", rule="above"):
+    """bool [..., E]: a rule of RULES on the scores of a router with ReLU between its maps."""
+    return RULES[rule](expert_scores(x, weight, second, outer=outer), threshold)
 
 
 def expert_hidden(x, first, activation, *, first_bias=None, up=None, up_bias=None):

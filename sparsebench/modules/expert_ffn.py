@@ -34,8 +34,6 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
     """
     if rule == "topk":
         keep = topk_mask(scores, k)
-    elif rule == "max":
-        keep = (scores >= threshold * scores.amax(-1, keepdim=True)) & ((scores > 0) | (threshold <= 0))
     elif rule == "cumshare":
         shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)
         shares, order = shares.sort(dim=-1, descending=True, stable=True)
@@ -44,7 +42,7 @@ def select(scores: torch.Tensor, rule: str, threshold: torch.Tensor, k: int | No
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep = keep.scatter(-1, order, (before < threshold) & (shares > 0) | first | (threshold >= 1))
     else:
-        return masked_dense.above(scores, threshold)
+        return masked_dense.RULES[rule](scores, threshold)
     return keep | (threshold < 0)
 
 
@@ -68,20 +66,15 @@ class Router(nn.Module):
         self.inner, self.outer, self.normalise = inner, outer, normalise
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.first.dtype)
-            x = F.normalize(x, dim=-1) if self.normalise else x
-            scores = F.linear(x, self.first)
-            if self.second is not None:
-                scores = F.linear(getattr(torch, self.inner)(scores), self.second)
-            return (scores.abs() if self.outer == "abs" else scores).to(
-                torch.promote_types(scores.dtype, torch.float32)
-            )
+        return masked_dense.expert_scores(
+            x, self.first, self.second, inner=self.inner, outer=self.outer, normalise=self.normalise
+        )
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether scores are one plain product of x."""
-        return self.second is None and self.outer == "none" and not self.normalise
+    def rules(self) -> tuple[str, ...]:
+        """Rules that backends may apply in the same pass (`expert_keep`)."""
+        if self.normalise or self.inner != "relu":
+            return ()
+        return tuple(masked_dense.RULES) if self.second is not None else ("above",) * (self.outer == "none")
 
     @property
     def num_products(self) -> int:
@@ -178,11 +171,11 @@ class ExpertFFN(nn.Module):
 
     def keep(self, x: torch.Tensor, x1: torch.Tensor | None = None) -> torch.Tensor:
         """bool [..., E]: the experts each token runs. routing=oracle ranks by the true label (sums for topk, else norms)."""
-        simple = self.rule == "above" and self.routing == "trained" and self.router.is_linear
-        if simple and x.numel() == x.shape[-1] and not torch.is_grad_enabled():  # one token: product and rule at once
-            backend = kernels.serving(self.running, x, self.router.first, "expert_keep")
-            return backend.expert_keep(x, self.router.first, self.threshold)
         if self.routing == "trained":
+            if self.rule in self.router.rules() and not torch.is_grad_enabled():
+                maps = (self.router.first, self.router.second)
+                backend = kernels.serving(self.running, x, maps[0], "expert_keep", maps[1])
+                return backend.expert_keep(x, maps[0], self.threshold, maps[1], outer=self.router.outer, rule=self.rule)
             scores = self.router(x)
         elif self.routing == "random":
             scores = random_scores(x, self.num_experts)
