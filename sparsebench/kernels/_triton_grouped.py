@@ -240,9 +240,9 @@ class Tiles:
 
 
 # By bytes of an element. In 16 bits two programs fit on a processor (128 registers, 96 KiB), in fp32 one.
-HIDDEN = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(128, 128, 32, 8, 3, 1)}
+HIDDEN = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(64, 128, 32, 4, 4, 2)}
 GATED = {2: Tiles(128, 64, 64, 8, 3, 2), 4: Tiles(64, 64, 32, 8, 3, 1)}
-LAST = {2: Tiles(128, 64, 128, 4, 3, 2), 4: Tiles(128, 64, 32, 4, 3, 2)}
+LAST = {2: Tiles(128, 64, 128, 4, 4, 2), 4: Tiles(128, 64, 32, 4, 3, 2)}
 PARTS_BYTES = 2 << 30  # most that the rows of all pairs may take; where they could take more, tokens go in pieces
 
 
