@@ -137,12 +137,22 @@ SMALL = {kind: Tuning(2, 4, 1, 2.0) for kind in fused_cuda.DEFAULTS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("threshold", [-1.0, 0.4, 1e9])
+@pytest.mark.parametrize("threshold, rank", [(-1.0, 0), (0.4, 0), (1e9, 0), (-1.0, 5), (0.4, 5), (1e9, 11)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_cuda_step_on_the_cpu(emulated, kind, threshold, dtype):
-    model = sparse_model(kind, threshold, dtype, scale=True, layers=1, hidden_size=64, intermediate_size=136)
+def test_cuda_step_on_the_cpu(emulated, kind, threshold, rank, dtype):
+    """Two layers of different ranks, one map without a remainder; dense there is none."""
+    sizes = {"layers": 2 if rank else 1, "hidden_size": 64, "intermediate_size": 136}
+    model = sparse_model(kind, threshold, dtype, scale=True, rank=rank, **sizes)
+    if rank:
+        model.model.layers[0].self_attn.k_proj.low_rank = None
+        wider = model.model.layers[1].mlp.up_proj
+        wider.low_rank = tuple(torch.cat([f, f], axis) for f, axis in zip(wider.low_rank, (1, 0), strict=True))
     cache, _ = decode.prefilled(model, IDS[:, :20], 4)
     step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL)
+    rests = [launch.label for launch in step.launches if launch.label.endswith("remainder")]
+    assert len(rests) == (8 if rank else 0)
+    dense = fused_cuda.Step(model, cache, processors=4, tunings=SMALL, keep_all=True).launches
+    assert not any(launch.label.endswith("remainder") for launch in dense)
     library = emulated(**step.defines(SMALL["qkv"]))
     reference = fused_cpu.reference_step
     holder = SimpleNamespace(module=model, position=20, cache=cache, blocks=find_blocks(model))
@@ -173,10 +183,8 @@ def test_cuda_neuron_sparse_ffn_on_the_cpu(emulated):
     rows.out, rows.m, rows.n = scores.data_ptr(), f, d
     library.run_rows(3, 1, cuda_gather.rows_bytes(d, tuning), ctypes.byref(rows))
     assert torch.equal(scores == 0, activation == 0)
-    gather.weight[0], gather.out[0], gather.m[0] = down.data_ptr(), sums.data_ptr(), d
-    gather.threshold[0], gather.parts, gather.n = zero.data_ptr(), 1, f
-    gather.input, gather.second, gather.result = activation.data_ptr(), scores.data_ptr(), y.data_ptr()
-    gather.arrived = arrived.data_ptr()
+    gather.set_part(0, down, activation, sums, zero)
+    gather.second, gather.result, gather.arrived = scores.data_ptr(), y.data_ptr(), arrived.data_ptr()
     library.run_gather_neuron(1, 3, cuda_gather.gather_bytes(tuning), ctypes.byref(gather))
     expected = (activation.float() * (up.float() @ x.float())) @ down.float()
     assert float((y.float() - expected).norm() / expected.norm()) < 2e-3
@@ -209,14 +217,17 @@ def llama(dtype, hidden=512, inner=1376, heads=4, groups=2, layers=2):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups, rank", [(1, 0), (2, 0), (4, 0), (2, 51)])
 @pytest.mark.parametrize("threshold", [-1.0, 0.5, 1e9])
-def test_cuda_decoder(dtype, groups, threshold):
+def test_cuda_decoder(dtype, groups, rank, threshold):
     model = llama(dtype, groups=groups)
     dense = copy.deepcopy(model)
     for block in find_blocks(model):
         for site in block.sites.values():
-            replace(model, site.path, InputSparseLinear(model.get_submodule(site.path), site.name, threshold))
+            linear = model.get_submodule(site.path)
+            low_rank = [torch.randn(n, rank, device="cuda").to(dtype) / 64 for n in reversed(linear.weight.shape)]
+            low_rank = (low_rank[0], low_rank[1].t()) if rank else None
+            replace(model, site.path, InputSparseLinear(linear, site.name, threshold, low_rank=low_rank))
     ids = torch.randint(0, 1000, (1, 40), device="cuda")
     fused = fused_cuda.Decoder(model, ids[:, :36], 4)
     assert max(fused.parity(ids[:, 36:37]).values()) < 1e-4

@@ -56,11 +56,11 @@ def channel_major(module: nn.Module) -> None:
                 replace(module, site.path, InputSparseLinear(linear, site.name, -1.0))
 
 
-def llama_type(module: nn.Module, dtypes: tuple, low_rank: bool = False) -> str | None:
+def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
     """Why a model is not of the type the fused steps know, or None.
 
     They know pre-norm blocks with RMSNorm, q, k, v, o with rotary embedding and grouped queries, and a SiLU-gated FFN,
-    sparse by input channels with thresholds only; `low_rank`: whether the step takes a low-rank remainder, too.
+    sparse by input channels with thresholds only, with or without a low-rank remainder.
     """
     try:
         blocks = find_blocks(module)
@@ -89,8 +89,6 @@ def llama_type(module: nn.Module, dtypes: tuple, low_rank: bool = False) -> str 
             linear = module.get_submodule(site.path)
             if linear.bias is not None and role not in ("q", "k", "v"):
                 return f"it takes no bias at {role}"
-            if getattr(linear, "low_rank", None) is not None and not low_rank:
-                return "it takes no low-rank remainder"
             if getattr(linear, "top_k", None) is not None:
                 return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):

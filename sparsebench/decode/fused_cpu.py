@@ -27,7 +27,7 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    return llama_type(module, DTYPES, low_rank=True)
+    return llama_type(module, DTYPES)
 
 
 class Decoder:

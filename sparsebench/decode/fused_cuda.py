@@ -1,8 +1,8 @@
 """A whole decode step of a Llama-type model on an NVIDIA GPU, dense or sparse, as five kernels a layer (decode.cu).
 
 What surrounds the projections is fused into them: the norm, the thresholds and the compaction of the kept channels
-stand in front of each product, residual adds at its end. The step is captured once in a CUDA graph; the next token and
-the position live on the device.
+stand in front of each product, residual adds at its end; a low-rank remainder takes one kernel more per input. The step is
+captured once in a CUDA graph; the next token and the position live on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sparsebench.decode import heads, llama_type, prefilled, rotary_tables
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
 from sparsebench.kernels.masked_dense import kept
-from sparsebench.models.sites import find_blocks
+from sparsebench.models.sites import Block, find_blocks
+from sparsebench.modules.input_sparse import InputSparseLinear
 
 
 class Attend(ctypes.Structure):
@@ -51,6 +52,7 @@ class Launch:
 
 
 DTYPES = (torch.float16, torch.bfloat16)
+MAPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}  # by the input they read
 # What was fastest on Hopper for Llama-2-7B shapes; tune_cuda.py looks further and remembers per GPU and shape.
 DEFAULTS = {
     "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 4, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
@@ -106,8 +108,13 @@ class Step:
 
         self.residual, self.qkv = floats(self.hidden), floats(query + 2 * group)
         self.q, self.k, self.v = self.qkv.split([query, group, group])
-        self.gate_up, self.logits = floats(2 * self.mid), floats(self.vocabulary)
-        self.gate, self.up = self.gate_up.split([self.mid, self.mid])
+        ranks = {kind: self.largest_rank(kind) for kind in MAPS}
+        self.before_down = floats(2 * self.mid + ranks["down"])  # cleared together
+        self.gate, self.up, down = self.before_down.split([self.mid, self.mid, ranks["down"]])
+        self.of_attention, gate_up = floats(ranks["qkv"] + ranks["o"]), floats(ranks["gate_up"])
+        qkv, o = self.of_attention.split([ranks["qkv"], ranks["o"]])
+        self.inner = {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}  # A (x where dropped) of the remainders
+        self.logits = floats(self.vocabulary)
         self.token, self.position = integers(1), integers(1)
         self.splits = max(1, processors // self.num_groups)
         self.partial = floats(self.num_heads, self.splits, self.head_dim)
@@ -117,6 +124,14 @@ class Step:
         self.cosine, self.sine = rotary_tables(module, self.positions)
         self.nothing_dropped = torch.full((), -1.0, device=self.device)
         self.launches = list(self.plan())
+
+    def maps(self, block: Block, kind: str) -> list[InputSparseLinear]:
+        return [self.module.get_submodule(block.sites[role].path) for role in MAPS[kind]]
+
+    def largest_rank(self, kind: str) -> int:
+        """Ranks of the remainders of one kind's maps together, in the block that has most."""
+        found = (sum(m.low_rank[0].shape[1] for m in self.maps(b, kind) if m.low_rank) for b in self.blocks)
+        return 0 if self.keep_all else max(found)
 
     def defines(self, tuning: Tuning) -> dict[str, int]:
         found = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
@@ -134,56 +149,42 @@ class Step:
         )  # fmt: skip
         for block in self.blocks:
             layer = self.module.get_submodule(block.path)
-            maps = {role: self.module.get_submodule(site.path) for role, site in block.sites.items()}
             norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
-            yield self.gather(
-                f"{block.index}.qkv", [maps[r] for r in "qkv"], [self.q, self.k, self.v], "norm", self.residual,
-                norm=norms[0], zero=self.gate_up,
-            )  # fmt: skip
-            yield self.attend(block.index, maps)
-            yield self.gather(
-                f"{block.index}.o",
-                [maps["o"]],
-                [self.residual],
-                "attention",
-                self.partial,
-                second=self.softmax,
-                zero=self.qkv,
+            yield from self.gather(
+                block, "qkv", [self.q, self.k, self.v], "norm", self.residual, norm=norms[0], zero=self.before_down
             )
-            yield self.gather(
-                f"{block.index}.gate_up",
-                [maps["gate"], maps["up"]],
-                [self.gate, self.up],
-                "norm",
-                self.residual,
-                norm=norms[1],
+            yield self.attend(block)
+            yield from self.gather(
+                block, "o", [self.residual], "attention", self.partial, second=self.softmax, zero=self.qkv
             )
-            yield self.gather(
-                f"{block.index}.down", [maps["down"]], [self.residual], "swiglu", self.gate, second=self.up
+            yield from self.gather(
+                block, "gate_up", [self.gate, self.up], "norm", self.residual, norm=norms[1], zero=self.of_attention
+            )
+            yield from self.gather(
+                block, "down", [self.residual], "swiglu", self.gate, second=self.up, zero=self.inner["gate_up"]
             )
         yield self.head(base)
 
-    def gather(self, label, maps, outs, mode, source, *, norm=None, second=None, zero=None) -> Launch:
-        tuning = self.tunings[label.partition(".")[2]]
+    def gather(self, block: Block, kind: str, outs, mode, source, *, norm=None, second=None, zero) -> Iterator[Launch]:
+        """The launch of the maps of one input, and one more for their remainders; `zero` is cleared by the first."""
+        maps, label, tuning = self.maps(block, kind), f"{block.index}.{kind}", self.tunings[kind]
         thresholds = [self.nothing_dropped if self.keep_all else m.threshold for m in maps]
-        arguments = Gather()
+        arguments, rest = Gather(), Gather()
         for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-            arguments.weight[i], arguments.out[i] = linear.weight.data_ptr(), out.data_ptr()
-            arguments.m[i], arguments.threshold[i] = linear.weight.shape[0], thresholds[i].data_ptr()
-            if linear.scale is not None:
-                arguments.scale[i] = linear.scale.data_ptr()
-        arguments.parts, arguments.n = len(maps), maps[0].weight.shape[1]
-        arguments.input = source.data_ptr()
+            arguments.set_part(i, linear.weight.t(), source, out, thresholds[i], linear.scale)
+        hybrid = [] if self.keep_all else [i for i, linear in enumerate(maps) if linear.low_rank]
+        factors = [maps[i].low_rank for i in hybrid]
+        inner = self.inner[kind][: sum(len(b) for _, b in factors)].split([len(b) for _, b in factors])
+        for k, i in enumerate(hybrid):
+            (a, b), rule = factors[k], (thresholds[i], maps[i].scale)
+            arguments.set_part(len(maps) + k, a, source, inner[k], *rule, complement=True)
+            rest.set_part(k, b, inner[k], outs[i], self.nothing_dropped)
         if second is not None:
             arguments.second = second.data_ptr()
         if norm is not None:
             arguments.norm, arguments.eps = norm.weight.data_ptr(), norm.variance_epsilon
-        if zero is not None:
+        if zero.numel():
             arguments.zero, arguments.zero_count = zero.data_ptr(), zero.numel()
-        tile = 256 * tuning.wide
-        tiles = sum(-(-linear.weight.shape[0] // tile) for linear in maps)
-        shares = max(1, round(self.processors * tuning.per_sm / tiles))
-        shared = gather_bytes(tuning)
 
         def reference() -> dict:
             """Masked-dense in fp32 on the buffers as they are now: what this launch must add to its outputs."""
@@ -195,21 +196,36 @@ class Step:
             elif mode == "attention":
                 fade = (second[..., :1] - second[..., :1].amax(1, keepdim=True)).exp()
                 x = ((x * fade).sum(1) / (second[..., 1:] * fade).sum(1)).flatten()
-            found = {}
+            found, keep = {}, [kept(x, t, linear.scale) for t, linear in zip(thresholds, maps, strict=True)]
             for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-                keep = kept(x, thresholds[i], linear.scale)
-                found[f"{label}[{i}]"] = (out, out + linear.weight.float() @ torch.where(keep, x, 0))
+                found[f"{label}[{i}]"] = (out, out + linear.weight.float() @ torch.where(keep[i], x, 0))
+            for k, i in enumerate(hybrid):
+                dropped = torch.where(keep[i], 0, x)
+                found[f"{label}[{i}].a"] = (inner[k], inner[k] + dropped @ factors[k][0].float())
             return found
 
-        return Launch(f"gather_{mode}", label, (tiles, shares), shared, [arguments], tuning, reference)
+        def reference_of_rest() -> dict:
+            added = {i: inner[k] @ factors[k][1].float() for k, i in enumerate(hybrid)}
+            return {f"{label}[{i}].b": (outs[i], outs[i] + value) for i, value in added.items()}
 
-    def attend(self, index: int, maps: dict[str, nn.Module]) -> Launch:
-        tuning, layer = self.tunings["attend"], self.cache.layers[index]
+        yield self.spread(f"gather_{mode}", label, arguments, tuning, reference)
+        if hybrid:
+            yield self.spread("gather_plain", f"{label}.remainder", rest, tuning, reference_of_rest)
+
+    def spread(self, name: str, label: str, arguments: Gather, tuning: Tuning, reference) -> Launch:
+        """A gather over tiles of outputs and, where there are channels enough for every warp, over shares of them."""
+        tiles = sum(-(-m // (256 * tuning.wide)) for m in arguments.m)
+        most = -(-max(arguments.n) // (2 * tuning.warps))
+        shares = max(1, min(most, round(self.processors * tuning.per_sm / tiles)))
+        return Launch(name, label, (tiles, shares), gather_bytes(tuning), [arguments], tuning, reference)
+
+    def attend(self, block: Block) -> Launch:
+        tuning, layer = self.tunings["attend"], self.cache.layers[block.index]
         arguments = Attend()
-        for name in ("q", "k", "v"):
+        for name, linear in zip("qkv", self.maps(block, "qkv"), strict=True):
             setattr(arguments, name, getattr(self, name).data_ptr())
-            if maps[name].bias is not None:
-                setattr(arguments, f"{name}_bias", maps[name].bias.data_ptr())
+            if linear.bias is not None:
+                setattr(arguments, f"{name}_bias", linear.bias.data_ptr())
         for name in ("cosine", "sine", "position", "partial", "softmax"):
             setattr(arguments, name, getattr(self, name).data_ptr())
         arguments.positions = self.positions
@@ -217,7 +233,7 @@ class Step:
         arguments.scaling = self.head_dim**-0.5
         group = self.num_heads // self.num_groups
         shared = group * (self.head_dim + tuning.warps * (self.head_dim + 2)) * 4
-        return Launch("attend", f"{index}.attend", (self.num_groups, self.splits), shared, [arguments], tuning)
+        return Launch("attend", f"{block.index}.attend", (self.num_groups, self.splits), shared, [arguments], tuning)
 
     def head(self, base: nn.Module) -> Launch:
         tuning, weight = self.tunings["head"], self.module.get_output_embeddings().weight

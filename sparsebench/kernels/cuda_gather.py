@@ -20,14 +20,21 @@ Pointer = ctypes.c_void_p
 
 
 class Gather(ctypes.Structure):
-    """Arguments of decode.cu's `gather`."""
+    """Arguments of decode.cu's `gather`: up to 6 products in one launch."""
 
     _fields_ = [
-        ("weight", Pointer * 3), ("out", Pointer * 3), ("scale", Pointer * 3), ("threshold", Pointer * 3),
-        ("m", ctypes.c_int * 3), ("parts", ctypes.c_int), ("n", ctypes.c_int),
-        ("complement", ctypes.c_int), ("input", Pointer), ("second", Pointer), ("norm", Pointer), ("eps", ctypes.c_float),
-        ("zero", Pointer), ("zero_count", ctypes.c_int), ("result", Pointer), ("bias", Pointer), ("arrived", Pointer),
+        *((name, Pointer * 6) for name in ("weight", "input", "out", "scale", "threshold")),
+        *((name, ctypes.c_int * 6) for name in ("m", "n", "complement")),
+        ("second", Pointer), ("norm", Pointer), ("eps", ctypes.c_float), ("zero", Pointer), ("zero_count", ctypes.c_int),
+        ("result", Pointer), ("bias", Pointer), ("arrived", Pointer),
     ]  # fmt: skip
+
+    def set_part(self, i: int, weight, x, out, threshold, scale=None, *, complement=False) -> None:
+        """Product i: out [m] += weight [n, m] transposed times x [n] where |x| c > t, or where it isn't."""
+        tensors = {"weight": weight, "input": x, "out": out, "threshold": threshold, "scale": scale}
+        for name, tensor in tensors.items():
+            getattr(self, name)[i] = None if tensor is None else tensor.data_ptr()
+        (self.n[i], self.m[i]), self.complement[i] = weight.shape, int(complement)
 
 
 class Rows(ctypes.Structure):
@@ -131,15 +138,11 @@ def gather_linear(
     complement: bool, warps: int, loads: int, wide: int, per_sm: float,
 ) -> torch.Tensor:  # fmt: skip
     """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile; needs `reserve(.., m)`."""
-    n, m = weight.shape
+    m = weight.shape[1]
     y, (sums, arrived) = x.new_empty(m), _workspaces[x.device, m]
     arguments = Gather()
-    arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), sums.data_ptr(), m
-    arguments.threshold[0], arguments.parts, arguments.n = threshold.data_ptr(), 1, n
-    arguments.complement, arguments.input, arguments.result = int(complement), x.data_ptr(), y.data_ptr()
-    arguments.arrived = arrived.data_ptr()
-    if scale is not None:
-        arguments.scale[0] = scale.data_ptr()
+    arguments.set_part(0, weight, x, sums, threshold, scale, complement=complement)
+    arguments.result, arguments.arrived = y.data_ptr(), arrived.data_ptr()
     if bias is not None:
         arguments.bias = bias.data_ptr()
     start("gather_half", arguments, weight, Tuning(warps, loads, wide, per_sm))
@@ -151,9 +154,7 @@ def accumulate(
 ) -> None:
     """out [m] += W (x where |x| > t), fp32 x and out, weight [n, m] in 16 bits: the product as a fused step runs it."""
     arguments = Gather()
-    arguments.weight[0], arguments.out[0], arguments.m[0] = weight.data_ptr(), out.data_ptr(), weight.shape[1]
-    arguments.threshold[0], arguments.parts, arguments.n = threshold.data_ptr(), 1, weight.shape[0]
-    arguments.input = x.data_ptr()
+    arguments.set_part(0, weight, x, out, threshold)
     start("gather_plain", arguments, weight, tuning)
 
 
@@ -239,10 +240,8 @@ def cuda_ffn(
         overlap=True,
     )
     second = Gather()
-    second.weight[0], second.out[0], second.m[0] = down.data_ptr(), sums.data_ptr(), d
-    second.threshold[0], second.parts, second.n = zero.data_ptr(), 1, f
-    second.input, second.second, second.result = activation.data_ptr(), scores.data_ptr(), y.data_ptr()
-    second.arrived = arrived.data_ptr()
+    second.set_part(0, down, activation, sums, zero)
+    second.second, second.result, second.arrived = scores.data_ptr(), y.data_ptr(), arrived.data_ptr()
     start("gather_neuron", second, down, Tuning())
     return y
 

@@ -6,6 +6,7 @@
 //   gather  ATTENTION  o          merges the splits in front; adds into the residual
 //   gather  NORM       gate, up
 //   gather  SWIGLU     down       silu(gate) * up in front; adds into the residual
+//   gather  PLAIN      after a map with a low-rank remainder: B of it, whose A is a further part of the map's own kernel
 //   rows    head                  final norm, logits, argmax; the last CTA writes the next token and advances the position
 //
 // gather HALF is a product of its own (cuda_gather.py); rows with `gate` and gather NEURON are a neuron-sparse FFN;
@@ -146,14 +147,16 @@ __device__ float inverse_rms(const float* x, int n, float eps, float* scratch) {
 
 enum { PLAIN = 0, NORM = 1, SWIGLU = 2, ATTENTION = 3, HALF = 4, NEURON = 5 };
 
-struct Gather {
-    const u16* weight[3];    // each [n, m]
-    float* out[3];           // each [m], added into
-    const float* scale[3];   // c [n] of |x| c > t, or null
-    const float* threshold[3];  // one number each; below 0 keeps everything
-    int m[3];
-    int parts, n, complement;  // complement: take the dropped channels (low-rank remainder)
-    const float* input;      // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF, NEURON)
+#define PARTS 6
+
+struct Gather {              // up to PARTS products of one input each; those without outputs come last
+    const u16* weight[PARTS];    // [n, m]
+    const float* input[PARTS];   // [n]: the vector, the residual (NORM), gate (SWIGLU), partial sums (ATTENTION), 16-bit (HALF, NEURON)
+    float* out[PARTS];           // [m], added into
+    const float* scale[PARTS];   // c [n] of |x| c > t, or null
+    const float* threshold[PARTS];  // one number each; below 0 keeps everything
+    int m[PARTS], n[PARTS];
+    int complement[PARTS];   // 1: take the dropped channels (A of a low-rank remainder)
     const float* second;     // [n]: up (SWIGLU, NEURON); softmax maxima and weights of the splits (ATTENTION)
     const u16* norm;         // [n]: weight of the norm (NORM)
     float eps;
@@ -165,18 +168,18 @@ struct Gather {
 };
 
 template <int MODE>
-__device__ __forceinline__ float input_value(const Gather& a, int i, float inverse) {
-    if (MODE == NORM) return a.input[i] * inverse * widen(a.norm[i]);
-    if (MODE == SWIGLU) return silu(a.input[i]) * a.second[i];
-    if (MODE == HALF) return widen(((const u16*)a.input)[i]);
-    if (MODE == NEURON) return widen(((const u16*)a.input)[i]) * a.second[i];
-    if (MODE == PLAIN) return a.input[i];
+__device__ __forceinline__ float input_value(const Gather& a, const float* input, int i, float inverse) {
+    if (MODE == NORM) return input[i] * inverse * widen(a.norm[i]);
+    if (MODE == SWIGLU) return silu(input[i]) * a.second[i];
+    if (MODE == HALF) return widen(((const u16*)input)[i]);
+    if (MODE == NEURON) return widen(((const u16*)input)[i]) * a.second[i];
+    if (MODE == PLAIN) return input[i];
     const int head = i / HEAD_DIM;
     float top = -1e30f, weight = 0, mixed = 0, high[SPLITS], share[SPLITS], part[SPLITS];
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) {
         high[s] = a.second[(head * SPLITS + s) * 2], share[s] = a.second[(head * SPLITS + s) * 2 + 1];
-        part[s] = a.input[(head * SPLITS + s) * HEAD_DIM + i % HEAD_DIM];
+        part[s] = input[(head * SPLITS + s) * HEAD_DIM + i % HEAD_DIM];
     }
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) top = fmaxf(top, high[s]);
@@ -259,11 +262,13 @@ __device__ void gather(const Gather& a) {
     for (int i = cta * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * gridDim.y * THREADS) a.zero[i] = 0;
     int tile = blockIdx.x, part = 0;
     while (tile >= (a.m[part] + TILE - 1) / TILE) tile -= (a.m[part++] + TILE - 1) / TILE;
-    const int m = a.m[part], column = tile * TILE + lane * 8;
+    const int m = a.m[part], n = a.n[part], column = tile * TILE + lane * 8;
+    const bool dropped = a.complement[part];
+    const float* input = a.input[part];
     const float threshold = *a.threshold[part];
     const float* scale = a.scale[part];
-    const int first = (int)((long)a.n * blockIdx.y / gridDim.y), last = (int)((long)a.n * (blockIdx.y + 1) / gridDim.y);
-    const float inverse = MODE == NORM ? inverse_rms(a.input, a.n, a.eps, scratch) : 0.0f;
+    const int first = (int)((long)n * blockIdx.y / gridDim.y), last = (int)((long)n * (blockIdx.y + 1) / gridDim.y);
+    const float inverse = MODE == NORM ? inverse_rms(input, n, a.eps, scratch) : 0.0f;
     float sum[8 * WIDE];
 #pragma unroll
     for (int i = 0; i < 8 * WIDE; i++) sum[i] = 0;
@@ -277,13 +282,13 @@ __device__ void gather(const Gather& a) {
 #pragma unroll
         for (int t = 0; t < ITEMS; t++) {  // all loads first, then one place in the list per warp
             const int i = t * THREADS + threadIdx.x;
-            x[t] = i < size ? input_value<MODE>(a, chunk + i, inverse) : 0.0f;
+            x[t] = i < size ? input_value<MODE>(a, input, chunk + i, inverse) : 0.0f;
         }
 #pragma unroll
         for (int t = 0; t < ITEMS; t++) {
             const int i = t * THREADS + threadIdx.x;
             const float magnitude = fabsf(x[t]) * (scale && i < size ? scale[chunk + i] : 1.0f);
-            kept[t] = __ballot_sync(FULL, i < size && (magnitude > threshold) != (bool)a.complement);
+            kept[t] = __ballot_sync(FULL, i < size && (magnitude > threshold) != dropped);
             total += __popc(kept[t]);
         }
         int place = 0;
@@ -298,9 +303,9 @@ __device__ void gather(const Gather& a) {
             place += __popc(kept[t]);
         }
         __syncthreads();
-        const int n = *count;
+        const int found = *count;
         const u16* rows = a.weight[part] + (long)chunk * m + column;
-        const int mine = n > warp ? (n - warp + WARPS - 1) / WARPS : 0;  // channels of this warp: warp, warp + WARPS, ...
+        const int mine = found > warp ? (found - warp + WARPS - 1) / WARPS : 0;  // channels of this warp: warp, warp + WARPS, ...
         auto fetch = [&](int t) {
             const bool wanted = t < mine;
             const u16* row = rows + (long)(wanted ? index[warp + t * WARPS] : 0) * m;
