@@ -45,14 +45,23 @@ def count_pairs(keep, counts, rows, experts: tl.constexpr, block_t: tl.constexpr
 
 
 @triton.jit
-def place_pairs(keep, ends, tokens, places, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
-    """tokens[p] of each pair and places[t, e] = p, or -1; ends [E, token blocks]: running sums of `counts`. Same grid."""
+def place_pairs(keep, ends, tokens, pairs, rows, experts: tl.constexpr, block_t: tl.constexpr, block_e: tl.constexpr):
+    """tokens[p] of each pair, and pairs[t]: a token's pairs, then -1. ends [E, token blocks]: running sums of `counts`."""
     t, e, kept = pair_tile(keep, rows, experts, block_t, block_e)
     begin = tl.load(ends + e * tl.num_programs(0) + tl.program_id(0), mask=e < experts, other=0) - tl.sum(kept, 0)
     place = begin[None, :] + tl.cumsum(kept, 0) - kept
     tl.store(tokens + place, t[:, None] + tl.zeros_like(kept), mask=kept > 0)
-    target = places + t.to(tl.int64)[:, None] * experts + e[None, :]
-    tl.store(target, tl.where(kept > 0, place, -1), mask=(t < rows)[:, None] & (e < experts)[None, :])
+    before = tl.zeros((block_t,), tl.int32)  # pairs of these tokens with experts of earlier blocks
+    start = t.to(tl.int64) * experts
+    for block in range(tl.program_id(1)):
+        earlier = start[:, None] + (block * block_e + tl.arange(0, block_e))[None, :]
+        before += tl.sum(tl.load(keep + earlier, mask=(t < rows)[:, None], other=0).to(tl.int32), 1)
+    rank = before[:, None] + tl.cumsum(kept, 1) - kept
+    own = pairs + t.to(tl.int64) * (experts + 1)
+    tl.store(own[:, None] + rank, place, mask=kept > 0)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        total = before + tl.sum(kept, 1)
+        tl.store(own + total, tl.zeros_like(total) - 1, mask=t < rows)
 
 
 @triton.jit
@@ -168,39 +177,44 @@ def many_last(
 
 @triton.jit
 def add_parts(
-    parts, places, bias, y, n: tl.constexpr, experts: tl.constexpr, has_bias: tl.constexpr, block_n: tl.constexpr
+    parts, pairs, bias, y, n: tl.constexpr, experts: tl.constexpr, has_bias: tl.constexpr, block_n: tl.constexpr
 ):  # fmt: skip
-    """y[t, i] = bias[i] + sum over the experts of t of parts[p, i]; grid (tokens, outputs / block_n)."""
+    """y[t, i] = bias[i] + sum over the pairs p of t of parts[p, i]; grid (tokens, outputs / block_n)."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * block_n + tl.arange(0, block_n)
     inside = i < n
     sums = tl.zeros((block_n,), tl.float32)
     if has_bias:
         sums += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
-    for e in range(experts):
-        p = tl.load(places + t * experts + e)
-        if p >= 0:
-            sums += tl.load(parts + p.to(tl.int64) * n + i, mask=inside, other=0.0).to(tl.float32)
+    k = 1
+    p = tl.load(pairs + t * (experts + 1))
+    while p >= 0:
+        part = tl.load(parts + p.to(tl.int64) * n + i, mask=inside, other=0.0)
+        p = tl.load(pairs + t * (experts + 1) + k)  # on its way while `part` is
+        sums += part.to(tl.float32)
+        k += 1
     tl.store(y + t * n + i, sums.to(y.dtype.element_ty), mask=inside)
 
 
 class Pairs:
     """The (token, expert) pairs of a mask [T, E] (uint8), sorted by expert, then token.
 
-    tokens int32 [T E]; places int32 [T, E]: a pair's number, or -1; ends int32 [E, blocks]: running counts, expert e's
-    pairs end at ends[e, -1].
+    tokens int32 [T E]: of each pair; of_token int32 [T, E + 1]: the pairs of a token, then -1; ends int32 [E, blocks]:
+    running counts, expert e's pairs end at ends[e, -1].
     """
 
     def __init__(self, keep: torch.Tensor):
         (self.rows, self.experts), self.lists = keep.shape, {}
-        block_t, block_e = 128, min(32, triton.next_power_of_2(self.experts))
+        block_t, block_e = 32, min(32, triton.next_power_of_2(self.experts))
         grid = (triton.cdiv(self.rows, block_t), triton.cdiv(self.experts, block_e))
         counts = torch.empty(self.experts, grid[0], dtype=torch.int32, device=keep.device)
-        count_pairs[grid](keep, counts, self.rows, self.experts, block_t, block_e)
+        count_pairs[grid](keep, counts, self.rows, self.experts, block_t, block_e, num_warps=2)
         self.ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(counts.shape)
         self.tokens = torch.empty(self.rows * self.experts, dtype=torch.int32, device=keep.device)
-        self.places = torch.empty(self.rows, self.experts, dtype=torch.int32, device=keep.device)
-        place_pairs[grid](keep, self.ends, self.tokens, self.places, self.rows, self.experts, block_t, block_e)
+        self.of_token = torch.empty(self.rows, self.experts + 1, dtype=torch.int32, device=keep.device)
+        place_pairs[grid](
+            keep, self.ends, self.tokens, self.of_token, self.rows, self.experts, block_t, block_e, num_warps=2
+        )
 
     def listed(self, size: int) -> tuple[torch.Tensor, int]:
         """(tiles of `size` pairs in the order of `list_tiles`, most tiles that an expert could have)."""
@@ -277,6 +291,6 @@ def grouped(x, keep, y, first, last, name, first_bias, up, up_bias, last_bias) -
     LAST[width].launch(many_last, pairs, size, n, hidden, last, parts, n, size, experts, precision, block_e)
     block_n = min(1024, triton.next_power_of_2(n))
     add_parts[(rows, triton.cdiv(n, block_n))](
-        parts, pairs.places, x if last_bias is None else last_bias, y, n, experts, last_bias is not None, block_n,
+        parts, pairs.of_token, x if last_bias is None else last_bias, y, n, experts, last_bias is not None, block_n,
         num_warps=1,
     )  # fmt: skip
