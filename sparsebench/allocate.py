@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from sparsebench.blocks import BlockError, block_inputs, run_block
 from sparsebench.config import setting
 from sparsebench.models.sites import Block
-from sparsebench.state import State
+from sparsebench.state import State, read, write
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def greedy(
     settings: Greedy,
     *,
     batch_size: int,
+    folder: Path,
     scales: dict[tuple[int, str], torch.Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Table]:
@@ -82,7 +84,8 @@ def greedy(
 
     Every round tries one more step alpha * n_q / n_j on each map j and keeps the step with the least block-output error
     (l2 norm over the error tokens of all sequences). `threshold(layer, role, p)` gives t; `scales` gives c per
-    (layer, role). Memory: the model, two hidden states per sequence and what BlockError keeps.
+    (layer, role). `folder` keeps the tables of finished blocks: calling again goes on after them. Memory: the model, two
+    hidden states per sequence and what BlockError keeps.
     """
     with torch.no_grad():
         hidden, arguments = block_inputs(model, blocks, sequences, batch_size)
@@ -92,10 +95,13 @@ def greedy(
             module, layer, named = model.get_submodule(block.path), block.index, arguments[block.index]
             outputs = [run_block(module, h, named) for h in hidden]
             by_role = {r: scales[layer, r] for r in block.sites if (layer, r) in (scales or {})}
-            error = BlockError(
-                model, block, named, hidden, outputs, functools.partial(threshold, layer), by_role, tokens
-            )
-            tables.append(search(block, model, error, settings))
+            part = read(folder / f"greedy-{layer}.safetensors")
+            if part is None:
+                limit = functools.partial(threshold, layer)
+                error = BlockError(model, block, named, hidden, outputs, limit, by_role, tokens)
+                keep_table(part := State(), layer, search(block, model, error, settings))
+                write(part, folder / f"greedy-{layer}.safetensors")
+            tables.append(table_of(part, layer))
             hidden = outputs
             if progress is not None:
                 progress(layer + 1, len(blocks))
@@ -125,6 +131,7 @@ def add_tables(
         lambda layer, role, p: threshold(blocks[layer].sites[role], p),
         method.greedy,
         batch_size=work.batch_size,
+        folder=work.folder,
         scales={
             (s.layer, s.role): scales[s.name] for b in blocks for s in b.sites.values() if s.name in (scales or {})
         },

@@ -159,7 +159,7 @@ def test_greedy_is_no_worse_than_uniform_for_most_rows(data, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
-def test_greedy_error_is_the_block_output_distance(data, family):
+def test_greedy_error_is_the_block_output_distance(data, family, tmp_path):
     """Along the path, trials and uniform sparsities err as far as block outputs computed apart, over the last tokens."""
     model = tiny_model(family)
     block, rows = find_blocks(model)[1], data.fit.rows[:4]
@@ -168,7 +168,7 @@ def test_greedy_error_is_the_block_output_distance(data, family):
         return 1.5 * p
 
     settings = Greedy(step=0.4, stop=0.7, error_tokens=0.25)
-    tables = allocate.greedy(model, find_blocks(model), rows, threshold, settings, batch_size=2)
+    tables = allocate.greedy(model, find_blocks(model), rows, threshold, settings, batch_size=2, folder=tmp_path)
     hidden, arguments = blocks.block_inputs(model, find_blocks(model), rows, 2)
     first, module = (model.get_submodule(b.path) for b in find_blocks(model))
 
@@ -191,6 +191,26 @@ def test_greedy_error_is_the_block_output_distance(data, family):
             assert float(table.greedy_error[row]) == pytest.approx(found, rel=1e-4)
             found = distance(dict.fromkeys(table.roles, float(table.effective[row])))
             assert float(table.uniform_error[row]) == pytest.approx(found, rel=1e-4)
+
+
+def test_greedy_search_goes_on_after_the_blocks_it_finished(data, tmp_path, monkeypatch):
+    teal = method(allocation="greedy", calibration_tokens=128, greedy={"step": 0.4, "stop": 0.7, "error_tokens": 0.5})
+    (tmp_path / "whole").mkdir()
+    whole = fitted(teal, data, tmp_path / "whole")[1]
+    search, searched = allocate.search, []
+
+    def cut_short(block, *rest):
+        searched.append(block.index)
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        return search(block, *rest)
+
+    monkeypatch.setattr(allocate, "search", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(teal, data, tmp_path)
+    resumed = fitted(teal, data, tmp_path)[1]
+    assert searched == [0, 1, 1]
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
 
 
 def test_dense_prompt_policy_is_bit_equal_on_prompts(data, tmp_path):
