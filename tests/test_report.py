@@ -220,6 +220,27 @@ def test_a_curve_is_a_method_with_its_choices_and_its_points_are_means_over_seed
     assert drawn == {"moefication trained": [[0.5, 12.0]], "moefication oracle": [[0.5, 12.0]]}
 
 
+def test_a_curve_runs_along_what_one_fit_serves(tmp_path):
+    """D2DMoE: tau along, another alpha another curve. LTE: every eta is a fit of its own, and the curve runs along it."""
+    records = []
+    for alpha in (0.0, 0.02):
+        for tau in (0.1, 0.2):
+            record = made("d2dmoe", perplexity=11.0 + tau)
+            record["config"]["method"] |= {"alpha": alpha, "tau": tau}
+            record["fit"]["state"] = f"d2dmoe-{alpha}.safetensors"
+            records.append(record)
+    for eta in (0.5, 1.0, 2.0):
+        record = made("lte", perplexity=12.0 + eta)
+        record["config"]["method"] |= {"eta": eta, "control": "dense" if eta == 2.0 else None}
+        record["fit"]["state"] = f"lte-{eta}.safetensors"
+        records.append(record)
+    for record in records:
+        record["config_hash"] = digest(record)
+    group = rows.groups(rows.collect([laid(tmp_path, *records)]).finished)[0]
+    two = ["d2dmoe alpha=0.0", "d2dmoe alpha=0.02", "lte"]
+    assert sorted(r.series for r in group.rows) == [*sorted(two * 2), "lte dense"]
+
+
 def test_seeds_are_summed_up(tmp_path):
     _, groups, html, _ = reported(
         laid(tmp_path, *(made(seed=s, perplexity=12 + s) for s in range(3)), made(sparsity=0.3))

@@ -28,9 +28,7 @@ class Row:
     path: Path
     found: dict
     label: str = ""
-    series: str = (
-        ""  # the curve it belongs to: its method and the choices (not numbers) in which the method's rows differ
-    )
+    series: str = ""  # the curve it belongs to: its method, and what tells the method's curves apart
     method: str = ""
     metric: str | None = None
     dense: float | None = None
@@ -257,20 +255,34 @@ def flat(node: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def label(rows: list[Row]) -> None:
-    """Name each row by its method and by the settings in which rows of that method differ; its curve by the choices."""
+    """Name each row by its method and by the settings in which rows of that method differ; its curve by some of them."""
     for method in {r.method for r in rows}:
         mine = [r for r in rows if r.method == method]
         settings = [flat(r.found["config"]) for r in mine]
-        keys = sorted({k for s in settings for k in s if len({repr(t.get(k)) for t in settings}) > 1})
+        keys = differing(settings)
+        apart = telling_apart(mine, settings)
         for row, values in zip(mine, settings, strict=True):
             words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
             row.label = " ".join([method, *words])
-            row.series = " ".join([method, *(f"{v}" for k, v in values.items() if k in keys and is_choice(k, v))])
+            choices = [(k, values[k]) for k in apart if values.get(k) is not None]
+            told = [v if isinstance(v, str) else f"{k.removeprefix('method.')}={v}" for k, v in choices]
+            row.series = " ".join([method, *told])
 
 
-def is_choice(key: str, value: Any) -> bool:
-    """Whether a setting tells curves apart: a word or a switch of the method, not a number along the curve."""
-    return key.startswith("method.") and isinstance(value, (str, bool))
+def differing(settings: list[dict]) -> list[str]:
+    return sorted({k for s in settings for k in s if len({repr(t.get(k)) for t in settings}) > 1})
+
+
+def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
+    """The settings of one method that tell its curves apart: words and switches and, where a number varies within one
+    fit (so that it is what a curve runs along), the numbers that need another fit."""
+    keys = [k for k in differing(settings) if k.startswith("method.")]
+    words = {k for k in keys if any(isinstance(s.get(k), (str, bool)) for s in settings)}
+    fits: dict[str | None, list[dict]] = {}
+    for row, values in zip(rows, settings, strict=True):
+        fits.setdefault(row.found.get("fit", {}).get("state"), []).append(values)
+    along = {k for same in fits.values() for k in differing(same)} - words
+    return [k for k in keys if k in words or (along.intersection(keys) and k not in along)]
 
 
 def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bool) -> list[int]:
