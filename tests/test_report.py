@@ -226,9 +226,14 @@ def test_a_curve_runs_along_what_one_fit_serves(tmp_path):
     for alpha in (0.0, 0.02):
         for tau in (0.1, 0.2):
             record = made("d2dmoe", perplexity=11.0 + tau)
-            record["config"]["method"] |= {"alpha": alpha, "tau": tau}
+            record["config"]["method"] |= {"alpha": alpha, "tau": tau, "base": "relu"}
             record["fit"]["state"] = f"d2dmoe-{alpha}.safetensors"
             records.append(record)
+    for sparsity, tokens in ((0.4, 10), (0.5, 10), (0.4, 20)):
+        record = made("teal", sparsity)
+        record["config"]["method"] |= {"tokens": tokens, "allocation": "greedy" if tokens == 10 else "uniform"}
+        record["fit"]["state"] = f"teal-{tokens}.safetensors"
+        records.append(record)
     for eta in (0.5, 1.0, 2.0):
         record = made("lte", perplexity=12.0 + eta)
         record["config"]["method"] |= {"eta": eta, "control": "dense" if eta == 2.0 else None}
@@ -238,7 +243,7 @@ def test_a_curve_runs_along_what_one_fit_serves(tmp_path):
         record["config_hash"] = digest(record)
     group = rows.groups(rows.collect([laid(tmp_path, *records)]).finished)[0]
     two = ["d2dmoe alpha=0.0", "d2dmoe alpha=0.02", "lte"]
-    assert sorted(r.series for r in group.rows) == [*sorted(two * 2), "lte dense"]
+    assert sorted(r.series for r in group.rows) == [*sorted(two * 2), "lte dense", *["teal greedy"] * 2, "teal uniform"]
 
 
 def test_seeds_are_summed_up(tmp_path):

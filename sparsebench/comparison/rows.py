@@ -275,14 +275,17 @@ def differing(settings: list[dict]) -> list[str]:
 
 def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
     """The settings of one method that tell its curves apart: words and switches and, where a number varies within one
-    fit (so that it is what a curve runs along), the numbers that need another fit."""
+    fit (so that it is what a curve runs along), the numbers that need another fit and that words don't tell already."""
     keys = [k for k in differing(settings) if k.startswith("method.")]
-    words = {k for k in keys if any(isinstance(s.get(k), (str, bool)) for s in settings)}
+    words = [k for k in keys if any(isinstance(s.get(k), (str, bool)) for s in settings)]
     fits: dict[str | None, list[dict]] = {}
+    choices: dict[tuple, list[dict]] = {}
     for row, values in zip(rows, settings, strict=True):
         fits.setdefault(row.found.get("fit", {}).get("state"), []).append(values)
-    along = {k for same in fits.values() for k in differing(same)} - words
-    return [k for k in keys if k in words or (along.intersection(keys) and k not in along)]
+        choices.setdefault(tuple(values.get(k) for k in words), []).append(values)
+    along = {k for same in fits.values() for k in differing(same) if k in keys and k not in words}
+    numbers = {k for same in choices.values() for k in differing(same)} - along if along else set()
+    return [k for k in keys if k in words or k in numbers]
 
 
 def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bool) -> list[int]:
