@@ -32,8 +32,14 @@ fit() { # key=value...: time and memory of a calibration, of its depth cut to fo
 }
 step fit-rsparse fit method=rsparse
 step fit-greedy fit method=teal method.allocation=greedy model.num_layers=4
-for method in rsparse wina_plain; do # their latency with the skipping kernels
-    step "latency-$method" "$python" -m sparsebench model=llama2-7b model.weights=random model.num_layers=8 hardware="$target" \
-        hardware.dtype=float16 dataset=pystdlib method="$method" eval.test_sequences=4 wandb.mode=disabled output_dir="$out/runs"
-done
+latency() { # name, key=value...: decode of eight layers with the skipping kernels
+    name=$1; shift
+    step "latency-$name" "$python" -m sparsebench model=llama2-7b model.weights=random model.num_layers=8 hardware="$target" \
+        hardware.dtype=float16 dataset=pystdlib method.sparsity=0.5 eval.test_sequences=4 wandb.mode=disabled \
+        output_dir="$out/runs" "$@"
+}
+latency teal method=teal
+latency rsparse method=rsparse
+latency wina-top-k method=wina_plain
+latency wina-threshold method=wina_plain method.selection=threshold
 exit $failed
