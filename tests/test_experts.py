@@ -19,6 +19,10 @@ from tests.conftest import tiny_model
 
 CPU = [n for n in kernels.names() if kernels.device_of(n) != "cuda" and hasattr(kernels.load(n), "expert_ffn")]
 
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts"
+)
+
 
 def grouping(size=16, by="kmeans", rounds=5):
     return Grouping(size=size, by=by, rounds=rounds)
@@ -354,7 +358,7 @@ def check_router(dtype, device="cpu"):
 MARGIN = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@interpreted
 def test_triton_router_is_the_rule():
     check_router(torch.float32)
 
@@ -438,7 +442,7 @@ def test_triton_kernels_through_the_interpreter():
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-3000:]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@interpreted
 @pytest.mark.parametrize("rows, num_experts", [(1, 1), (9, 5), (300, 70)])
 def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
     from sparsebench.kernels import _triton_grouped
@@ -454,7 +458,7 @@ def test_triton_groups_pairs_by_expert_then_token(rows, num_experts):
     assert torch.equal(ends[:, -1].long(), keep.sum(0).cumsum(0))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@interpreted
 @pytest.mark.parametrize("experts_there", [1, 7, 24])
 def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
     from sparsebench.kernels import _triton_grouped
@@ -469,7 +473,7 @@ def test_tiles_are_listed_once_each_by_their_place_in_the_text(experts_there):
     assert [divmod(int(code), most) for code in order[: sum(tiles)]] == [(e, b) for _, e, b in wanted]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@interpreted
 @pytest.mark.parametrize("gated, pieces", [(False, 1), (True, 1), (True, 3)])
 def test_triton_takes_several_tiles_per_program(gated, pieces, monkeypatch):
     """Uneven experts, several tiles of pairs, neurons, depth and outputs, none of which divides its size."""
@@ -602,7 +606,7 @@ def test_one_token_reads_the_selected_experts_only(name):
     )
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before Python starts")
+@interpreted
 @pytest.mark.parametrize("rows", [1, 9])
 def test_triton_reads_the_selected_experts_only(rows):
     served = backend("cuda_triton").expert_ffn
