@@ -480,7 +480,7 @@ def test_triton_takes_several_tiles_per_program(gated, pieces, monkeypatch):
     from sparsebench.kernels import _triton_grouped
 
     monkeypatch.setattr(_triton_grouped, "PARTS_BYTES", -(-70 * 4 * 36 * 4 // pieces))
-    for name in ("HIDDEN", "GATED", "LAST"):
+    for name in ("HIDDEN", "GATED", "LAST", "DEEP"):
         monkeypatch.setattr(_triton_grouped, name, {4: _triton_grouped.Tiles(16, 16, 16, 4, 2, 1)})
     maps = tensors(d=40, f=4 * 20, n=36, gated=gated)
     x, keep = (
@@ -519,7 +519,7 @@ def on_gpu(d, num_experts, size, gated, dtype, rows, share, bias=True):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_many_tokens_on_the_gpu(dtype, limit, gated):
     """The tiles that are timed: d2dmoe.md's experts of 128, many blocks of tokens; sizes that no tile divides."""
-    for d, num_experts, size, rows in ((768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777)):
+    for d, num_experts, size, rows in ((768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777), (128, 3, 200, 300)):
         for share in (0.0, 0.3, 1.0):
             x, keep, maps, error = on_gpu(d, num_experts, size, gated, dtype, rows, share)
             served = kernels.serving("cuda_gather", x, maps["first"], "expert_ffn", maps["last"])

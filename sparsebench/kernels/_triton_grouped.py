@@ -257,6 +257,7 @@ class Tiles:
 HIDDEN = {2: Tiles(128, 128, 64, 8, 3, 2), 4: Tiles(64, 128, 32, 4, 4, 2)}
 GATED = {2: Tiles(128, 64, 64, 8, 3, 2), 4: Tiles(64, 64, 32, 8, 3, 1)}
 LAST = {2: Tiles(128, 64, 128, 4, 4, 2), 4: Tiles(128, 64, 32, 4, 3, 2)}
+DEEP = {2: Tiles(128, 128, 64, 8, 3, 2), 4: LAST[4]}  # LAST of experts with more neurons than its tiles are deep
 PARTS_BYTES = 2 << 30  # most that the rows of all pairs may take; where they could take more, tokens go in pieces
 
 
@@ -288,7 +289,8 @@ def grouped(x, keep, y, first, last, name, first_bias, up, up_bias, last_bias) -
         up_bias is not None, precision, block_e,
     )  # fmt: skip
     parts = torch.empty(rows * experts, n, dtype=x.dtype, device=x.device)
-    LAST[width].launch(many_last, pairs, size, n, hidden, last, parts, n, size, experts, precision, block_e)
+    tiles = LAST[width] if size <= LAST[width].depth else DEEP[width]
+    tiles.launch(many_last, pairs, size, n, hidden, last, parts, n, size, experts, precision, block_e)
     block_n = min(1024, triton.next_power_of_2(n))
     add_parts[(rows, triton.cdiv(n, block_n))](
         parts, pairs.of_token, x if last_bias is None else last_bias, y, n, experts, last_bias is not None, block_n,
