@@ -519,7 +519,8 @@ def on_gpu(d, num_experts, size, gated, dtype, rows, share, bias=True):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_many_tokens_on_the_gpu(dtype, limit, gated):
     """The tiles that are timed: d2dmoe.md's experts of 128, many blocks of tokens; sizes that no tile divides."""
-    for d, num_experts, size, rows in ((768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777), (128, 3, 200, 300)):
+    shapes = (768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777), (128, 3, 200, 300)
+    for d, num_experts, size, rows in shapes:
         for share in (0.0, 0.3, 1.0):
             x, keep, maps, error = on_gpu(d, num_experts, size, gated, dtype, rows, share)
             served = kernels.serving("cuda_gather", x, maps["first"], "expert_ffn", maps["last"])
