@@ -36,7 +36,7 @@ lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 wheel: $(VENV)/.test  ## build the wheel, install it in an environment of its own, run it from another folder
-	$(BIN)/python -m pytest -m slow --timeout 1800 tests/test_wheel.py
+	$(BIN)/python -m pytest -m slow --timeout 1800 tests/cli/test_wheel.py
 	rm -rf build  # setuptools would pack what an older build left there
 	$(BIN)/python -m build --wheel
 

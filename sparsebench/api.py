@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparsebench import cli, config, record
-from sparsebench.compose import compose_all
+from sparsebench import cli, config
+from sparsebench.config.compose import compose_all
+from sparsebench.records import record
 
 
 class RunFailed(RuntimeError):
@@ -52,8 +53,8 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     """
     import torch
 
-    from sparsebench import state
-    from sparsebench.methods import Work
+    from sparsebench.methods.base import Work
+    from sparsebench.records import state
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
     found = record.read(file)
@@ -75,7 +76,7 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     torch.manual_seed(settings.seed)
     folder = file.parent.resolve()
     root = folder.parents[2] if len(folder.parents) > 2 else folder
-    work = Work(settings.seed, settings.hardware, root, folder, settings.eval.batch_size, lambda row: None)
+    work = Work(settings.seed, settings.hardware, root, folder, settings.eval.text.batch_size, lambda row: None)
     scratch = getattr(settings.model, "weights", None) == "scratch"
     loaded = settings.model.load(work, settings.dataset.load(settings.seed) if scratch else None)
     fitted = state.read(folder / state.FILE)

@@ -23,9 +23,10 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from sparsebench import config, env, processes, record, sweep
-from sparsebench.compose import CONFIG_MODULE, compose_all, to_dict
-from sparsebench.identity import identity_of
+from sparsebench import config, ranks, sweep
+from sparsebench.config.compose import CONFIG_MODULE, compose_all, to_dict
+from sparsebench.config.identity import identity_of
+from sparsebench.records import files, machine, record
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -58,7 +59,7 @@ def main() -> None:
 
 def complain(line: str) -> None:
     """One line of error for the user."""
-    print(record.scrub(f"error: {line}"), file=sys.stderr, flush=True)
+    print(files.scrub(f"error: {line}"), file=sys.stderr, flush=True)
 
 
 def set_up_logging() -> None:
@@ -75,7 +76,7 @@ def many(app, planned: list[dict], overrides: list[str]) -> int:
 
     Of several processes (torchrun) the first one keeps the sweep's folder and tells how it went; the others follow.
     """
-    if not processes.first():
+    if not ranks.first():
         app(job)()
         return OK
     try:
@@ -103,7 +104,7 @@ def job(composed) -> float:
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
-    if not processes.first():
+    if not ranks.first():
         task(configuration)
         return sweep.FAILED_OBJECTIVE
     overrides = [o for o in hydra_config.overrides.task if not o.startswith("hydra.")]
@@ -138,7 +139,7 @@ def check(configuration: dict) -> None:
 
 def location(configuration: dict) -> tuple[Path, str]:
     """(folder of the run, its full identity)."""
-    identity = identity_of(configuration, env.machine())
+    identity = identity_of(configuration, machine.machine())
     names = [str(configuration[group].get("name")) for group in ("model", "method")]
     return Path(configuration["output_dir"], *names, identity[:10]), identity
 
@@ -153,15 +154,15 @@ def finished(configuration: dict) -> dict | None:
 
 def task(configuration: dict) -> int:
     """One run: answer from its record, or do it in a child process, and show it. Returns the exit code."""
-    if not processes.first():
+    if not ranks.first():
         folder, identity = location(configuration)
-        return follow(configuration, folder / f"rank-{processes.rank()}", identity)
+        return follow(configuration, folder / f"rank-{ranks.rank()}", identity)
     found = obtain(configuration)
     if found is None:
         return FAILED
-    from sparsebench import report
+    from sparsebench.records import terminal
 
-    report.show(found, location(configuration)[0] / "result.json")
+    terminal.show(found, location(configuration)[0] / "result.json")
     return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
 
 
@@ -195,7 +196,7 @@ def follow(configuration: dict, folder: Path, identity: str) -> int:
 
 def isolated(configuration: dict, folder: Path, identity: str) -> dict:
     """Run in a forked child and return the record it left, or one made here if it died without."""
-    from sparsebench import flow  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
+    from sparsebench import runner  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
 
     path = folder / "result.json"
     path.unlink(missing_ok=True)
@@ -227,7 +228,8 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
 
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
     """The child's life: log file, tracker, run, record. Exits with the run's code."""
-    from sparsebench import flow, tracking
+    from sparsebench import runner
+    from sparsebench.records import tracking
 
     die_with_parent()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
@@ -241,15 +243,15 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     code = FAILED
     try:
         tracker = tracking.start(configuration["wandb"], name, folder, configuration)
-        flow.timed_run(configuration, found, folder, tracker.log)
+        runner.timed_run(configuration, found, folder, tracker.log)
         found.status, code = "finished", OK
     except BaseException as error:
         found.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
         found.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
-        logging.getLogger("sparsebench.flow").debug("failed", exc_info=True)
+        logging.getLogger("sparsebench.runner").debug("failed", exc_info=True)
         with open(folder / "run.log", "a") as file:
-            file.write(record.scrub(traceback.format_exc()))
+            file.write(files.scrub(traceback.format_exc()))
     record.write(found, folder / "result.json")
     tracker.finish(record.read(folder / "result.json"))
     logging.shutdown()
@@ -258,7 +260,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
 
 def explain(error: BaseException) -> str:
     """What happened, in one line for the user."""
-    text = record.scrub(" ".join(str(error).split()))
+    text = files.scrub(" ".join(str(error).split()))
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -284,5 +286,5 @@ def die_with_parent() -> None:
 
 def scrubbing(entry: logging.LogRecord) -> bool:
     """A logging filter that takes secrets out of messages."""
-    entry.msg, entry.args = record.scrub(entry.getMessage()), None
+    entry.msg, entry.args = files.scrub(entry.getMessage()), None
     return True

@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import torch
 
-from sparsebench import env, kernels
+from sparsebench import kernels
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.records import machine
 
 ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/decode
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,11 +41,11 @@ class Hardware:
     def found_device(self) -> str:
         """`cpu` or `cuda`: what `auto` stands for on this machine; an estimated target is measured on what is here."""
         if self.device == "auto" or self.estimate:
-            return "cuda" if env.gpu_names() else "cpu"
+            return "cuda" if machine.gpu_names() else "cpu"
         return self.device
 
     def problems(self, settings: Any) -> list[str]:
-        gpus = env.gpu_names()
+        gpus = machine.gpu_names()
         found = []
         if self.estimate:
             if self.peak_bandwidth_gbs is None or self.peak_tflops is None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparsebench import record
-from sparsebench.identity import NOT_IDENTITY, digest
+from sparsebench.config.identity import NOT_IDENTITY, digest
+from sparsebench.records import files
 
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
 HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "speed-up", "seconds")
@@ -57,7 +57,7 @@ def new_folder(output_dir: str, overrides: list[str]) -> Path:
 def note(folder: Path, number: int, overrides: list[str], path: Path, found: dict | None, outcome: str) -> None:
     """Keep the outcome of job `number`; `path` is its record's, `found` the record or None where it was not run."""
     content = {"number": number, "overrides": overrides, "record": str(path), "outcome": outcome, **figures(found)}
-    record.write_atomic(folder / f"{number}.json", record.scrub(json.dumps(record.plain(content))).encode())
+    files.write_atomic(folder / f"{number}.json", files.scrub(json.dumps(files.plain(content))).encode())
 
 
 def figures(found: dict | None) -> dict:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparsebench import config
-from sparsebench.compose import compose_all
 from sparsebench.kernels import cuda_gather
+from tests.helpers import COMMAND, SHARED, TEXT, Rows, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("WANDB_MODE", "offline")
-COMMAND = Path(sys.executable).with_name("sparsebench")
-SHARED = Path(os.environ.get("SPARSEBENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +43,7 @@ def emulated(tmp_path_factory):
         key = tuple(sorted(defines.items()))
         if key not in built:
             target = folder / f"{len(built)}.so"
-            source = Path(__file__).with_name("cuda_on_cpu.cpp")
+            source = Path(__file__).with_name("kernels") / "cuda_on_cpu.cpp"
             flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{cuda_gather.SOURCE}"']
             subprocess.run(
                 [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target],
@@ -84,64 +79,11 @@ def sparsebench(tmp_path):
     return call
 
 
-def record_of(process: subprocess.CompletedProcess, folder: Path) -> dict:
-    """The record that a finished command names in its last line."""
-    line = json.loads(process.stdout.strip().splitlines()[-1])
-    return json.loads((folder / line["record"]).read_text())
-
-
-TEXT = "\n\n".join(
-    f"Paragraph {i}. " + " ".join(f"word{(i * 7 + j * 3) % 91} of {(i + j) % 13}" for j in range(40))
-    for i in range(120)
-)
-
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "corpus.txt"
     file.write_text(TEXT)
     return file
-
-
-SHAPES = {
-    "llama": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
-    "mistral": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
-    "qwen2": {"num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
-    "phi3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "pad_token_id": 0},
-    "gpt2": {"n_embd": 64, "n_head": 4},
-    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 160, "num_attention_heads": 4},
-}
-
-
-def tiny_tokenizer():
-    from sparsebench.models.scratch import byte_bpe
-
-    return byte_bpe([TEXT], 320)
-
-
-def built(group: str, /, *overrides: str, **changes):
-    """The object of one group of the configuration, e.g. `method`, with these keys changed."""
-    problems: list[str] = []
-    found = config.build({**compose_all(list(overrides))[0][group], **changes}, group, problems)
-    assert not problems, problems
-    return found
-
-
-def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
-    """A small random causal LM of transformers, float32, eval mode."""
-    import transformers
-
-    torch.manual_seed(seed)
-    depth = {"n_layer": layers} if kind == "gpt2" else {"num_hidden_layers": layers}
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=320, bos_token_id=0, eos_token_id=0, **{**SHAPES[kind], **depth, **changes}
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # larger than the default initialisation, so that activations differ between channels
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -158,16 +100,6 @@ def model_folder(tmp_path_factory):
         return made[kind]
 
     return make
-
-
-class Rows:
-    """A split of fixed windows."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows, self.sequence_length = rows, rows.shape[1]
-
-    def sequences(self, limit=None):
-        return self.rows[:limit]
 
 
 @pytest.fixture

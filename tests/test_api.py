@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import sparsebench
-from sparsebench import config, evaluate, record, state
+from sparsebench import config
+from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.records import record, state
 
-SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.test_sequences=8",
+SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def test_loaded_model_is_the_one_that_was_scored(finished, text_file):
     settings = config.build(found["config"]["dataset"], "dataset", [])
     text = settings.load(0)
     text.set_tokenizer(module.tokenizer)
-    scored, _ = evaluate.language_quality(module, text.test, 8, 8)
+    scored, _ = quality.language_quality(module, text.test, 8, 8)
     assert scored["perplexity"] == pytest.approx(found["quality"]["perplexity"]["sparse"], rel=1e-6)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsebench.models.sites import find_blocks, shape
-from tests.conftest import tiny_model
+from sparsebench.sites import find_blocks, shape
+from tests.helpers import tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

@@ -6,9 +6,10 @@ import json
 import pytest
 import yaml
 
-from sparsebench import record, sweep
+from sparsebench import sweep
+from sparsebench.records import files
 
-SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.test_sequences=8",
+SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_the_table_names_what_no_job_reported(tmp_path, capsys):
     assert not sweep.show(tmp_path, [tmp_path / "a" / "result.json", tmp_path / "b" / "result.json"])
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["outcomes"] == {"finished": 1, "not run": 1}
-    assert record.plain(sweep.outcomes(tmp_path))[0]["sparsity"] == 0.5
+    assert files.plain(sweep.outcomes(tmp_path))[0]["sparsity"] == 0.5
 
 
 @needs("hydra_plugins.hydra_joblib_launcher")

@@ -49,12 +49,12 @@ class Bench:
 
 def run(settings: Bench, configuration: dict) -> Path:
     """All parts, written as they are finished: record, table and plot in the output folder."""
-    from sparsebench import env, record
-    from sparsebench.bench import report
-    from sparsebench.bench.clock import read_bandwidth
     from sparsebench.bench.experts import time_experts
-    from sparsebench.bench.products import time_ffn, time_projections
+    from sparsebench.bench.output import plot, table
+    from sparsebench.bench.projections import time_ffn, time_projections
     from sparsebench.bench.step import time_step
+    from sparsebench.measure.clock import read_bandwidth
+    from sparsebench.records import files, machine
 
     hardware = settings.hardware
     hardware.prepare()
@@ -64,7 +64,7 @@ def run(settings: Bench, configuration: dict) -> Path:
     found = {
         "schema_version": 1, "kind": "bench", "model": settings.model.name, "weights": "random", "config": configuration,
         "input": (settings.histograms and "published Llama-2-7B histograms") or "normal distribution",
-        "env": env.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()},
+        "env": machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()},
         "read_bandwidth_gbs": bandwidth,
     }  # fmt: skip
     folder = Path(settings.output)
@@ -77,9 +77,9 @@ def run(settings: Bench, configuration: dict) -> Path:
     for part in settings.parts:
         log.info("timing %s", part)
         found[part] = parts[part]()
-        record.write_atomic(folder / "result.json", json.dumps(record.plain(found), indent=1).encode())
-    (folder / "table.md").write_text(report.table(found))
-    report.plot(found, folder / "speedup.png")
+        files.write_atomic(folder / "result.json", json.dumps(files.plain(found), indent=1).encode())
+    (folder / "table.md").write_text(table(found))
+    plot(found, folder / "speedup.png")
     return folder
 
 
@@ -87,8 +87,8 @@ def main() -> None:
     """Entry point of the console script."""
     import hydra
 
-    from sparsebench import compose
     from sparsebench import config as checks
+    from sparsebench.config import compose
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 

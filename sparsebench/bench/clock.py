@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebench.measure import Contender, interleaved, summary
+from sparsebench.measure.clock import Contender, interleaved, summary
 
 ROTATED_BYTES = 320e6  # more than any last-level cache here
 
@@ -61,13 +61,6 @@ def clock(
         scale = 1e3
     times, _ = interleaved(contenders, settings.warmup, settings.samples, device)
     return {name: [t * scale for t in each] for name, each in zip(bodies, times, strict=True)}
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """GB/s of reading memory: a sum over 1 GiB (256 MiB on a CPU), best of several."""
-    values = torch.randn((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
-    times, _ = interleaved([Contender(lambda _: values.sum())], 3, 10, device)
-    return values.numel() * 4 / min(times[0]) / 1e6
 
 
 def summary_us(samples: list[float]) -> dict:

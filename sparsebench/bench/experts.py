@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsebench.bench.clock import ROTATED_BYTES, clock, summary_us
-from sparsebench.bench.products import relative_error
+from sparsebench.bench.projections import relative_error
 from sparsebench.kernels import masked_dense
 from sparsebench.modules.expert_ffn import ExpertFFN, Router
 
@@ -107,7 +107,7 @@ def time_shape(name: str, shape: dict, settings) -> dict:
             "relative_error": relative_error(found, reference.flatten()) if s else float(found.abs().max()),
         })  # fmt: skip
         log.info("%s at %.3f of the experts: %.1f us, %.2fx of dense", name, s, median, rows[-1]["speedup"])
-    return {"shape": name, **shape, "tokens": tokens, "kernel": ffns[0].runs(tokens), "dense": fastest,
+    return {"shape": name, **shape, "tokens": tokens, "kernel": ffns[0].kernel(tokens), "dense": fastest,
             "times": times, "rows": rows}  # fmt: skip
 
 

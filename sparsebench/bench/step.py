@@ -9,10 +9,10 @@ import torch
 import transformers
 from torch import nn
 
-from sparsebench import decode
-from sparsebench.calibrate import AbsHistogram, observe
-from sparsebench.measure import Contender, interleaved, summary
-from sparsebench.models.sites import find_blocks
+from sparsebench import engines
+from sparsebench.calibration.histograms import AbsHistogram, observe
+from sparsebench.measure.clock import Contender, interleaved, summary
+from sparsebench.sites import find_blocks
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def time_step(settings) -> list[dict]:
     ids = torch.randint(0, module.config.vocab_size, (1, max(settings.contexts)), generator=generator).to(device)
     limits = thresholds(module, ids[:, :512], sorted({0.0, *settings.sparsities}))
     dense = copy.deepcopy(module)  # its weights stay as transformers lays them out
-    decode.channel_major(module)
+    engines.channel_major(module)
     if device.type == "cuda":
-        from sparsebench.decode.tune_cuda import tune
+        from sparsebench.engines.tune_cuda import tune
 
         set_thresholds(module, limits[min(limits, key=lambda s: abs(s - 0.5))])
         tune(module, ids[:, : max(settings.contexts)])
@@ -86,25 +86,25 @@ def time_step(settings) -> list[dict]:
                 call(0)
             return Contender(call, reset)
 
-        reference = decode.decoder(dense, ids[:, :context], steps + 1, hardware, plain)
+        reference = engines.decoder(dense, ids[:, :context], steps + 1, hardware, plain)
         contenders[f"dense/{plain}"] = contender(reference, None)
         for s, values in limits.items():
             set_thresholds(module, values)
-            decoder = decode.decoder(module, ids[:, :context], steps + 1, hardware, "fused")
+            decoder = engines.decoder(module, ids[:, :context], steps + 1, hardware, "fused")
             parity[s] = max(decoder.parity(ids[:, :1]).values())
             contenders[f"fused@{s}"] = contender(decoder, values)
         found, _ = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
         times = {name: summary([t / steps for t in each]) for name, each in zip(contenders, found, strict=True)}
-        engines = {f"dense/{plain}": times[f"dense/{plain}"], "dense/fused": times["fused@0.0"]}
-        best = min(engines, key=lambda name: engines[name]["median_ms"])
+        timed = {f"dense/{plain}": times[f"dense/{plain}"], "dense/fused": times["fused@0.0"]}
+        best = min(timed, key=lambda name: timed[name]["median_ms"])
         for s in settings.sparsities:
             mine = times[f"fused@{s}"]
             rows.append(
                 {
                     "context": context, "sparsity": s, "parity_relative_error": parity[s],
-                    "dense": best, "dense_engines": engines, "sparse": mine,
-                    "tokens_per_s": 1e3 / mine["median_ms"], "dense_tokens_per_s": 1e3 / engines[best]["median_ms"],
-                    "speedup": engines[best]["median_ms"] / mine["median_ms"],
+                    "dense": best, "dense_engines": timed, "sparse": mine,
+                    "tokens_per_s": 1e3 / mine["median_ms"], "dense_tokens_per_s": 1e3 / timed[best]["median_ms"],
+                    "speedup": timed[best]["median_ms"] / mine["median_ms"],
                 }
             )  # fmt: skip
             log.info("step, context %d, sparsity %.2f: %.1f tokens/s, %.2fx", context, s,

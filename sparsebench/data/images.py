@@ -22,8 +22,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
-from sparsebench import hub
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.data import hub
 from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, unique_rows
 
 TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
@@ -168,7 +168,7 @@ class Images:
 
     name: str = setting(**NAME_PATTERN)
     source: str = setting(choices=("digits", "idx", "torchvision", "folder"))
-    path: str | None
+    path: str | None = setting(file=True)
     torchvision_name: str | None = setting(choices=(None, *TORCHVISION))
     size: int | None = setting(ge=8)
     channels: int | None = setting(choices=(None, 1, 3))

@@ -10,15 +10,16 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sparsebench import hub
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.data import hub
 
 SPLITS = ("fit", "dev", "test")
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -118,7 +119,7 @@ class Text:
 
     name: str = setting(**NAME_PATTERN)
     source: str = setting(choices=("pystdlib", "wikitext", "hub", "files"))
-    path: str | None
+    path: str | None = setting(file=True)
     revision: str | None
     sequence_length: int = setting(ge=8)
     bos: str = setting(choices=("none", "document", "window"))
@@ -310,3 +311,11 @@ def articles(text: str, split: str) -> list[Document]:
     starts = [m.start() for m in ARTICLE.finditer(text)] or [0]
     ends = [*starts[1:], len(text)]
     return [Document(f"{split}:{i}", text[a:b]) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+
+
+def batches(sequences: torch.Tensor, batch_size: int, module: nn.Module) -> Iterator[torch.Tensor]:
+    """`sequences` in pieces of `batch_size` rows on the module's device, under no_grad while the caller iterates."""
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        for start in range(0, len(sequences), batch_size):
+            yield sequences[start : start + batch_size].to(device)

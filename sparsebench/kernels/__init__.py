@@ -79,7 +79,12 @@ def ran(
 ) -> str:
     """The name of the backend that serves one token, or `rows`."""
     x = torch.empty(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return serving(name, x, weight, function, *others).__name__.rpartition(".")[2]
+    return name_of(serving(name, x, weight, function, *others))
+
+
+def name_of(backend: ModuleType) -> str:
+    """The name of a backend as `hardware.kernel` and records give it."""
+    return backend.__name__.rpartition(".")[2]
 
 
 def best(device: str) -> str:

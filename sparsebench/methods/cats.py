@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from sparsebench import calibrate
+from sparsebench.calibration.histograms import AbsHistogram, observe, quantile, state_of
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.models.sites import Block, find_blocks, weight_of
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.gate_sparse import gated_ffn, swap_ffn
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
-from sparsebench.state import State
+from sparsebench.records.state import State
+from sparsebench.sites import Block, find_blocks, weight_of
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,7 @@ class Cats(Method):
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
     kinds: ClassVar = ("language",)
+    neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "sparsity_of", "prompt")
 
     @property
@@ -49,10 +50,10 @@ class Cats(Method):
 
         for block in blocks:
             ffn = module.get_submodule(gated_ffn(module, block))
-            histograms[f"hist.{block.index}.gate"] = histogram = calibrate.AbsHistogram(work.hardware.torch_device)
+            histograms[f"hist.{block.index}.gate"] = histogram = AbsHistogram(work.hardware.torch_device)
             observers[block.sites["up"].path] = observer(ffn, histogram)  # up reads what the gate reads
-        calibrate.observe(module, sequences, observers, work.batch_size)
-        return calibrate.state_of(histograms, sequences)
+        observe(module, sequences, observers, work.batch_size)
+        return state_of(histograms, sequences)
 
     def share(self, module: torch.nn.Module, block: Block) -> float:
         """The share of a block's neurons to drop. Raises ValueError where up and down are too small a part of the block."""
@@ -72,6 +73,6 @@ class Cats(Method):
         for block in find_blocks(module):
             share, name = self.share(module, block), f"hist.{block.index}.gate"
             if share > 0:
-                threshold = calibrate.quantile(state.info["first_bin"][name], state.tensors[name], share)
+                threshold = quantile(state.info["first_bin"][name], state.tensors[name], share)
                 swap_ffn(module, block, threshold, prompt=self.prompt, kernel=work.hardware.kernel_name)
         return module

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.models.sites import find_blocks
+from sparsebench.experts import clustering, conversion, passes, routers
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.modules.input_sparse import replace
-from sparsebench.state import State
-from sparsebench.train import Training, train
+from sparsebench.records.state import State
+from sparsebench.sites import find_blocks
+from sparsebench.training import finetune
+from sparsebench.training.loop import Training, train
 
 REGULARISERS = ("hoyer", "l1", "hoyer_clamped", "l1_clamped")
 DELTA = -10.0  # where pre-activations are clamped
@@ -104,7 +105,7 @@ class D2DMoE(Method):
     regulariser: str = setting(choices=REGULARISERS)
     alpha: float = setting(ge=0)
     ramp: float = setting(ge=0, le=1)
-    experts: experts.Grouping
+    experts: clustering.Grouping
     projections: list[str] = setting(choices=PROJECTIONS)
     projection_experts: int = setting(gt=0)
     projection_share: float = setting(gt=0)
@@ -114,7 +115,9 @@ class D2DMoE(Method):
     train: Training | None
     distil: Training | None
     router: Training
-    kinds: ClassVar = experts.KINDS
+    kinds: ClassVar = conversion.KINDS
+    neutral: ClassVar = {"tau": 0.0, "activation": None, "train": None}
+    neutral_is_exact: ClassVar = False  # neurons stand in another order, so sums are rounded otherwise
     operating_point: ClassVar = ("tau", "select", "routing")
 
     def __post_init__(self):
@@ -126,7 +129,7 @@ class D2DMoE(Method):
             )
 
     def problems(self, settings: Any) -> list[str]:
-        found = experts.problems(self, settings)
+        found = conversion.problems(self, settings)
         if self.projections and settings.model.kind != "vision":
             found.append(
                 f"method.projections must be [] for models of kind {settings.model.kind}, got {self.projections}"
@@ -135,8 +138,8 @@ class D2DMoE(Method):
 
     def students(self, module: nn.Module, generator: torch.Generator) -> dict[str, ExpertFFN]:
         """A two-layer MLP for each projection, by path, initialised like nn.Linear."""
-        found, name = {}, self.activation or experts.activation_of(module)
-        for path, linear, site in experts.linear_maps(module, tuple(self.projections)):
+        found, name = {}, self.activation or conversion.activation_of(module)
+        for path, linear, site in conversion.linear_maps(module, tuple(self.projections)):
             n, d = linear.weight.shape
             # the specified h, brought to a multiple of the number of experts
             size = max(1, round(projection_width(d, self.projection_share) / self.projection_experts))
@@ -172,11 +175,11 @@ class D2DMoE(Method):
 
         def loss(_, batch):
             with torch.no_grad():
-                experts.run(base, batch)
+                passes.forward(base, batch)
             pairs = [(student(taught[path][0]), taught.pop(path)[1]) for path, student in students.items()]
             return sum(F.mse_loss(y, target) for y, target in pairs) / len(pairs)
 
-        rows, _ = experts.task(data, self.distil)
+        rows, _ = passes.rows_and_loss(data, self.distil)
         history = train(
             container, rows, self.distil, folder=work.folder / "distil", seed=work.seed, loss=loss, penalty=penalty,
             track=work.log, label="fit/distil",
@@ -198,10 +201,10 @@ class D2DMoE(Method):
             histories["distil"] = self.distilled(module, students, data, work)
         for path, student in students.items():
             replace(module, path, student)
-        found = experts.convert(module, self.experts.size, self.activation, blocks) + list(students.values())
+        found = conversion.convert(module, self.experts.size, self.activation, blocks) + list(students.values())
         module.requires_grad_(True)
         if self.train is not None:
-            rows, loss = experts.task(data, self.train)
+            rows, loss = passes.rows_and_loss(data, self.train)
             penalty = ActivationPenalty(module, found, self.regulariser, self.alpha, self.train.steps, self.ramp)
             history = train(
                 module, rows, self.train, folder=work.folder / "sparsify", seed=work.seed, loss=loss, penalty=penalty,
@@ -210,23 +213,23 @@ class D2DMoE(Method):
             penalty.remove()
             histories["sparsify"] = (history, self.train, rows)
         module.eval()
-        orders = experts.group(found, self.experts, work.seed, work.log)
+        orders = clustering.group(found, self.experts, work.seed, work.log)
         for ffn in found:
             d = ffn.first.shape[1]
-            ffn.router = experts.random_router(d, self.router_width, ffn.num_experts, generator, **ROUTER)
+            ffn.router = routers.random_router(d, self.router_width, ffn.num_experts, generator, **ROUTER)
             ffn.router.to(ffn.first.device)
-        history = experts.fit_routers(module, found, ExpertFFN.norms, F.mse_loss, data, self.router, work)
-        histories["router"] = (history, self.router, experts.task(data, self.router)[0])
-        info = experts.history_facts(histories)
-        return experts.state_of(module, loaded.module, orders, bool(self.train or students), info)
+        history = routers.fit_routers(module, found, ExpertFFN.norms, F.mse_loss, data, self.router, work)
+        histories["router"] = (history, self.router, passes.rows_and_loss(data, self.router)[0])
+        info = conversion.history_facts(histories)
+        return conversion.state_of(module, loaded.module, orders, bool(self.train or students), info)
 
     def apply(self, module, state: State, work: Work):
         """Experts in their order, weights and routers, the rule at tau."""
         blocks = find_blocks(module)
         for path, student in self.students(module, torch.Generator().manual_seed(0)).items():
             replace(module, path, student)
-        experts.convert(module, self.experts.size, self.activation, blocks)
-        experts.add_routers(module, state, **ROUTER)
-        experts.restore(module, state)
-        experts.harden(module, self.select, self.tau, routing=self.routing, kernel=work.hardware.kernel_name)
+        conversion.convert(module, self.experts.size, self.activation, blocks)
+        routers.add_routers(module, state, **ROUTER)
+        conversion.restore(module, state)
+        routers.harden(module, self.select, self.tau, routing=self.routing, kernel=work.hardware.kernel_name)
         return module

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.state import State
+from sparsebench.methods.base import Method, Work
+from sparsebench.records.state import State
 
 
 @dataclass(kw_only=True)
@@ -16,6 +16,7 @@ class Dense(Method):
 
     name: str = setting(**NAME_PATTERN)
     kinds: ClassVar = ("language", "vision", "classification")
+    neutral: ClassVar = {}
     requested: ClassVar = 0.0
 
     def fit(self, loaded, data, work: Work) -> State:

@@ -1,16 +1,25 @@
-"""FATReLU alone: per-map thresholds on a trained network, no training (Kurtz et al., ICML 2020; fatrelu.py searches)."""
+"""FATReLU: thresholds for activation maps found by bisection under one global budget of accuracy, no training.
+
+(Kurtz et al., ICML 2020.) The network keeps a >= t, per map. Maps are searched in the order of the forward pass, each
+with the thresholds before it in place. After map l of L the accuracy may have dropped by at most budget * (l + 1) / L
+[choice], so that early maps can't spend what later ones need, and the drop at the end is within the budget. The last
+threshold that passed stays.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparsebench import evaluate, fatrelu
+from torch import nn
+
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
+from sparsebench.measure import quality
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.activation_map import maps_of
-from sparsebench.state import State
+from sparsebench.records.state import State
 
 
 @dataclass(kw_only=True)
@@ -22,6 +31,7 @@ class FATReLU(Method):
     upper: float = setting(gt=0)
     tolerance: float = setting(gt=0)
     kinds: ClassVar = ("vision",)
+    neutral: ClassVar = {"upper": 1e-30}
 
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)
@@ -31,9 +41,9 @@ class FATReLU(Method):
         module = copy.deepcopy(loaded.module)
 
         def accuracy() -> float:
-            return evaluate.classification_quality(module, data.dev, None, work.batch_size)[0]["accuracy"]
+            return quality.classification_quality(module, data.dev, None, work.batch_size)[0]["accuracy"]
 
-        thresholds = fatrelu.search(module, accuracy, self.budget, self.upper, self.tolerance, work.log)
+        thresholds = search(module, accuracy, self.budget, self.upper, self.tolerance, work.log)
         return State(info={"kind": "searched", "thresholds": thresholds, "extra": {"thresholds": thresholds}})
 
     def apply(self, module, state: State, work: Work):
@@ -47,3 +57,37 @@ def needs_maps(settings: Any) -> list[str]:
     if settings.model.kind == "vision" and settings.model.architecture.startswith("vit"):
         return [f"method={settings.method.name} needs a network with ReLU maps, got model={settings.model.name}"]
     return []
+
+
+def search(
+    module: nn.Module,
+    accuracy: Callable[[], float],
+    budget: float,
+    upper: float,
+    tolerance: float,
+    progress: Callable[[dict], None] = lambda row: None,
+) -> dict[str, float]:
+    """Set and return the thresholds by site (0 = plain ReLU). `accuracy()` scores the module on held-out data in [0, 1].
+
+    budget: accuracy that may be lost, in [0, 1]; upper: largest threshold tried; tolerance: where bisection ends.
+    """
+    maps, found, start = list(maps_of(module)), {}, accuracy()
+    for index, layer in enumerate(maps):
+        floor = start - budget * (index + 1) / len(maps)
+
+        def passes(threshold: float, layer=layer, floor=floor) -> bool:
+            layer.threshold = threshold
+            return accuracy() >= floor - 1e-12
+
+        passed, failed = 0.0, upper
+        if passes(upper):
+            passed = upper
+        while passed < upper and failed - passed > tolerance:
+            middle = (passed + failed) / 2
+            if passes(middle):
+                passed = middle
+            else:
+                failed = middle
+        layer.threshold = found[layer.site] = passed
+        progress({"fit/fatrelu_maps_done": index + 1, "fit/fatrelu_maps": len(maps)})
+    return found

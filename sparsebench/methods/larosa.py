@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import torch
 
-from sparsebench import calibrate
+from sparsebench.calibration import histograms
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
+from sparsebench.methods.base import Method, Work
 from sparsebench.methods.wina import kept_count
-from sparsebench.models.sites import Block, find_blocks, weight_of
 from sparsebench.modules import rotated_norm
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
-from sparsebench.state import State
+from sparsebench.records.state import State
+from sparsebench.sites import Block, find_blocks, weight_of
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,7 @@ class Larosa(Method):
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
     kinds: ClassVar = ("language",)
+    neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "tilt", "prompt")
 
     def fit(self, loaded, data, work: Work) -> State:
@@ -54,7 +55,7 @@ class Larosa(Method):
             for block in blocks
             for group, path in rotated_norm.norms(module, block).items()
         }
-        calibrate.observe(module, sequences, observers, work.batch_size)
+        histograms.observe(module, sequences, observers, work.batch_size)
         state = State(info={"kind": "calibrated", "tokens": sequences.numel()})
         for (layer, group), gram in grams.items():
             gram.diagonal().add_(self.damping * gram.diagonal().mean())

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
+from sparsebench.experts import clustering, conversion, passes, routers
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN
-from sparsebench.state import State
-from sparsebench.train import Training, train
+from sparsebench.records.state import State
+from sparsebench.training import finetune
+from sparsebench.training.loop import Training, train
 
 
 def efficiency(gates: torch.Tensor) -> torch.Tensor:
@@ -76,11 +77,13 @@ class LTE(Method):
     tau: float = setting(ge=0, lt=1)
     epsilon: float = setting(gt=0)
     router_std: float = setting(gt=0)
-    experts: experts.Grouping
+    experts: clustering.Grouping
     probe_sequences: int = setting(gt=0)
     train: Training | None
     adapt: Training | None
-    kinds: ClassVar = experts.KINDS
+    kinds: ClassVar = conversion.KINDS
+    neutral: ClassVar = {"tau": 0.0, "train": None, "adapt": None}
+    neutral_is_exact: ClassVar = False  # neurons stand in another order, so sums are rounded otherwise
 
     def __post_init__(self):
         if (self.train is None) != (self.adapt is None):
@@ -89,10 +92,10 @@ class LTE(Method):
             raise ValueError("train must hold settings with method.control=dense, got null")
 
     def problems(self, settings: Any) -> list[str]:
-        return experts.problems(self, settings)
+        return conversion.problems(self, settings)
 
     def trained(self, stage: str, module, settings: Training, data, work: Work, penalty=None):
-        rows, loss = experts.task(data, settings)
+        rows, loss = passes.rows_and_loss(data, settings)
         history = train(
             module, rows, settings, folder=work.folder / stage, seed=work.seed, loss=loss, penalty=penalty,
             track=work.log, label=f"fit/{stage}",
@@ -107,17 +110,17 @@ class LTE(Method):
                 stage: self.trained(stage, module, settings, data, work)
                 for stage, settings in (("soft", self.train), ("hard", self.adapt))
             }
-            return State(finetune.weights(module, loaded.module), experts.history_facts(histories))
-        found = experts.convert(module, self.experts.size, None)
-        orders = experts.group(found, self.experts, work.seed, work.log)
+            return State(finetune.weights(module, loaded.module), conversion.history_facts(histories))
+        found = conversion.convert(module, self.experts.size, None)
+        orders = clustering.group(found, self.experts, work.seed, work.log)
         generator = torch.Generator().manual_seed(work.seed)
         for ffn in found:
-            ffn.router = experts.random_router(
+            ffn.router = routers.random_router(
                 ffn.first.shape[1], None, ffn.num_experts, generator, std=self.router_std
             ).to(ffn.first.device)
         module.requires_grad_(True)
         if self.train is None:
-            return experts.state_of(module, loaded.module, orders, False, {"kind": "none", "tokens": 0})
+            return conversion.state_of(module, loaded.module, orders, False, {"kind": "none", "tokens": 0})
         before, _ = self.sides(module, data)
         for ffn in found:
             ffn.mode = "soft"
@@ -125,18 +128,18 @@ class LTE(Method):
         histories = {"soft": self.trained("soft", module, self.train, data, work, penalty)}
         penalty.remove()
         limit, extra = self.probe_sequences, {"epsilon": self.epsilon}
-        extra["dev_soft"] = experts.dev_quality(module, data, work, limit)
+        extra["dev_soft"] = passes.dev_quality(module, data, work, limit)
         after, undecided = self.sides(module, data)
         extra |= {"flip_rate": float((before != after).float().mean()), "undecided": undecided}
-        experts.harden(module, "above", self.tau)
-        extra["dev_at_the_switch"] = experts.dev_quality(module, data, work, limit)
+        routers.harden(module, "above", self.tau)
+        extra["dev_at_the_switch"] = passes.dev_quality(module, data, work, limit)
         freeze_routers(module)
         histories["hard"] = self.trained("hard", module, self.adapt, data, work)
-        extra["dev_adapted"] = experts.dev_quality(module, data, work, limit)
+        extra["dev_adapted"] = passes.dev_quality(module, data, work, limit)
         work.log({f"fit/{k}": v for k, v in extra.items() if isinstance(v, float)})
-        info = experts.history_facts(histories)
+        info = conversion.history_facts(histories)
         info["extra"]["routing"] = extra
-        return experts.state_of(module, loaded.module, {}, True, info)
+        return conversion.state_of(module, loaded.module, {}, True, info)
 
     @torch.no_grad()
     def sides(self, module, data) -> tuple[torch.Tensor, float]:
@@ -151,10 +154,10 @@ class LTE(Method):
             close += int(((gates >= 0.4) & (gates <= 0.6)).sum())
 
         module.eval()
-        with experts.watching(experts.ffns(module), see):
-            for batch in experts.probe(data, self.probe_sequences, next(module.parameters()).device):
-                mask = experts.valid(batch)
-                experts.run(module, batch)
+        with conversion.watching(conversion.ffns(module), see):
+            for batch in passes.probe(data, self.probe_sequences, next(module.parameters()).device):
+                mask = passes.valid(batch)
+                passes.forward(module, batch)
         found = torch.cat(sides)
         return found, close / len(found)
 
@@ -163,15 +166,15 @@ class LTE(Method):
         if self.control:
             finetune.load_weights(module, state.tensors)
             return module
-        experts.convert(module, self.experts.size, None)
-        experts.add_routers(module, state, wide=True)
-        experts.restore(module, state)
-        experts.harden(module, "above", self.tau, kernel=work.hardware.kernel_name)
+        conversion.convert(module, self.experts.size, None)
+        routers.add_routers(module, state, wide=True)
+        conversion.restore(module, state)
+        routers.harden(module, "above", self.tau, kernel=work.hardware.kernel_name)
         return module
 
 
 def freeze_routers(module) -> None:
     """Everything trains but the routers."""
     module.requires_grad_(True)
-    for ffn in experts.ffns(module):
+    for ffn in conversion.ffns(module):
         ffn.router.requires_grad_(False)

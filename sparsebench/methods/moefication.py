@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from sparsebench import experts, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
+from sparsebench.experts import clustering, conversion, passes, routers
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN, Router
-from sparsebench.state import State
-from sparsebench.train import Training, train
+from sparsebench.records.state import State
+from sparsebench.training import finetune
+from sparsebench.training.loop import Training, train
 
 
 def activation_labels(ffn: ExpertFFN, x1: torch.Tensor) -> torch.Tensor:
@@ -43,10 +44,12 @@ class MoEfication(Method):
     variant: str = setting(choices=("original", "small"))
     router_width: int = setting(gt=0)
     activation: str | None = setting(choices=("relu",))
-    experts: experts.Grouping
+    experts: clustering.Grouping
     train: Training | None
     router: Training
-    kinds: ClassVar = experts.KINDS
+    kinds: ClassVar = conversion.KINDS
+    neutral: ClassVar = {"keep": 1.0, "activation": None, "train": None}
+    neutral_is_exact: ClassVar = False  # neurons stand in another order, so sums are rounded otherwise
     operating_point: ClassVar = ("keep", "routing")
 
     @property
@@ -55,7 +58,7 @@ class MoEfication(Method):
         return 1 - self.keep
 
     def problems(self, settings: Any) -> list[str]:
-        return experts.problems(self, settings)
+        return conversion.problems(self, settings)
 
     def kind_of_router(self) -> dict:
         return {"inner": "tanh", "normalise": self.variant == "original"}
@@ -63,33 +66,33 @@ class MoEfication(Method):
     def fit(self, loaded, data, work: Work) -> State:
         """ReLU fine-tune (where `train`), clustering, routers by BCE on scaled activation sums."""
         module, histories = finetune.trainable(loaded.module), {}
-        found = experts.convert(module, self.experts.size, self.activation)
+        found = conversion.convert(module, self.experts.size, self.activation)
         module.requires_grad_(True)
         if self.train is not None:
-            rows, loss = experts.task(data, self.train)
+            rows, loss = passes.rows_and_loss(data, self.train)
             history = train(
                 module, rows, self.train, folder=work.folder / "relu", seed=work.seed, loss=loss, track=work.log,
                 label="fit/relu",
             )  # fmt: skip
             histories["relu"] = (history, self.train, rows)
-        orders = experts.group(found, self.experts, work.seed, work.log)
+        orders = clustering.group(found, self.experts, work.seed, work.log)
         generator = torch.Generator().manual_seed(work.seed)
         for ffn in found:
             d = ffn.first.shape[1]
-            small = experts.random_router(d, self.router_width, ffn.num_experts, generator, **self.kind_of_router())
+            small = routers.random_router(d, self.router_width, ffn.num_experts, generator, **self.kind_of_router())
             ffn.router = (cluster_router(ffn) if self.variant == "original" else small).to(ffn.first.device)
-        history = experts.fit_routers(
+        history = routers.fit_routers(
             module, found, activation_labels, F.binary_cross_entropy_with_logits, data, self.router, work
         )
-        histories["router"] = (history, self.router, experts.task(data, self.router)[0])
-        info = experts.history_facts(histories)
-        return experts.state_of(module, loaded.module, orders, self.train is not None, info)
+        histories["router"] = (history, self.router, passes.rows_and_loss(data, self.router)[0])
+        info = conversion.history_facts(histories)
+        return conversion.state_of(module, loaded.module, orders, self.train is not None, info)
 
     def apply(self, module, state: State, work: Work):
         """Experts in their order, weights and routers; top-k of round(keep E) experts."""
-        experts.convert(module, self.experts.size, self.activation)
-        experts.add_routers(module, state, **self.kind_of_router())
-        experts.restore(module, state)
+        conversion.convert(module, self.experts.size, self.activation)
+        routers.add_routers(module, state, **self.kind_of_router())
+        conversion.restore(module, state)
         kernel = work.hardware.kernel_name
-        experts.harden(module, "topk", 0.0, keep=self.keep, routing=self.routing, kernel=kernel)
+        routers.harden(module, "topk", 0.0, keep=self.keep, routing=self.routing, kernel=kernel)
         return module

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
+from sparsebench.methods.base import Method, Work
 from sparsebench.methods.fatrelu import needs_maps
 from sparsebench.modules.activation_map import maps_of
-from sparsebench.state import State
+from sparsebench.records.state import State
 
 
 @dataclass(kw_only=True)
@@ -20,6 +20,7 @@ class SpatialTopK(Method):
     keep: float = setting(gt=0, le=1)
     sites: list[str] | None
     kinds: ClassVar = ("vision",)
+    neutral: ClassVar = {"keep": 1.0}
     operating_point: ClassVar = ("keep", "sites")
 
     def problems(self, settings: Any) -> list[str]:

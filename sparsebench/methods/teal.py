@@ -13,12 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from sparsebench import allocate, calibrate
+from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, Table, add_tables, check, keep_table, shares
+from sparsebench.calibration.histograms import collect, threshold
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.models.sites import Block, Site, find_blocks
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
-from sparsebench.state import State
+from sparsebench.records.state import State
+from sparsebench.sites import Block, Site, find_blocks
 
 # Tensor names of the official repository's histogram files, by group.
 OFFICIAL = {
@@ -35,13 +36,14 @@ class Teal(Method):
 
     name: str = setting(**NAME_PATTERN)
     sparsity: float = setting(ge=0, lt=1)
-    allocation: str = setting(choices=allocate.ALLOCATIONS)
+    allocation: str = setting(choices=ALLOCATIONS)
     prompt: str = setting(choices=PROMPT_POLICIES)
     threshold_rule: str = setting(choices=("abs", "signed-hist"))
     calibration_tokens: int = setting(gt=0)
-    histograms: str | None
-    greedy: allocate.Greedy
+    histograms: str | None = setting(file=True)
+    greedy: Greedy
     kinds: ClassVar = ("language",)
+    neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule")
 
     def __post_init__(self):
@@ -53,7 +55,7 @@ class Teal(Method):
             raise ValueError(
                 f"histograms must be a folder with histograms/layer-N/{{mlp,self_attn}}/histograms.pt, got {self.histograms!r}"
             )
-        allocate.check(self)
+        check(self)
 
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of |x| for the four tensors of each block and, for greedy, its table of sparsities per block.
@@ -64,10 +66,8 @@ class Teal(Method):
         if self.histograms is not None:
             return self.imported(Path(self.histograms), blocks)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
-        state = calibrate.collect(loaded.module, blocks, sequences, work.batch_size)
-        allocate.add_tables(
-            self, state, loaded.module, blocks, sequences, work, lambda site, p: self.threshold(state, site, p)
-        )
+        state = collect(loaded.module, blocks, sequences, work.batch_size)
+        add_tables(self, state, loaded.module, blocks, sequences, work, lambda site, p: self.threshold(state, site, p))
         return state
 
     def imported(self, folder: Path, blocks: list[Block]) -> State:
@@ -88,7 +88,7 @@ class Teal(Method):
                 state.tensors[f"{name}.centers"] = content[f"{tensor}_centers"].double()
             if self.allocation == "greedy":
                 table = folder / "lookup" / f"layer-{block.index}" / "results.csv"
-                allocate.keep_table(state, block.index, read_lookup(table, list(block.sites)))
+                keep_table(state, block.index, read_lookup(table, list(block.sites)))
         return state
 
     def threshold(self, state: State, site: Site, p: float) -> float:
@@ -96,7 +96,7 @@ class Teal(Method):
         if p == 0:
             return 0.0
         if state.info["kind"] == "calibrated":
-            return calibrate.threshold(state, site, p)
+            return threshold(state, site, p)
         layer, group = site.layer, site.group
         counts = state.tensors[f"signed.{layer}.{group}.counts"]
         centers = state.tensors[f"signed.{layer}.{group}.centers"]
@@ -110,7 +110,7 @@ class Teal(Method):
     def apply(self, module, state: State, work: Work):
         """Replace every projection whose sparsity is above 0 by an input-sparse one."""
         for block in find_blocks(module):
-            for role, share in allocate.shares(self, state, block).items():
+            for role, share in shares(self, state, block).items():
                 if share > 0:
                     site = block.sites[role]
                     threshold = self.threshold(state, site, share)
@@ -132,7 +132,7 @@ def signed_quantile(centers: torch.Tensor, counts: torch.Tensor, q: float) -> fl
     return float(centers[index - 1] + (target - low) / (high - low) * (centers[index] - centers[index - 1]))
 
 
-def read_lookup(file: Path, roles: list[str]) -> allocate.Table:
+def read_lookup(file: Path, roles: list[str]) -> Table:
     """A lookup table of the official repository (results.csv). Raises ValueError where columns are missing."""
     try:
         with file.open(newline="") as lines:
@@ -145,4 +145,4 @@ def read_lookup(file: Path, roles: list[str]) -> allocate.Table:
         ]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"method.histograms: {file} is no lookup table of the official layout ({error})") from error
-    return allocate.Table(roles, *map(torch.tensor, columns))
+    return Table(roles, *map(torch.tensor, columns))

@@ -12,17 +12,18 @@ from typing import ClassVar
 from torch import nn
 from transformers.activations import ACT2FN
 
-from sparsebench import evaluate, finetune
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.models.sites import find_blocks, shape
+from sparsebench.measure import quality
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules.activations import StatisticalTopK, TopK
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.neuron_sparse import ffn_path, last_map, swap
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
 from sparsebench.modules.x1 import X1Penalty
-from sparsebench.state import State
-from sparsebench.train import Training, train
+from sparsebench.records.state import State
+from sparsebench.sites import find_blocks, shape
+from sparsebench.training import finetune
+from sparsebench.training.loop import Training, train
 
 ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_pytorch_tanh")
 
@@ -45,6 +46,7 @@ class TopKSparsity(Method):
     probe_sequences: int = setting(gt=0)
     train: Training | None
     kinds: ClassVar = ("language",)
+    neutral: ClassVar = {"keep": 1.0, "activation": None, "train": None}
 
     def __post_init__(self):
         problems = []
@@ -146,7 +148,7 @@ class TopKSparsity(Method):
             module = finetune.rebuilt(loaded.module, state.tensors)
         module.requires_grad_(False)
         self.swap(module, "masked_dense")
-        _, counters = evaluate.language_quality(module, data.fit, self.probe_sequences, work.batch_size)
+        _, counters = quality.language_quality(module, data.fit, self.probe_sequences, work.batch_size)
         for site, counter in counters.items():
             pairs = counter.kept.numel() * counter.sparse_tokens
             state.info["extra"].setdefault("selection_on_fit", {})[site] = {

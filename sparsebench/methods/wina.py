@@ -13,13 +13,14 @@ from typing import ClassVar
 
 import torch
 
-from sparsebench import allocate, calibrate
+from sparsebench.calibration import histograms
+from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, add_tables, check, shares
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Method, Work
-from sparsebench.models.sites import Block, Site, find_blocks, weight_of
+from sparsebench.methods.base import Method, Work
 from sparsebench.modules import rotated_norm
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
-from sparsebench.state import State
+from sparsebench.records.state import State
+from sparsebench.sites import Block, Site, find_blocks, weight_of
 
 BASIS_OF = {"attn_in": ("k", "qkv"), "mlp_in": ("gate", "gate_up")}  # whose right singular vectors a group gets
 SCALED = {"none": (), "k_gate": ("k", "gate", "qkv", "gate_up")}
@@ -37,15 +38,16 @@ class Wina(Method):
     selection: str = setting(choices=("top_k", "threshold"))
     scope: str = setting(choices=("k_gate", "all", "none"))
     rotate: bool
-    allocation: str = setting(choices=allocate.ALLOCATIONS)
+    allocation: str = setting(choices=ALLOCATIONS)
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
-    greedy: allocate.Greedy
+    greedy: Greedy
     kinds: ClassVar = ("language",)
+    neutral: ClassVar = {"sparsity": 0.0, "rotate": False}
     operating_point: ClassVar = ("sparsity", "selection", "prompt")
 
     def __post_init__(self):
-        allocate.check(self)
+        check(self)
 
     def scaled(self, site: Site) -> bool:
         """Whether a site is scored by |x| c."""
@@ -61,17 +63,15 @@ class Wina(Method):
         with rotated_norm.rotated(module, blocks, bases) if bases else nullcontext():
             sites = [s for b in blocks for s in b.sites.values() if self.scaled(s)]
             scales = {s.name: column_norms(weight_of(module.get_submodule(s.path))) for s in sites}
-            state = calibrate.collect(module, blocks, sequences, work.batch_size, scales)
-            allocate.add_tables(
-                self, state, module, blocks, sequences, work, lambda s, p: self.threshold(state, s, p), scales
-            )
+            state = histograms.collect(module, blocks, sequences, work.batch_size, scales)
+            add_tables(self, state, module, blocks, sequences, work, lambda s, p: self.threshold(state, s, p), scales)
         state.tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
         state.tensors |= {f"basis.{layer}.{group}": basis for (layer, group), basis in bases.items()}
         state.info["extra"] = {"channels_of_k_without_effect": lossless(scales, blocks)} if self.rotate else {}
         return state
 
     def threshold(self, state: State, site: Site, p: float) -> float:
-        return 0.0 if p == 0 else calibrate.threshold(state, site, p, self.scaled(site))
+        return 0.0 if p == 0 else histograms.threshold(state, site, p, self.scaled(site))
 
     def apply(self, module, state: State, work: Work):
         """Rotate where asked, then replace every projection whose sparsity is above 0."""
@@ -80,7 +80,7 @@ class Wina(Method):
             names = [(b.index, g) for b in blocks for g in rotated_norm.GROUPS]
             rotated_norm.rotate(module, blocks, {key: state.tensors["basis.{}.{}".format(*key)] for key in names})
         for block in blocks:
-            for role, share in allocate.shares(self, state, block).items():
+            for role, share in shares(self, state, block).items():
                 site = block.sites[role]
                 if share == 0:
                     continue

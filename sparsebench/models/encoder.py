@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import transformers
 
-from sparsebench import env, evaluate, hub, processes, record
+from sparsebench import ranks
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.identity import digest
-from sparsebench.methods import Work
+from sparsebench.config.identity import digest
+from sparsebench.data import hub
+from sparsebench.measure import quality
 from sparsebench.models import Loaded
-from sparsebench.models.scratch import byte_bpe
-from sparsebench.models.sites import find_blocks
-from sparsebench.train import Training, classification_loss, train
+from sparsebench.records import files, machine
+from sparsebench.sites import find_blocks
+from sparsebench.training.from_scratch import byte_bpe
+from sparsebench.training.loop import Training, classification_loss, train
+from sparsebench.training.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class Encoder:
     """An encoder with a classification head; the number of classes comes from the data set."""
 
     name: str = setting(**NAME_PATTERN)
-    path: str | None
+    path: str | None = setting(file=True)
     revision: str | None
     weights: str = setting(choices=("pretrained", "scratch", "random"))
     architecture: dict | None
@@ -99,13 +102,13 @@ class Encoder:
     def trained(self, module, tokenizer, work: Work, data) -> Path:
         """The folder of this encoder trained on data.fit with work.seed; trained first where it is missing."""
         shape = {
-            "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": env.machine(),
+            "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": machine.machine(),
             "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
         }  # fmt: skip
         folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with processes.locked(folder.with_suffix(".lock")):
-            if processes.agreed((folder / "training.json").exists()):
+        with ranks.locked(folder.with_suffix(".lock")):
+            if ranks.agreed((folder / "training.json").exists()):
                 return folder
             log.info("training %s from scratch into %s", self.name, folder)
             module.to(work.hardware.torch_device)
@@ -114,14 +117,14 @@ class Encoder:
                 module, data.fit, self.train, folder=checkpoints, seed=work.seed, loss=classification_loss,
                 track=work.log, label=f"train/{self.name}",
             )  # fmt: skip
-            metrics, _ = evaluate.classification_quality(module, data.dev, None, 64)
-            if processes.first():
+            metrics, _ = quality.classification_quality(module, data.dev, None, 64)
+            if ranks.first():
                 shutil.rmtree(partial, ignore_errors=True)
                 module.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 facts = {**shape, "dev": {k: metrics[k] for k in ("accuracy", "nll")}, "history": history.rows}
-                record.write_atomic(partial / "training.json", json.dumps(record.plain(facts), indent=1).encode())
+                files.write_atomic(partial / "training.json", json.dumps(files.plain(facts), indent=1).encode())
                 partial.rename(folder)
                 shutil.rmtree(checkpoints, ignore_errors=True)
-            processes.agreed(True)
+            ranks.agreed(True)
         return folder

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-import sparsebench
-from sparsebench import hub
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods import Work
-from sparsebench.models import Loaded, scratch
-from sparsebench.models.sites import find_blocks
-from sparsebench.train import Training
+from sparsebench.data import hub
+from sparsebench.models import Loaded
+from sparsebench.sites import find_blocks
+from sparsebench.training import from_scratch
+from sparsebench.training.loop import Training
+from sparsebench.training.work import Work
 
 transformers.utils.logging.disable_progress_bar()
 
 log = logging.getLogger(__name__)
-ASSETS = Path(sparsebench.__file__).parent / "assets"
+ASSETS = Path(str(files("sparsebench") / "assets"))
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ class CausalLM:
     """A decoder of transformers whose blocks have a known structure (models/sites.py)."""
 
     name: str = setting(**NAME_PATTERN)
-    path: str | None
+    path: str | None = setting(file=True)
     revision: str | None
     weights: str = setting(choices=("pretrained", "random", "scratch"))
     num_layers: int | None = setting(gt=0)
@@ -86,7 +87,7 @@ class CausalLM:
         """The model on the target's device in its dtype; `data` gets its tokenizer. Raises ValueError where its structure is unknown."""
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
-            location = str(scratch.trained(self, config, work, data))
+            location = str(from_scratch.trained(self, config, work, data))
         if self.weights == "random":
             torch.manual_seed(work.seed)
             with torch.device(hardware.torch_device):

@@ -20,13 +20,15 @@ import transformers
 from filelock import FileLock
 from torch import nn
 
-from sparsebench import env, evaluate, hub, record
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.identity import digest
-from sparsebench.methods import Work
+from sparsebench.config.identity import digest
+from sparsebench.data import hub
+from sparsebench.measure import quality, shape_bias
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate, maps_of
-from sparsebench.train import Training, classification_loss, train
+from sparsebench.records import files, machine
+from sparsebench.training.loop import Training, classification_loss, train
+from sparsebench.training.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Vision:
     architecture: str = setting(choices=("lenet5", *TORCHVISION, *VIT))
     stem: str = setting(choices=("imagenet", "cifar"))
     weights: str = setting(choices=("pretrained", "random", "scratch"))
-    path: str | None
+    path: str | None = setting(file=True)
     train: Training | None
     kind = "vision"
 
@@ -78,6 +80,10 @@ class Vision:
 
     def problems(self, settings: Any) -> list[str]:
         found = []
+        cues = settings.eval.classifier.cue_conflict
+        wrong = cues is not None and shape_bias.problem(cues)
+        if wrong:
+            found.append(f"eval.classifier.cue_conflict must be a folder of cue-conflict images: {wrong}")
         if settings.dataset.kind == "vision" and self.architecture == "lenet5" and settings.dataset.size != 28:
             found.append(f"dataset.size must be 28 for model={self.name}, got {settings.dataset.size}")
         if self.weights == "pretrained" and self.path is None:
@@ -170,7 +176,7 @@ class Vision:
             "data": data.describe()["fit"]["fingerprint"],
             "augment": data.info["augment"],
             "seed": work.seed,
-            "machine": env.machine(),
+            "machine": machine.machine(),
         }
         folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -182,11 +188,11 @@ class Vision:
                 module, data.fit, self.train, folder=folder / "checkpoints", seed=work.seed, loss=classification_loss,
                 track=work.log, label=f"train/{self.name}",
             )  # fmt: skip
-            metrics, _ = evaluate.classification_quality(module, data.dev, None, work.batch_size)
+            metrics, _ = quality.classification_quality(module, data.dev, None, work.batch_size)
             facts = {**shape, "dev": {k: metrics[k] for k in ("accuracy", "nll", "ece")}, "history": history.rows}
             content = safetensors.torch.save({k: v.cpu().contiguous() for k, v in module.state_dict().items()})
-            record.write_atomic(folder / "model.safetensors", content)
-            record.write_atomic(folder / "training.json", json.dumps(record.plain(facts), indent=1).encode())
+            files.write_atomic(folder / "model.safetensors", content)
+            files.write_atomic(folder / "training.json", json.dumps(files.plain(facts), indent=1).encode())
         return folder
 
 

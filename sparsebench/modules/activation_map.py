@@ -12,26 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sparsebench.modules.base import MapCounter, SparseModule
+
 PRODUCTS = (nn.Conv2d, nn.Linear)  # what reads a map
-
-
-class MapCounter:
-    """Exact zeros among the elements of one map, over images. Plain integers; no tolerance."""
-
-    def __init__(self) -> None:
-        self.zeros = self.elements = self.images = 0
-        self.token_mask = None  # images have no padding
-
-    def add(self, y: torch.Tensor) -> None:
-        """Count one call; y [N, C, H, W] or [N, C]."""
-        self.zeros += y.numel() - int(torch.count_nonzero(y))
-        self.elements += y.numel()
-        self.images += y.shape[0]
-
-    def merge(self, other: MapCounter) -> None:
-        self.zeros += other.zeros
-        self.elements += other.elements
-        self.images += other.images
 
 
 def spatial_topk(z: torch.Tensor, keep: float) -> torch.Tensor:
@@ -49,7 +32,7 @@ def spatial_topk(z: torch.Tensor, keep: float) -> torch.Tensor:
     return z * mask.view_as(z)
 
 
-class ActivationMap(nn.Module):
+class ActivationMap(SparseModule):
     """y = ReLU(x); then 0 where y < threshold (FATReLU keeps y >= threshold); then top-k per channel map.
 
     Args:
@@ -61,7 +44,6 @@ class ActivationMap(nn.Module):
     def __init__(self, site: str, threshold: float | None = None, keep: float | None = None):
         super().__init__()
         self.site, self.threshold, self.keep = site, threshold, keep
-        self.counter: MapCounter | None = None
 
     def new_counter(self) -> MapCounter:
         return MapCounter()

@@ -13,9 +13,8 @@ from torch import nn
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
-from sparsebench.macs import Cost
 from sparsebench.modules.activations import topk_mask
-from sparsebench.sparsity import Counter, SiteSparsity
+from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 
 NAMES = {  # of transformers -> of the kernels
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
@@ -87,7 +86,7 @@ class Router(nn.Module):
         last.data = last.data[order].contiguous()
 
 
-class ExpertFFN(nn.Module):
+class ExpertFFN(SparseModule):
     """One FFN (or distilled projection) as experts.
 
     Args:
@@ -115,7 +114,6 @@ class ExpertFFN(nn.Module):
         self.router: Router | None = None
         self.rule, self.k, self.routing, self.mode = "max", None, "trained", "dense"
         self.dropout, self.kernel_name = 0.0, kernel or "masked_dense"
-        self.counter: Counter | None = None
         self.watch = None  # called with (self, x, z, a, x1) in dense and soft calls
         self.soft_scores = None
 
@@ -139,10 +137,6 @@ class ExpertFFN(nn.Module):
         if len(self.dense_macs) == 1:
             return dict.fromkeys(self.dense_macs, self.expert_macs * self.num_experts)
         return dict(self.dense_macs)
-
-    @property
-    def num_weights(self) -> int:
-        return sum(self.covers.values())
 
     @property
     def maps(self) -> dict:
@@ -216,24 +210,11 @@ class ExpertFFN(nn.Module):
         """The backend asked for; an oracle sees every expert's output first, so nothing can be skipped."""
         return self.kernel_name if self.routing == "trained" else "masked_dense"
 
-    @property
-    def ran(self) -> str:
-        """The backend that serves one token; a module that runs all experts skips nothing."""
-        return self.runs(1)
-
-    @property
-    def ran_many(self) -> str:
-        """The backend that serves many tokens."""
-        return self.runs(1024)
-
-    def runs(self, rows: int) -> str:
+    def kernel(self, tokens: int) -> str:
+        """The backend that serves so many tokens; a module that runs all experts skips nothing."""
         if self.mode != "hard":
             return "masked_dense"
-        return kernels.ran(self.running, self.first, "expert_ffn", self.last, rows=rows)
-
-    @property
-    def skips(self) -> bool:
-        return kernels.load(self.ran).SKIPS
+        return kernels.ran(self.running, self.first, "expert_ffn", self.last, rows=tokens)
 
     def reorder(self, order: torch.Tensor) -> None:
         """Neurons in another order [f]."""
@@ -241,7 +222,7 @@ class ExpertFFN(nn.Module):
             if getattr(self, name) is not None:
                 getattr(self, name).data = getattr(self, name).data[order.to(self.first.device)].contiguous()
 
-    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+    def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of one token, dense and as measured; the router stands at the first site.
 
         An oracle costs nothing here: it is a bound, not a way to run.

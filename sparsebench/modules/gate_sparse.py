@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from sparsebench import kernels
-from sparsebench.macs import Cost
-from sparsebench.models.sites import Block
+from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import dense_prefix, replace
-from sparsebench.sparsity import Counter, SiteSparsity
+from sparsebench.sites import Block
 
 
-class GateSparseFFN(nn.Module):
+class GateSparseFFN(SparseModule):
     """Takes over the maps of a gated FFN.
 
     Args:
@@ -34,13 +33,12 @@ class GateSparseFFN(nn.Module):
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
         self.site, self.prompt, self.kernel_name = f"{layer}.ffn", prompt, kernel
-        self.covers = {f"{layer}.up": self.up.weight.numel(), f"{layer}.down": self.down.numel()}
-        self.counter: Counter | None = None
+        self.layer = layer
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
-    def num_weights(self) -> int:
-        return sum(self.covers.values())
+    def covers(self) -> dict[str, int]:
+        return {f"{self.layer}.up": self.up.weight.numel(), f"{self.layer}.down": self.down.numel()}
 
     def new_counter(self) -> Counter:
         return Counter(self.down.shape[1], self.down.device)
@@ -63,12 +61,11 @@ class GateSparseFFN(nn.Module):
         backend = kernels.serving(name, active, self.down, "neuron_sparse_ffn")
         return backend.neuron_sparse_ffn(x, active, self.up.weight, self.down)
 
-    @property
-    def ran(self) -> str:
-        """The backend that serves one token."""
-        return kernels.ran(self.kernel_name, self.down, "neuron_sparse_ffn")
+    def kernel(self, tokens: int) -> str:
+        """One token goes to the kernel, more are masked."""
+        return kernels.ran(self.kernel_name, self.down, "neuron_sparse_ffn") if tokens == 1 else "masked_dense"
 
-    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+    def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of up and down for one decoded token; the gate stays dense."""
         element, found = self.down.element_size(), {}
         for site, count in self.covers.items():

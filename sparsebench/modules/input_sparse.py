@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
-from sparsebench.macs import Cost
-from sparsebench.sparsity import Counter, SiteSparsity
+from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
+from sparsebench.sites import LinearMap
 
 PROMPT_POLICIES = ("none", "half", "last10", "p99", "all")
 
@@ -37,7 +37,7 @@ def dense_prefix(policy: str, tokens: int) -> int:
     return tokens - sparse[policy]
 
 
-class InputSparseLinear(nn.Module):
+class InputSparseLinear(SparseModule, LinearMap):
     """A linear map that drops input channels per token.
 
     Args:
@@ -53,8 +53,6 @@ class InputSparseLinear(nn.Module):
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
     """
 
-    is_linear_map = True
-
     def __init__(
         self, linear, site, threshold, *, scale=None, top_k=None, prompt="all", low_rank=None, kernel="masked_dense"
     ):
@@ -69,12 +67,11 @@ class InputSparseLinear(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self.low_rank = low_rank
         self.site, self.top_k, self.prompt, self.kernel_name = site, top_k, prompt, kernel
-        self.counter: Counter | None = None
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
-    def num_weights(self) -> int:
-        return self.weight.numel()
+    def covers(self) -> dict[str, int]:
+        return {self.site: self.weight.numel()}
 
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -90,10 +87,9 @@ class InputSparseLinear(nn.Module):
     def new_counter(self) -> Counter:
         return Counter(self.weight.shape[1], self.weight.device)
 
-    @property
-    def ran(self) -> str:
-        """The backend that serves one token."""
-        return kernels.ran(self.kernel_name, self.weight)
+    def kernel(self, tokens: int) -> str:
+        """One token goes to the kernel, more are masked."""
+        return kernels.ran(self.kernel_name, self.weight) if tokens == 1 else "masked_dense"
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """bool, the shape of x [..., n]."""
@@ -119,19 +115,19 @@ class InputSparseLinear(nn.Module):
             keep[..., :dense, :] = True
         return masked_dense.input_sparse_linear(x, self.weight, self.bias, keep=keep, low_rank=self.low_rank)
 
-    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+    def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of one decoded token, dense and as measured.
 
         Overhead: r (m + n) of the low-rank part (an upper bound: kept inputs need not pass it), n for a scale and n for
         a selection.
         """
         m, n = self.weight.shape
-        found = measured[name]
+        found = measured[self.site]
         kept = (1 - found.sparsity_of_sparse_tokens) * m * n
         factors, element = self.rank * (m + n), self.weight.element_size()
         extra = factors + n * (self.scale is not None) + n * (self.top_k is not None)
         both = kept if found.kept_nonzeros is None else found.kept_nonzeros
-        return {name: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
+        return {self.site: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
 
     def extra_repr(self) -> str:
         m, n = self.weight.shape

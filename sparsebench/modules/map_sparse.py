@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import kernels
+from sparsebench.modules.base import SparseModule
 
 
 def unsupported(layer: nn.Module, hardware) -> str | None:
@@ -21,7 +22,7 @@ def unsupported(layer: nn.Module, hardware) -> str | None:
     return None
 
 
-class MapSparse(nn.Module):
+class MapSparse(SparseModule):
     """Stands in the place of a Conv2d or Linear; one image goes through the kernel, more through the dense product.
 
     Args:
@@ -29,16 +30,20 @@ class MapSparse(nn.Module):
         kernel: a backend with `map_sparse_conv2d`.
     """
 
-    skips = True
+    counts = False
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, kernel: str):
         super().__init__()
-        self.layer, self.backend = layer, kernels.load(kernel)
+        self.layer, self.backend, self.kernel_name = layer, kernels.load(kernel), kernel
         weight = layer.weight if layer.weight.dim() == 4 else layer.weight[:, :, None, None]
         self.register_buffer("rows", weight.detach().permute(2, 3, 1, 0).contiguous(), persistent=False)
         self.geometry = (
             (layer.stride, layer.padding, layer.dilation) if weight is layer.weight else ((1, 1), (0, 0), (1, 1))
         )
+
+    def kernel(self, tokens: int) -> str:
+        """One image at a time goes to the kernel."""
+        return self.kernel_name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] != 1:

@@ -13,11 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
-from sparsebench.macs import Cost
-from sparsebench.models.sites import Block, shape
 from sparsebench.modules.activations import Activation
+from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import replace
-from sparsebench.sparsity import Counter, SiteSparsity
+from sparsebench.sites import Block, shape
 
 ROLES = (("gate", "up", "down"), ("fc1", "fc2"))
 
@@ -34,7 +33,7 @@ def ffn_path(block: Block) -> str:
     )
 
 
-class NeuronSparseFFN(nn.Module):
+class NeuronSparseFFN(SparseModule):
     """The FFN of one block.
 
     Args:
@@ -42,7 +41,7 @@ class NeuronSparseFFN(nn.Module):
         block: where it stands (models/sites.py).
         activation: phi with exact zeros.
         up_activation: `relu` for dReLU, x1 = phi(W_g x) relu(W_u x); None otherwise.
-        predictor: x [..., d] -> bool [..., f], the only neurons computed (sparsebench/predictor.py); None = exact.
+        predictor: x [..., d] -> bool [..., f], the only neurons computed (methods/prosparse/predictor.py); None = exact.
         kernel: backend for one-token calls; None while training (weights stay as they lie).
     """
 
@@ -56,8 +55,9 @@ class NeuronSparseFFN(nn.Module):
         self.activation = activation.to(self.map(roles[0]).weight.device)
         self.up_activation, self.predictor = up_activation, predictor
         self.site, self.layer = f"{block.index}.ffn", block.index
-        self.counter: Counter | None = None
         self.kernel_name = kernel or "masked_dense"
+        if predictor is not None:
+            predictor.kernel_name = self.kernel_name
         if kernel:
             self.lay_out()
 
@@ -90,10 +90,6 @@ class NeuronSparseFFN(nn.Module):
     def covers(self) -> dict[str, int]:
         """Weights of each map that inactive neurons skip, by the name it has in records."""
         return {f"{self.layer}.{role}": self.map(role).weight.numel() for role in self.skipped_roles}
-
-    @property
-    def num_weights(self) -> int:
-        return sum(self.covers.values())
 
     def new_counter(self) -> Counter:
         last = self.last
@@ -145,10 +141,9 @@ class NeuronSparseFFN(nn.Module):
         """The kernel function that serves one token."""
         return "neuron_sparse_ffn" if "up" in self.skipped_roles else "input_sparse_linear"
 
-    @property
-    def ran(self) -> str:
-        """The backend that serves one token."""
-        return kernels.ran(self.kernel_name, self.last_weight, self.function)
+    def kernel(self, tokens: int) -> str:
+        """One token goes to the kernel, more are masked."""
+        return kernels.ran(self.kernel_name, self.last_weight, self.function) if tokens == 1 else "masked_dense"
 
     def skipping(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """The rest of a one-token call, by the kernel."""
@@ -167,7 +162,7 @@ class NeuronSparseFFN(nn.Module):
         """The threshold on |x1|: 0, or below it where nothing shall be skipped."""
         return self.threshold.clamp(max=0)
 
-    def costs(self, measured: dict[str, SiteSparsity], name: str) -> dict[str, Cost]:
+    def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of one decoded token, dense and as measured (a predictor states those of its gate map)."""
         found = {}
         for role, path in self.names.items():

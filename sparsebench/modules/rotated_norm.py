@@ -13,15 +13,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparsebench.macs import Cost
-from sparsebench.models.sites import Block, weight_of
+from sparsebench.modules.base import Cost, SparseModule
 from sparsebench.modules.input_sparse import replace
+from sparsebench.sites import Block, weight_of
 
 GROUPS = ("attn_in", "mlp_in")  # the tensors that a norm feeds, in the order of a block's norms
 
 
-class RotatedNorm(nn.Module):
+class RotatedNorm(SparseModule):
     """RMSNorm without its weight (folded into the next maps), then a product with Q [D, D]."""
+
+    counts = False
 
     def __init__(self, norm: nn.Module, rotation: torch.Tensor, site: str):
         super().__init__()
@@ -34,10 +36,10 @@ class RotatedNorm(nn.Module):
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return h.to(hidden.dtype) @ self.rotation
 
-    def costs(self, measured: dict, name: str) -> dict[str, Cost]:
+    def costs(self, measured: dict) -> dict[str, Cost]:
         """D x D products and weights on top of the dense model's."""
         count = self.rotation.numel()
-        return {name: Cost(0, 0, count, 0, count * self.rotation.element_size())}
+        return {self.site: Cost(0, 0, count, 0, count * self.rotation.element_size())}
 
 
 def norms(model: nn.Module, block: Block) -> dict[str, str]:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparsebench.models.sites import find_blocks
 from sparsebench.modules.neuron_sparse import last_map
+from sparsebench.sites import find_blocks
 
 NORMS = ("mean", "sum1e-8", "token_sum")
 

@@ -1,0 +1,1 @@
+"""What training-free methods share: histograms of |x|, sparsity per map, the error of one block."""

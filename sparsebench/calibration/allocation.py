@@ -1,0 +1,175 @@
+"""How a sparsity budget is spread over the maps of a block: uniform, or greedy by block-output error (TEAL, section 4.3).
+
+One module for every threshold method. A block's budget is effective sparsity, sum_j n_j s_j / sum_j n_j with the true
+sizes n_j = numel(W_j), so grouped-query attention is counted right.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsebench.calibration.block_error import BlockError, block_inputs, run_block
+from sparsebench.config import setting
+from sparsebench.records.state import State, read, write
+from sparsebench.sites import Block
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Greedy:
+    """Settings of the greedy search."""
+
+    step: float = setting(gt=0, le=0.5)  # alpha: every accepted step removes alpha * numel(W_q) weights
+    stop: float = setting(gt=0, lt=1)  # effective sparsity at which the search ends
+    error_tokens: float = setting(gt=0, le=1)  # share of each sequence, at its end, over which the error is taken
+
+
+ALLOCATIONS = ("uniform", "greedy")
+Shares = dict[str, float]  # sparsity by role
+
+
+def check(method: Any) -> None:
+    """Raise ValueError where a method's `sparsity` lies beyond the end of its greedy search."""
+    if method.allocation == "greedy" and method.sparsity > method.greedy.stop:
+        raise ValueError(f"sparsity must be at most method.greedy.stop={method.greedy.stop}, got {method.sparsity}")
+
+
+def shares(method: Any, state: State, block: Block) -> Shares:
+    """Sparsity of each role of a block at a method's `sparsity` and `allocation`."""
+    if method.allocation == "uniform":
+        return dict.fromkeys(block.sites, method.sparsity)
+    return {role: min(p, 1.0) for role, p in table_of(state, block.index).nearest(method.sparsity).items()}
+
+
+@dataclass
+class Table:
+    """Greedy's path through one block: row r has per-role sparsities and the errors at equal effective sparsity."""
+
+    roles: list[str]
+    effective: torch.Tensor  # [rows]
+    greedy_error: torch.Tensor  # [rows]
+    uniform_error: torch.Tensor  # [rows]
+    sparsity: torch.Tensor  # [rows, roles]
+
+    def nearest(self, target: float) -> Shares:
+        """Per-role sparsities of the row nearest to `target`; all zero where the dense block is nearer."""
+        if target <= float(self.effective[0]) / 2:
+            return dict.fromkeys(self.roles, 0.0)
+        row = int((self.effective - target).abs().argmin())
+        return dict(zip(self.roles, self.sparsity[row].tolist(), strict=True))
+
+
+def greedy(
+    model: nn.Module,
+    blocks: list[Block],
+    sequences: torch.Tensor,
+    threshold: Callable[[int, str, float], float],
+    settings: Greedy,
+    *,
+    batch_size: int,
+    folder: Path,
+    scales: dict[tuple[int, str], torch.Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Table]:
+    """Spread sparsity inside each block, one block at a time, on the dense inputs of that block (errors not propagated).
+
+    Every round tries one more step alpha * n_q / n_j on each map j and keeps the step with the least block-output error
+    (l2 norm over the error tokens of all sequences). `threshold(layer, role, p)` gives t; `scales` gives c per
+    (layer, role). `folder` keeps the tables of finished blocks: calling again goes on after them. Memory: the model, two
+    hidden states per sequence and what BlockError keeps.
+    """
+    with torch.no_grad():
+        hidden, arguments = block_inputs(model, blocks, sequences, batch_size)
+        tokens = hidden[0].shape[1] - int(hidden[0].shape[1] * (1 - settings.error_tokens))
+        tables = []
+        for block in blocks:
+            module, layer, named = model.get_submodule(block.path), block.index, arguments[block.index]
+            outputs = [run_block(module, h, named) for h in hidden]
+            by_role = {r: scales[layer, r] for r in block.sites if (layer, r) in (scales or {})}
+            part = read(folder / f"greedy-{layer}.safetensors")
+            if part is None:
+                limit = functools.partial(threshold, layer)
+                error = BlockError(model, block, named, hidden, outputs, limit, by_role, tokens)
+                keep_table(part := State(), layer, search(block, model, error, settings))
+                write(part, folder / f"greedy-{layer}.safetensors")
+            tables.append(table_of(part, layer))
+            hidden = outputs
+            if progress is not None:
+                progress(layer + 1, len(blocks))
+    return tables
+
+
+def add_tables(
+    method: Any,
+    state: State,
+    model: nn.Module,
+    blocks: list[Block],
+    sequences: torch.Tensor,
+    work: Any,
+    threshold: Callable[[Any, float], float],
+    scales: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Search every block where the method's `allocation` is greedy, and keep the tables in its state.
+
+    threshold(site, p) gives t; scales: c by site name.
+    """
+    if method.allocation != "greedy":
+        return
+    tables = greedy(
+        model,
+        blocks,
+        sequences,
+        lambda layer, role, p: threshold(blocks[layer].sites[role], p),
+        method.greedy,
+        batch_size=work.batch_size,
+        folder=work.folder,
+        scales={
+            (s.layer, s.role): scales[s.name] for b in blocks for s in b.sites.values() if s.name in (scales or {})
+        },
+        progress=lambda done, total: work.log({"fit/greedy_blocks_done": done, "fit/greedy_blocks": total}),
+    )
+    for block, table in zip(blocks, tables, strict=True):
+        keep_table(state, block.index, table)
+
+
+TABLE = ("effective", "greedy_error", "uniform_error", "sparsity")
+
+
+def keep_table(state: State, layer: int, table: Table) -> None:
+    state.info.setdefault("roles", table.roles)
+    for name in TABLE:
+        state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
+
+
+def table_of(state: State, layer: int) -> Table:
+    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE))
+
+
+def search(block: Block, model: nn.Module, error: Callable[[Shares, Shares], float], settings: Greedy) -> Table:
+    """The greedy path of one block for a given error(trial, path), where `path` is what is accepted so far."""
+    sizes = {role: model.get_submodule(site.path).weight.numel() for role, site in block.sites.items()}
+    total = sum(sizes.values())
+    reference = sizes.get("q", min(sizes.values()))  # alpha is in units of the query map
+    sparsity = dict.fromkeys(sizes, 0.0)
+    rows = []
+    while sum(sizes[r] * sparsity[r] for r in sizes) / total < settings.stop:
+        trials = {}
+        for role, p in sparsity.items():
+            if p < 1:  # a step may pass 1 on a small map: clamp
+                trial = {**sparsity, role: min(1.0, p + settings.step * reference / sizes[role])}
+                trials[role] = (error(trial, sparsity), trial)
+        best = min(trials, key=lambda role: trials[role][0])
+        found, sparsity = trials[best]
+        effective = sum(sizes[r] * sparsity[r] for r in sizes) / total
+        uniform = error(dict.fromkeys(sizes, effective), sparsity)
+        rows.append((effective, found, uniform, list(sparsity.values())))
+    return Table(list(sizes), *(torch.tensor(column) for column in zip(*rows, strict=True)))

@@ -1,0 +1,131 @@
+"""One block of a transformer run on its own: the inputs it gets, its output under changed maps, the distance from dense."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsebench.data.text import batches
+from sparsebench.kernels.masked_dense import kept
+from sparsebench.sites import Block
+
+# Roles whose output for a token touches the block's output for that token alone. (Keys and values reach later tokens.)
+TOKENWISE = ("q", "o", "gate", "up", "gate_up", "down", "fc1", "fc2")
+
+
+@contextmanager
+def changed(model: nn.Module, block: Block, rules: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Replace the input x of a block's maps by rule(x), by role, while the context lasts."""
+    hooks = [
+        model.get_submodule(block.sites[role].path).register_forward_pre_hook(
+            lambda _, args, rule=rule: (rule(args[0]), *args[1:])
+        )
+        for role, rule in rules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch_size: int):
+    """Hidden states entering the first block, a list of [B, T, D], and for each block the other arguments it is called with.
+
+    All sequences have one length and no padding, so positions and masks are the same for every batch of one size;
+    rows that don't fill a last batch are left out.
+    """
+    batch_size = min(batch_size, len(sequences))
+    sequences = sequences[: len(sequences) // batch_size * batch_size]
+    hidden, arguments = [], {}
+
+    def first(_, args, kwargs):
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+
+    def keep(index):
+        def hook(_, args, kwargs):
+            arguments[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+        return hook
+
+    hooks = [model.get_submodule(blocks[0].path).register_forward_pre_hook(first, with_kwargs=True)]
+    hooks += [model.get_submodule(b.path).register_forward_pre_hook(keep(b.index), with_kwargs=True) for b in blocks]
+    try:
+        for batch in batches(sequences, batch_size, model):
+            model.base_model(input_ids=batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, arguments
+
+
+def run_block(module: nn.Module, hidden: torch.Tensor, arguments: tuple) -> torch.Tensor:
+    """A block's output hidden states (blocks of some versions return a tuple)."""
+    positional, named = arguments
+    out = module(hidden, *positional, **named)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class BlockError:
+    """l2 distance of a block's output, with thresholds on its maps' inputs, from its dense `outputs`.
+
+    hidden, outputs: a list of [B, T, D] per batch; only the last `tokens` of each sequence are compared.
+    threshold(role, p) gives t, `scales` c by role. To call it costs less than the block: maps that work token by token
+    are computed for the compared tokens alone (the others are 0), and what a trial leaves as it is on the path it
+    starts from is kept. Memory: the outputs of every map but the last, for those tokens (keys and values for all).
+    """
+
+    def __init__(self, model: nn.Module, block: Block, arguments, hidden, outputs, threshold, scales, tokens: int):
+        self.module, self.arguments = model.get_submodule(block.path), arguments
+        self.hidden, self.outputs = hidden, outputs
+        self.sites, self.maps = block.sites, {r: model.get_submodule(s.path) for r, s in block.sites.items()}
+        self.threshold, self.scales, self.tokens = functools.cache(threshold), scales, tokens
+        self.kept: dict[tuple[int, str], tuple[tuple, torch.Tensor]] = {}
+
+    def decided_by(self, role: str, sparsity: dict[str, float]) -> tuple:
+        """The sparsities that a map's output depends on: its own and those of maps that read earlier tensors."""
+        groups = list(dict.fromkeys(site.group for site in self.sites.values()))  # in the order of computation
+        before = groups[: groups.index(self.sites[role].group)]
+        return tuple(p for r, p in sparsity.items() if r == role or self.sites[r].group in before)
+
+    def __call__(self, sparsity: dict[str, float], path: dict[str, float]) -> float:
+        """The distance at a sparsity by role; `path`: those that the next calls start from."""
+        keys = {r: self.decided_by(r, sparsity) for r in self.sites}
+        fixed = {r for r in self.sites if keys[r] == self.decided_by(r, path)}
+        total = torch.zeros((), dtype=torch.float64, device=self.outputs[0].device)
+        own = {r: vars(m).get("forward") for r, m in self.maps.items()}  # set by libraries that wrap modules
+        forwards = {r: m.forward for r, m in self.maps.items()}
+        try:
+            for batch, (hidden, output) in enumerate(zip(self.hidden, self.outputs, strict=True)):
+                for role, module in self.maps.items():
+                    place = (batch, role, keys[role] if role in fixed else None)
+                    limit = self.threshold(role, sparsity[role])
+                    module.forward = functools.partial(self.product, forwards[role], limit, *place)
+                found = run_block(self.module, hidden, self.arguments)
+                difference = found[:, -self.tokens :] - output[:, -self.tokens :]
+                total += difference.float().square().sum()
+        finally:
+            for role, module in self.maps.items():
+                del module.forward
+                if own[role] is not None:
+                    module.forward = own[role]
+        return float(total) ** 0.5
+
+    def product(self, forward, limit: float, batch: int, role: str, key: tuple | None, x: torch.Tensor) -> torch.Tensor:
+        """A map's output for x [B, T, n] (any other shape is computed whole), kept under `key` unless that is None."""
+        cut = x.dim() == 3 and role in TOKENWISE and self.tokens < x.shape[1]
+        known, part = self.kept.get((batch, role), (None, None))
+        if key is None or key != known:
+            read = x[:, -self.tokens :].contiguous() if cut else x
+            part = forward(torch.where(kept(read, limit, self.scales.get(role)), read, 0) if limit > 0 else read)
+            if key is not None:
+                self.kept[batch, role] = (key, part)
+        if not cut:
+            return part
+        whole = part.new_zeros(*x.shape[:-1], part.shape[-1])
+        whole[:, -self.tokens :] = part
+        return whole

@@ -1,0 +1,180 @@
+"""One config node to one checked dataclass: fields that state what they allow, and every problem said in one line.
+
+Nothing here imports torch. The class that `_target_` names is imported only by `build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one line per problem, all problems of the run together."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+def setting(
+    *,
+    choices: Iterable[Any] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    pattern: str | None = None,
+    pattern_text: str | None = None,
+    file: bool = False,
+    exists: bool = False,
+) -> Any:
+    """A dataclass field whose allowed values are stated beside it and checked by `build`.
+
+    `choices`, the bounds and `pattern` (a full-match regular expression, described by `pattern_text`) apply to the
+    value, or to each element of a list. file: the value may name a file or folder, whose content is then part of the
+    run's identity (identity.py finds such fields by this very word); exists: it must be there.
+    """
+    return field(
+        metadata={
+            "choices": choices, "ge": ge, "gt": gt, "le": le, "lt": lt, "pattern": pattern, "text": pattern_text,
+            "file": file, "exists": exists,
+        }
+    )  # fmt: skip
+
+
+NAME_PATTERN = {"pattern": r"[A-Za-z0-9][A-Za-z0-9._-]*", "pattern_text": "a name of letters, digits, '.', '_' and '-'"}
+
+
+def expected(hint: Any, meta: dict) -> str:
+    """Words for what a field accepts, e.g. `a number in [0, 1)`, `one of none, half, p99, all`."""
+    hints = [h for h in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)) if h is not NoneType]
+    base = hints[0] if hints else hint
+    if get_origin(base) is list:
+        text = "a list, each element " + expected(get_args(base)[0], meta)
+    elif meta.get("choices"):
+        text = "one of " + ", ".join(str(c) for c in meta["choices"])
+    elif meta.get("exists"):
+        text = "an existing file or folder"
+    elif meta.get("pattern"):
+        text = meta["text"]
+    else:
+        text = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}.get(
+            get_origin(base) or base, "a value"
+        )
+        low = meta.get("ge") if meta.get("ge") is not None else meta.get("gt")
+        high = meta.get("le") if meta.get("le") is not None else meta.get("lt")
+        if low is not None and high is not None:
+            text += f" in {'[' if meta.get('ge') is not None else '('}{low}, {high}{']' if meta.get('le') is not None else ')'}"
+        elif low is not None:
+            text += f" {'>=' if meta.get('ge') is not None else '>'} {low}"
+        elif high is not None:
+            text += f" {'<=' if meta.get('le') is not None else '<'} {high}"
+    return text + (" or null" if NoneType in get_args(hint) else "")
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; raises ValueError where it is of another type. No silent truncation."""
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return None
+        problems = []
+        for option in (h for h in get_args(hint) if h is not NoneType):
+            try:
+                return convert(value, option)
+            except ValueError as problem:
+                problems.append(problem)
+        raise problems[0]
+    if hint is Any:
+        return value
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError("not a list")
+        return [convert(v, get_args(hint)[0]) for v in value]
+    kind = get_origin(hint) or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"not {kind.__name__}")
+    return value
+
+
+def in_bounds(value: Any, meta: dict) -> bool:
+    if isinstance(value, list):
+        return all(in_bounds(v, meta) for v in value)
+    if value is None:
+        return True
+    if meta.get("choices") is not None and value not in meta["choices"]:
+        return False
+    if meta.get("exists") and not Path(value).exists():
+        return False
+    if meta.get("pattern") is not None and not re.fullmatch(meta["pattern"], str(value)):
+        return False
+    checks = {"ge": lambda a, b: a >= b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b, "lt": lambda a, b: a < b}
+    return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
+
+
+def build(node: dict, key: str, problems: list[str], cls: type | None = None) -> Any:
+    """The object a config node describes, or None with lines added to `problems`.
+
+    `cls` defaults to the class that `_target_` names; its dataclass fields are exactly the keys allowed.
+    """
+    prefix = f"{key}." if key else ""
+    if not isinstance(node, dict):
+        problems.append(f"{key} must be a mapping of settings, got {node!r}")
+        return None
+    if cls is None:
+        target = str(node.get("_target_"))
+        try:
+            module, _, name = target.rpartition(".")
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            problems.append(f"{prefix}_target_ must name a class that can be imported, got {target!r} ({error})")
+            return None
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    found = len(problems)
+    for name in node:
+        if name not in fields and name != "_target_":
+            problems.append(unknown_key(f"{prefix}{name}", fields))
+    values = {}
+    for name, spec in fields.items():
+        full, hint, meta = f"{prefix}{name}", hints[name], spec.metadata
+        if name not in node:
+            if spec.default is MISSING and spec.default_factory is MISSING:
+                problems.append(f"{full} is missing: it must be {expected(hint, meta)}")
+            continue
+        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        if node[name] is not None and (nested or hint is Any):
+            values[name] = build(node[name], full, problems, nested[0] if nested else None)
+            continue
+        try:
+            values[name] = convert(node[name], hint)
+        except ValueError:
+            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+            continue
+        if not in_bounds(values[name], meta):
+            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+    if len(problems) > found:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:  # a check across fields, in the class's __post_init__; one line per problem
+        problems.extend(f"{prefix}{line}" for line in str(error).splitlines())
+        return None
+
+
+def unknown_key(full: str, allowed) -> str:
+    """The line for a key that does not exist, with the nearest allowed one first."""
+    name = full.rpartition(".")[2]
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{full} is not a known key{hint}; allowed: {', '.join(sorted(allowed))}"

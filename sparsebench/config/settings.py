@@ -1,0 +1,156 @@
+"""From a composed configuration (compose.py) to checked objects, all errors at once.
+
+Nothing here imports torch: `--help`, `--cfg job`, completion and the answer from a finished record stay instant.
+The classes named by `_target_` are imported only by `build`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from sparsebench.config.fields import ConfigError, build, setting
+
+
+@dataclass(kw_only=True)
+class TextEvaluation:
+    """Windows of text: perplexity of language models."""
+
+    test_sequences: int | None = setting(gt=0)
+    dev_sequences: int | None = setting(gt=0)
+    batch_size: int = setting(gt=0)
+
+
+@dataclass(kw_only=True)
+class ClassifierEvaluation:
+    """Labelled images and texts: accuracy; shape bias of image classifiers."""
+
+    test_examples: int | None = setting(gt=0)
+    examples_per_batch: int = setting(gt=0)
+    cue_conflict: str | None = setting(file=True, exists=True)
+
+
+@dataclass(kw_only=True)
+class NeuronMetrics:
+    """Zeros of x1, unions over tokens, CETT and PPL-p% (measure/neurons.py)."""
+
+    enabled: bool
+    increase: float = setting(ge=0)
+    tokens: int = setting(gt=0)
+    aggregate: list[int] = setting(gt=0)
+
+
+@dataclass(kw_only=True)
+class Harness:
+    """Tasks of lm-eval on the live model (measure/lm_eval.py)."""
+
+    tasks: list[str]
+    task_limit: int | None = setting(gt=0)
+    task_path: str | None = setting(file=True, exists=True)
+
+    def __post_init__(self) -> None:
+        if self.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise ValueError(f"tasks={','.join(self.tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What is evaluated on the held-out split, by what it is for."""
+
+    text: TextEvaluation
+    classifier: ClassifierEvaluation
+    neurons: NeuronMetrics
+    lm_eval: Harness
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """How latency is measured (the engine itself is a property of the hardware target)."""
+
+    latency: bool
+    samples: int = setting(ge=30)
+    warmup: int = setting(ge=3)
+    context: int = setting(gt=0)
+    prompt: int = setting(gt=1)
+    batch: int = setting(gt=1)
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    """Weights & Biases: `offline` needs no account and no network."""
+
+    mode: str = setting(choices=("offline", "online", "disabled"))
+    project: str
+    entity: str | None
+    group: str | None
+    artifacts: bool
+
+
+@dataclass(kw_only=True)
+class Sweeping:
+    """What a sweeper such as Optuna is told: see sweep.objective."""
+
+    budget: float = setting(ge=1)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
+
+    seed: int = setting(ge=0, lt=2**32)
+    output_dir: str
+    force: bool
+    fail_fast: bool
+    dataset: Any
+    model: Any
+    method: Any
+    hardware: Any
+    eval: Evaluation
+    measure: Measurement
+    sweep: Sweeping
+    wandb: Tracking
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking one node
+
+
+def build_settings(config: dict) -> Settings:
+    """The checked settings of one run.
+
+    Raises ConfigError with every problem found: in each node, and in how the nodes fit together.
+    """
+    problems: list[str] = []
+    settings = build(config, "", problems, Settings)
+    if settings is not None:
+        problems += mismatches(settings)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def mismatches(settings: Settings) -> list[str]:
+    """Combinations that can't work, as far as they can be told before a model is loaded."""
+    model, dataset, method = settings.model, settings.dataset, settings.method
+    problems = []
+    if dataset.kind != model.kind:
+        problems.append(
+            f"dataset must hold {model.kind} data for model={model.name}, got {dataset.name} ({dataset.kind} data)"
+        )
+    if model.kind not in method.kinds:
+        problems.append(
+            f"method={method.name} takes models of kind {', '.join(method.kinds)}, got model={model.name} ({model.kind})"
+        )
+    if settings.eval.neurons.enabled and model.kind != "language":
+        problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
+    if settings.hardware.estimate and model.kind != "language":
+        problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
+    if settings.eval.lm_eval.tasks and model.kind != "language":
+        problems.append(
+            f"eval.lm_eval.tasks must be [] for model={model.name} ({model.kind}), got {settings.eval.lm_eval.tasks}"
+        )
+    for part in (model, dataset, method, settings.hardware):
+        problems += part.problems(settings)
+    return problems

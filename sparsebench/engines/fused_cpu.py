@@ -1,0 +1,174 @@
+"""A whole decode step of a Llama-type model on a CPU, dense or sparse, in one compiled call (_step_numba.py).
+
+Nothing of Python runs inside a step. Weights, cache and norms are read where torch keeps them: a table holds their
+addresses.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsebench.engines import _step_numba as table
+from sparsebench.engines import heads, llama_type, prefilled, rotary_tables
+from sparsebench.engines._step_numba import step
+from sparsebench.kernels.cpu_numba import as_numpy
+from sparsebench.kernels.masked_dense import kept
+from sparsebench.sites import find_blocks
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's columns
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why this model's step can't be fused, or None."""
+    return llama_type(module, DTYPES)
+
+
+class Decoder:
+    """A fused step with its prompt. The interface of decode.reference.Decoder.
+
+    Raises ValueError for a model that `unsupported` names.
+    """
+
+    engine = "fused"
+
+    def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, keep_all: bool = False):
+        problem = unsupported(module)
+        if problem:
+            raise ValueError(f"no fused decode step: {problem}")
+        config, self.module = module.config, module
+        self.length, self.threads = prompt.shape[1], torch.get_num_threads()
+        self.cache, self.logits = prefilled(module, prompt, room)
+        count, groups, head_dim = heads(config)
+        hidden, inner, positions = config.hidden_size, config.intermediate_size, self.length + room
+        self.blocks = find_blocks(module)
+        self.held = []  # tensors whose addresses stand in the table
+        self.table = np.zeros((len(self.blocks), table.COLUMNS), np.int64)
+        self.fill_all()
+        base = module.base_model
+        norm = next(m for m in base.children() if hasattr(m, "variance_epsilon"))
+        self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        widest = max(hidden, inner, count * head_dim)
+        cosine, sine = rotary_tables(module, positions)
+        self.fixed = (
+            self.table, (hidden, inner, count, groups, head_dim, positions), np.float32(norm.variance_epsilon),
+            keep_all, as_numpy(base.get_input_embeddings().weight.detach()), as_numpy(norm.weight.detach()),
+            as_numpy(module.get_output_embeddings().weight.detach()), cosine.numpy(), sine.numpy(),
+        )  # fmt: skip
+        self.residual = np.zeros(hidden, np.float32)
+        self.output = np.zeros(module.get_output_embeddings().weight.shape[0], np.float32)
+        self.buffers = (
+            self.residual, np.zeros((count + 2 * groups) * head_dim, np.float32), np.zeros(count * head_dim, np.float32),
+            np.zeros((2, inner), np.float32), np.zeros(hidden, np.float32), np.zeros((self.threads, positions), np.float32),
+            np.zeros((self.threads, hidden), np.float32), np.zeros((self.threads, widest + 1), np.int64),
+            np.zeros((self.threads, widest + 1), np.float32), self.output, np.zeros(2, np.int64),
+        )  # fmt: skip
+        self.position = self.length
+        self.threads = min({1, self.threads}, key=self.seconds_with)  # a small model is faster without a second thread
+
+    def seconds_with(self, threads: int, rounds: int = 15) -> float:
+        """Median seconds of a step with so many threads, after the first (which may compile)."""
+        self.threads, times = threads, []
+        for _ in range(rounds + 3):
+            self.rewind()
+            start = time.perf_counter()
+            self.step(torch.zeros(1, 1, dtype=torch.int64))
+            times.append(time.perf_counter() - start)
+        self.rewind()
+        return statistics.median(times[3:])
+
+    def fill_all(self) -> None:
+        """Write down where weights, thresholds and cache lie."""
+        self.held.clear()
+        for block, row in zip(self.blocks, self.table, strict=True):
+            self.fill(block, row)
+
+    def fill(self, block, row: np.ndarray) -> None:
+        """Addresses of one layer."""
+        layer = self.module.get_submodule(block.path)
+        norms = [m.weight for m in layer.children() if hasattr(m, "variance_epsilon")]
+        cache = self.cache.layers[block.index]
+        for i, role in enumerate(MAPS):
+            linear = self.module.get_submodule(block.sites[role].path)
+            row[table.WEIGHT + i], row[table.THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
+            row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
+            for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
+                row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
+                self.held.append(factor)
+            if linear.bias is not None:
+                row[table.BIAS + i] = linear.bias.data_ptr()
+            self.held.append(linear)
+        row[table.NORM], row[table.NORM + 1] = (w.data_ptr() for w in norms)
+        row[table.KEYS], row[table.VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
+        self.held += [norms, cache]
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits [1, 1, V] after one more token [1, 1]."""
+        dynamic = (int(token), self.position)
+        rest = (self.threads, *self.fixed, *dynamic, *self.buffers)
+        others = [self.pool.submit(step, thread, *rest) for thread in range(1, self.threads)]
+        step(0, *rest)
+        wait(others)
+        for other in others:
+            other.result()
+        self.position += 1
+        return torch.from_numpy(self.output).view(1, 1, -1)
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        self.position = self.length
+
+    def parity(self, token: torch.Tensor) -> dict[str, float]:
+        """{"logits": relative error} against the same step in torch, fp32 and masked-dense, on the same cache."""
+        self.rewind()
+        expected = reference_step(self, int(token))
+        found = self.step(token.view(1, 1)).flatten()
+        self.rewind()
+        return {"logits": float((found - expected).norm() / expected.norm())}
+
+
+def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
+    """The same step in torch operations, fp32 throughout, on the decoder's own cache (which it leaves as it was)."""
+    module, config, position = decoder.module, decoder.module.config, decoder.position
+    count, groups, head_dim = heads(config)
+    keep_all, cosine, sine = decoder.fixed[3], *(torch.from_numpy(t)[position] for t in decoder.fixed[7:9])
+
+    def product(linear, x):
+        keep = torch.ones_like(x, dtype=torch.bool) if keep_all else kept(x, linear.threshold, linear.scale)
+        y = linear.weight.float() @ torch.where(keep, x, 0)
+        if linear.low_rank is not None:
+            a, b = (f.float() for f in linear.low_rank)
+            y = y + (torch.where(keep, 0, x) @ a) @ b
+        return y if linear.bias is None else y + linear.bias.float()
+
+    def norm(layer, x):
+        return x * torch.rsqrt(x.square().mean() + layer.variance_epsilon) * layer.weight.float()
+
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-second, first), -1) * sine
+
+    x = module.base_model.get_input_embeddings().weight[token].float()
+    for block in decoder.blocks:
+        layer = module.get_submodule(block.path)
+        norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
+        maps = {role: module.get_submodule(site.path) for role, site in block.sites.items()}
+        cache, h = decoder.cache.layers[block.index], norm(norms[0], x)
+        q = turned(product(maps["q"], h).view(count, head_dim))
+        k = torch.cat(
+            [cache.keys[0, :, :position].float(), turned(product(maps["k"], h).view(groups, head_dim))[:, None]], 1
+        )
+        v = torch.cat([cache.values[0, :, :position].float(), product(maps["v"], h).view(groups, 1, head_dim)], 1)
+        k, v = (t.repeat_interleave(count // groups, 0) for t in (k, v))
+        weights = ((k @ q[:, :, None])[..., 0] * head_dim**-0.5).softmax(-1)
+        x = x + product(maps["o"], (weights[:, None] @ v).flatten())
+        h = norm(norms[1], x)
+        x = x + product(maps["down"], torch.nn.functional.silu(product(maps["gate"], h)) * product(maps["up"], h))
+    last = next(m for m in module.base_model.children() if hasattr(m, "variance_epsilon"))
+    return module.get_output_embeddings().weight.float() @ norm(last, x)

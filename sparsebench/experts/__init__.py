@@ -1,0 +1,1 @@
+"""What MoEfication, D2DMoE and LTE share: neurons to experts, routers."""

@@ -1,0 +1,153 @@
+"""Multiply-accumulates and bytes of one decoded token, from shapes and measured counts. FLOPs = 2 x MACs, never stored.
+
+Counted: every linear map of the blocks, the head, attention scores and values at the stated context. Not counted:
+norms, activations, rotary embedding, softmax, the embedding look-up (no products). `overhead` is work the method adds
+(low-rank remainder, predictor, router, rotation, scaling and selection at one MAC a channel); it is part of `sparse`.
+Where weights are pruned too, `sparse` counts products of a kept input and a nonzero weight; `executed` is what ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from sparsebench.modules.base import Cost, SiteSparsity, sparse_modules
+from sparsebench.sites import find_blocks, shape
+
+
+def dense_sites(module: nn.Module) -> dict[str, Cost]:
+    """Costs of every block map of a dense model by site name; sparse equals dense until a method says otherwise."""
+    found = {}
+    for block in find_blocks(module):
+        for site in block.sites.values():
+            linear = module.get_submodule(site.path)
+            m, n = shape(linear)
+            size = m * n * linear.weight.element_size()
+            found[site.name] = Cost(m * n, m * n, 0, size, size)
+    return found
+
+
+def attention_macs(config, context: int) -> int:
+    """Scores and weighted values over all layers for one new token that sees `context` tokens."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * heads * head_dim * context
+
+
+def kv_bytes(config, context: int, element_size: int) -> int:
+    """Keys and values read for one new token."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * groups * head_dim * context * element_size
+
+
+def site_costs(module: nn.Module, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
+    """Costs of one token by site name: what sparse modules say of themselves, or those of a dense model's block maps."""
+    found: dict[str, Cost] = {}
+    for sparse in sparse_modules(module):
+        found |= sparse.costs(measured)
+    return found or dense_sites(module)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a decoded token costs outside the block maps, dense and sparse alike."""
+
+    head_macs: int
+    attention_macs: int  # scores and weighted values at the stated context
+    head_bytes: int
+    cache_bytes: int  # keys and values read
+
+
+def outside_blocks(module: nn.Module, context: int) -> Outside:
+    """Head, attention and KV cache of one decoded token that sees `context` tokens."""
+    head = module.get_output_embeddings().weight
+    size = head.element_size()
+    return Outside(
+        head.numel(),
+        attention_macs(module.config, context),
+        head.numel() * size,
+        kv_bytes(module.config, context, size),
+    )
+
+
+def account(
+    dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, context: int, skips: bool
+) -> tuple[dict, dict]:
+    """The record's macs and bytes sections of one decoded token, from costs by site.
+
+    Decode skips what the sparse tokens dropped. With `skips` false (simulated by masks) the executed MACs are the dense
+    ones.
+    """
+    dense_macs = sum(c.dense_macs for c in dense.values())
+    sparse_macs = sum(c.sparse_macs + c.overhead_macs for c in sparse.values())
+    rest, rest_bytes = outside.head_macs + outside.attention_macs, outside.head_bytes + outside.cache_bytes
+    overhead = sum(c.overhead_macs for c in sparse.values())
+    skipping = sum(c.sparse_macs if c.executed_macs is None else c.executed_macs for c in sparse.values()) + overhead
+    macs = {
+        "dense": dense_macs + rest,
+        "sparse": sparse_macs + rest,
+        "executed": (skipping if skips else dense_macs + overhead) + rest,
+        "overhead": overhead,
+        "unit": f"multiply-accumulates per decoded token, batch 1, context {context}; FLOPs = 2 x MACs",
+        "parts": {
+            "blocks_dense": dense_macs,
+            "blocks_sparse": sparse_macs,
+            "head": outside.head_macs,
+            "attention": outside.attention_macs,
+        },
+        "per_site": {name: asdict(cost) for name, cost in sparse.items()},
+    }
+    traffic = {
+        "dense": sum(c.dense_bytes for c in dense.values()) + rest_bytes,
+        "sparse": sum(c.sparse_bytes for c in sparse.values()) + rest_bytes,
+        "unit": f"bytes of weights and KV cache read per decoded token, batch 1, context {context}",
+        "parts": {"head": outside.head_bytes, "kv_cache": outside.cache_bytes},
+    }
+    return macs, traffic
+
+
+def unit_per(sample: str) -> dict[str, str]:
+    """What the figures of an `image` or a `text` are, for the record."""
+    unit = f"multiply-accumulates per {sample}, mean over the test {sample}s; FLOPs = 2 x MACs"
+    return {"per": sample, "unit": unit}
+
+
+def per_sample(
+    sample: str, dense: float, attention: float, tokens: float, sparse: dict[str, Cost], skips: bool
+) -> dict:
+    """The record's macs section of an encoder whose sparse modules have `costs` per token.
+
+    sample: `image` or `text`. dense: products of one, `attention` (scores and weighted values) among them; tokens: of
+    one, as routed; sparse: costs by site of what sparse modules replaced. What they did not replace costs what it did;
+    routers count as overhead, per token.
+    """
+    saved = tokens * sum(c.dense_macs - c.sparse_macs for c in sparse.values())
+    overhead = tokens * sum(c.overhead_macs for c in sparse.values())
+    return {
+        "dense": dense,
+        "sparse": dense - saved + overhead,
+        "executed": dense - (saved if skips else 0) + overhead,
+        "overhead": overhead,
+        "parts": {"attention": attention, "tokens": tokens},
+        "per_site": {name: asdict(cost) for name, cost in sparse.items()},
+    } | unit_per(sample)
+
+
+def matrix_bytes(dense: dict[str, Cost], matrices: int, included: str) -> dict:
+    """The record's bytes section of such an encoder.
+
+    matrices: bytes of all matrices of the sparse model; included: what lies outside the block maps, in words.
+    """
+    return {
+        "dense": sum(c.dense_bytes for c in dense.values()),
+        "sparse": matrices,
+        "unit": f"bytes of weights: of the dense block maps; of all matrices of the sparse model, {included} included",
+    }
+
+
+def matrices_of(module: nn.Module) -> int:
+    """Bytes of all matrices of a model."""
+    return sum(w.numel() * w.element_size() for w in module.parameters() if w.dim() > 1)

@@ -1,0 +1,134 @@
+"""Quality on held-out data, dense and sparse by the same protocol, and the counts of sparsity taken on the way.
+
+Language models: perplexity. Classifiers: accuracy, NLL, expected calibration error, confusion matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsebench.data.text import batches
+from sparsebench.measure import sparsity
+
+ECE_BINS = 15  # of equal width (metrics.md, section 6)
+
+
+def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> dict:
+    """exp of the token-mean NLL over disjoint windows `sequences` [N, T]; every token but a window's first is scored.
+
+    Sums are taken in float64 over tokens (never a mean of window means). Raises FloatingPointError where the NLL is not
+    finite.
+    """
+    total, count = 0.0, 0
+    for batch in batches(sequences, batch_size, module):
+        logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
+        nll = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        total += float(nll.double().sum())
+        count += nll.numel()
+    if not math.isfinite(total):
+        raise FloatingPointError("the model's negative log-likelihood is not finite (NaN or infinite weights?)")
+    return {"perplexity": math.exp(min(total / count, 700.0)), "nll": total / count, "tokens": count}
+
+
+def language_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
+    """(metrics, counters): perplexity on a split, with sparsity counted at every sparse module in the same pass."""
+    sequences = split.sequences(limit)
+    with sparsity.counting(module) as counters:
+        metrics = perplexity(module, sequences, batch_size)
+    metrics["sequences"] = len(sequences)
+    metrics["fingerprint"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+    return metrics, counters
+
+
+def compare(dense: dict, sparse: dict, protocol: dict) -> dict:
+    """The record's quality section from the metrics of both models."""
+    ratio = math.exp(min(sparse["nll"] - dense["nll"], 700.0))
+    return {
+        "perplexity": {
+            "dense": dense["perplexity"],
+            "sparse": sparse["perplexity"],
+            "ratio": ratio,
+            "higher_is_better": False,
+            "protocol": {**protocol, "tokens": dense["tokens"], "sequences": dense["sequences"],
+                         "fingerprint": dense["fingerprint"]},
+        },
+        "nll": {"dense": dense["nll"], "sparse": sparse["nll"], "higher_is_better": False, "protocol": "as perplexity"},
+    }  # fmt: skip
+
+
+def logits(module: nn.Module, inputs) -> torch.Tensor:
+    """Class logits [N, C] of any classifier; `inputs` is a tensor or a dict of keywords."""
+    if isinstance(inputs, dict):
+        return module(**inputs).logits
+    output = module(inputs.to(next(module.parameters()).dtype))
+    return getattr(output, "logits", output)
+
+
+class ClassCounts:
+    """Sums over examples that all figures of a classifier are made of: integers, and float64 for NLL and confidence.
+
+    Calibration bins are equal in width over [0, 1]: bin b holds confidences in (b/15, (b+1)/15].
+    """
+
+    def __init__(self, classes: int):
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # [true, predicted]
+        self.nll = 0.0
+        self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)  # examples, right ones, summed confidence
+
+    def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count one batch: scores [N, C], labels [N]."""
+        scores, labels = scores.detach().double().cpu(), labels.cpu()
+        self.nll += float(F.cross_entropy(scores, labels, reduction="sum"))
+        confidence, predicted = scores.softmax(-1).max(-1)
+        classes = len(self.confusion)
+        pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
+        self.confusion += pairs.view(classes, classes)
+        index = ((confidence * ECE_BINS).ceil().long() - 1).clamp(0, ECE_BINS - 1)
+        rows = torch.stack([torch.ones_like(confidence), (predicted == labels).double(), confidence])
+        self.bins.index_add_(1, index, rows)
+
+    def metrics(self) -> dict:
+        """accuracy, nll (nats), ece, per_class accuracy (None for a class without examples), confusion [true][predicted].
+
+        Raises FloatingPointError where the NLL is not finite.
+        """
+        if not math.isfinite(self.nll):
+            raise FloatingPointError("the model's negative log-likelihood is not finite (NaN or infinite weights?)")
+        count, right = int(self.confusion.sum()), self.confusion.diagonal()
+        totals = self.confusion.sum(1).tolist()
+        return {
+            "accuracy": int(right.sum()) / count,
+            "nll": self.nll / count,
+            "ece": float((self.bins[1] - self.bins[2]).abs().sum()) / count,
+            "per_class": [r / n if n else None for r, n in zip(right.tolist(), totals, strict=True)],
+            "confusion": self.confusion.tolist(),
+            "examples": count,
+        }
+
+
+def classification_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
+    """(metrics, counters) of a classifier on a split, with sparsity counted at every sparse module in the same pass."""
+    found, device = ClassCounts(split.classes), next(module.parameters()).device
+    with torch.no_grad(), sparsity.counting(module) as counters:
+        for batch in split.batches(limit, batch_size, device):
+            if isinstance(batch.inputs, dict):
+                sparsity.set_token_mask(module, batch.inputs["attention_mask"].bool())
+            found.add(logits(module, batch.inputs), batch.labels)
+    return found.metrics(), counters
+
+
+def compare_classes(dense: dict, sparse: dict, protocol: dict) -> dict:
+    """The record's quality section of a classifier; accuracy in [0, 1] with its standard error over examples."""
+    accuracy = {"dense": dense["accuracy"], "sparse": sparse["accuracy"], "higher_is_better": True}
+    accuracy["stderr"] = math.sqrt(dense["accuracy"] * (1 - dense["accuracy"]) / dense["examples"])
+    section = {"accuracy": {**accuracy, "protocol": {**protocol, "examples": dense["examples"]}}}
+    for name in ("nll", "ece"):
+        section[name] = {
+            "dense": dense[name], "sparse": sparse[name], "higher_is_better": False, "protocol": "as accuracy",
+        }  # fmt: skip
+    return section

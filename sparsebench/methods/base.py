@@ -1,0 +1,58 @@
+"""The contract of a method: a dataclass whose fields are the keys of its YAML, with `fit` and `apply`.
+
+`fit` is slow and may train or calibrate; `apply` is fast and the only way to obtain the sparse model, fresh or reloaded.
+What `apply` puts into a model are sparse modules (modules/base.py): counting, costs and latency need nothing else of a
+method.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from sparsebench.data.base import Data
+from sparsebench.records.state import State
+from sparsebench.training.work import Work
+
+if TYPE_CHECKING:
+    from sparsebench.config.settings import Settings
+    from sparsebench.models import Loaded
+
+__all__ = ["Method", "State", "Work"]
+
+
+class Method:
+    """One way to produce a sparse model."""
+
+    name: str
+    kinds: ClassVar[tuple[str, ...]]  # kinds of model it takes: language, vision, classification
+    operating_point: ClassVar[tuple[str, ...]] = ()  # fields that only `apply` uses: a sweep over them fits once
+    neutral: ClassVar[dict[str, Any] | None] = None  # settings at which the sparse model is the dense one; None = none
+    neutral_is_exact: ClassVar[bool] = True  # False: up to rounding
+
+    def fit(self, loaded: Loaded, data: Data, work: Work) -> State:
+        """Train or calibrate on data.fit, perhaps choose on data.dev; data.test is never touched.
+
+        Deterministic for work.seed. The state holds all that `apply` needs: nothing may depend on whether `fit` ran in
+        this process.
+        """
+        raise NotImplementedError
+
+    def apply(self, module: nn.Module, state: State, work: Work) -> nn.Module:
+        """Swap modules in place and return the sparse model."""
+        raise NotImplementedError
+
+    @property
+    def requested(self) -> float | None:
+        """The sparsity asked for (a field `sparsity`), or None where the method has no such number."""
+        return vars(self).get("sparsity")
+
+    @property
+    def prompt_policy(self) -> str:
+        """Which tokens of a multi-token call are sparse (a field `prompt`)."""
+        return vars(self).get("prompt", "all")
+
+    def problems(self, settings: Settings) -> list[str]:
+        """Lines about settings that can't work together, as far as they show before a model is loaded."""
+        return []

@@ -1,0 +1,1 @@
+"""What a run leaves: its record and state, the machine it ran on, files written whole, W&B, the terminal."""

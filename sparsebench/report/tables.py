@@ -1,0 +1,234 @@
+"""The report's tables as plain rows of text, the same in HTML, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+from sparsebench.config.identity import NOT_IDENTITY, digest
+from sparsebench.records.terminal import scaled
+from sparsebench.report.rows import Group, Row, differences, over_seeds
+
+DASH = "–"
+
+
+@dataclass
+class Table:
+    """head and rows of text; `numeric` columns stand right; marked rows are set off."""
+
+    head: list[str]
+    rows: list[list[str]]
+    numeric: set[int]
+    marked: set[int]
+    note: str = ""
+
+
+def number(value: float | None, form: str = ".4g", suffix: str = "") -> str:
+    return DASH if value is None else f"{value:{form}}{suffix}"
+
+
+def comparison(group: Group) -> Table:
+    """The rows of one group, by method and sparsity; those on the Pareto front (sparsity, quality) are marked."""
+    metric = group.protocol["metric"]
+    head = ["run", "asked", "sparsity", "dense", metric, "change", "MACs", "executed", "bytes", "dense ms", "sparse ms",
+            "speed-up", "roofline", "kernel", "fit s"]  # fmt: skip
+    rows, marked = [], set()
+    for i, row in enumerate(group.rows):
+        time = row.decode
+        if row.on_front:
+            marked.add(i)
+        rows.append([
+            row.label + (" ◆" if row.on_front else ""), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
+            number(row.dense), number(row.sparse), number(row.change, ".3f", "x"), number(row.macs, ".1%"),
+            number(row.executed, ".1%"), number(row.bytes, ".1%"), number(time.get("dense"), ".3f"),
+            number(time.get("sparse"), ".3f"), speedup(row), number(row.roofline, ".2f", "x"),
+            time.get("kernel") or DASH, number(row.fit_seconds, ".1f"),
+        ])  # fmt: skip
+    note = (
+        "◆ on the Pareto front of measured sparsity and quality. Sparsity is measured on test tokens and model-wide, asked is "
+        "what was set. MACs and bytes are shares of the dense model's per decoded "
+        "token: MACs counted, executed as the kernel ran, bytes of weights and cache read. Roofline: the speed-up that "
+        "the bytes promise. Times are medians; “simulated” means that no kernel skipped work, so no speed-up is claimed."
+    )
+    return Table(head, rows, set(range(1, 13)) | {14}, marked, note)
+
+
+def speedup(row: Row) -> str:
+    if row.decode.get("speedup"):
+        return f"{row.decode['speedup']:.2f}x"
+    return "simulated" if row.decode.get("kernel") and row.method != "dense" else DASH
+
+
+def metrics(group: Group) -> Table | None:
+    """Every further metric of the group's records, dense and sparse; None where there is only the main one."""
+    names = list(dict.fromkeys(m for r in group.rows for m in (r.found.get("quality") or {})))
+    names = [m for m in names if m not in (group.protocol["metric"], "nll")]
+    if not names:
+        return None
+    rows = []
+    for row in group.rows:
+        quality = row.found.get("quality") or {}
+        cells = [
+            f"{number(quality[m]['dense'])} → {number(quality[m]['sparse'])}" if m in quality else DASH for m in names
+        ]
+        rows.append([row.label, *cells])
+    return Table(["run", *names], rows, set(range(1, len(names) + 1)), set())
+
+
+def seeds(group: Group) -> Table | None:
+    found = over_seeds(group.rows)
+    rows = [
+        [
+            s["label"],
+            str(s["seeds"]),
+            f"{s['sparsity']:.1%} ± {s['sparsity_sd']:.1%}",
+            f"{s['mean']:.4g} ± {s['sd']:.2g}",
+        ]
+        for s in found
+    ]
+    head = ["setting", "seeds", "sparsity, mean ± s.d.", f"{group.protocol['metric']}, mean ± s.d."]
+    return Table(head, rows, {1, 2, 3}, set()) if rows else None
+
+
+def estimates(group: Group) -> Table | None:
+    """Predicted times of absent targets, beside the same run measured on the target where the records hold one."""
+    rows = []
+    for row in group.rows:
+        found = row.found.get("estimate")
+        if not found:
+            continue
+        decode, real = found["decode"], on_target(row, group)
+        rows.append([
+            row.label, found["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
+            f"≈ {decode['speedup']:.2f}x", found["fitted_on"]["device"],
+            f"{real.decode['dense']:.3f}, {real.decode['sparse']:.3f}, {speedup(real)}" if real else DASH,
+            "; ".join(found["cautions"]) or DASH,
+        ])  # fmt: skip
+    head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
+    note = "Estimates, not measurements: the target's roofline over the efficiency measured on the present device."
+    return Table(head, rows, {2, 3, 4}, set(), note) if rows else None
+
+
+def on_target(row: Row, group: Group) -> Row | None:
+    """A measured row of the same settings on the device that `row` estimates, or None."""
+
+    def settings(each: Row) -> dict:
+        return {k: v for k, v in each.found["config"].items() if k not in (*NOT_IDENTITY, "hardware")}
+
+    device = row.found["config"]["hardware"]["requires"]
+    return next(
+        (r for r in group.rows if device and device in r.machine and r.decode and not r.found.get("estimate")
+         and digest(settings(r)) == digest(settings(row))), None,
+    )  # fmt: skip
+
+
+def protocols(found: list[Group]) -> Table | None:
+    """What keeps the groups apart; None where there is one group."""
+    values = differences(found)
+    rows = [[k, *(shown(v) for v in each)] for k, each in values.items()]
+    head = ["protocol", *(f"group {i + 1}" for i in range(len(found)))]
+    return Table(head, rows, set(), set()) if rows else None
+
+
+def shown(value) -> str:
+    text = DASH if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def machines(group: Group) -> list[str]:
+    """The machines whose times stand in one table."""
+    return list(dict.fromkeys(r.machine for r in group.rows if r.times))
+
+
+def busy(group: Group) -> str | None:
+    """A warning where times were taken on a machine that had more to do than it has cores."""
+    loads = [
+        (env["load_average"][0], env.get("cores"))
+        for env in (r.found.get("env") or {} for r in group.rows if r.times)
+        if env.get("load_average") and env.get("cores") and "cuda" not in str((env.get("hardware") or {}).get("device"))
+    ]
+    over = [(load, cores) for load, cores in loads if load > cores]
+    if not over:
+        return None
+    load, cores = max(over)
+    return (
+        f"{len(over)} of {len(loads)} runs started on a busy machine (load average up to {load:.1f} on {cores} cores): "
+        "their times and speed-ups are not to be trusted."
+    )
+
+
+def beside(found: list) -> Table | None:
+    """Published figures about the very model of the row, one to a line."""
+    rows = [
+        [b.row.label, b.metric, b.ours, b.published, b.source, "; ".join(b.differs) or "nothing"]
+        for b in found
+        if b.exact
+    ]
+    return (
+        Table(["run", "metric", "measured", "published", "source", "what differs"], rows, set(), set())
+        if rows
+        else None
+    )
+
+
+def beside_other_models(found: list) -> Table | None:
+    """Published figures about other models, those of one run and metric together on a line."""
+    lines: dict[tuple, list] = {}
+    for each in sorted((b for b in found if not b.exact), key=lambda b: (b.metric, b.row.label, str(b.row.path))):
+        lines.setdefault((each.metric, each.row.path), []).append(each)
+    rows = []
+    for same in lines.values():
+        first, figures = (
+            same[0],
+            "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same),
+        )
+        settings = dict.fromkeys(d for b in same for d in b.differs if not d.startswith("model "))
+        sources = dict.fromkeys(b.source.rpartition("; ")[0] for b in same)
+        rows.append(
+            [first.row.label, first.metric, first.ours, figures, "; ".join(sources), "; ".join(settings) or "nothing"]
+        )
+    head = ["run", "metric", "measured", "published, by model", "source", "what else differs"]
+    return Table(head, rows, set(), set()) if rows else None
+
+
+def failures(found: list) -> Table:
+    rows = [[r["name"], r["status"], (r.get("error") or {}).get("message") or DASH, str(path)] for path, r in found]
+    return Table(["run", "status", "reason", "record"], rows, set(), set())
+
+
+def as_markdown(table: Table) -> str:
+    def cells(row: list[str]) -> str:
+        return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in row) + " |"
+
+    rule = ["---:" if i in table.numeric else "---" for i in range(len(table.head))]
+    lines = [cells(table.head), "|" + "|".join(rule) + "|", *map(cells, table.rows)]
+    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
+
+
+def as_csv(groups: list[Group]) -> str:
+    """One line per finished record, numbers unrounded, empty where not measured."""
+    file = io.StringIO()
+    columns = ["group", "name", "label", "method", "model", "dataset", "metric", "dense", "sparse", "sparsity_requested",
+               "sparsity_measured", "macs_share", "executed_share", "bytes_share", "dense_ms", "sparse_ms", "speedup",
+               "roofline", "kernel", "machine", "fit_seconds", "seconds", "seed", "estimate_target", "estimate_sparse_ms",
+               "config_hash", "record"]  # fmt: skip
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    for i, group in enumerate(groups):
+        for row in group.rows:
+            settings, time = row.found["config"], row.decode
+            estimate = row.found.get("estimate") or {}
+            writer.writerow([
+                i + 1, row.found["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
+                row.metric, row.dense, row.sparse, row.requested, row.sparsity, row.macs, row.executed, row.bytes,
+                time.get("dense"), time.get("sparse"), time.get("speedup"), row.roofline, time.get("kernel"), row.machine,
+                row.fit_seconds, row.found["seconds"], settings["seed"], estimate.get("target"),
+                (estimate.get("decode") or {}).get("sparse_ms"), row.found["config_hash"], row.path,
+            ])  # fmt: skip
+    return file.getvalue()
+
+
+def totals(rows: list[Row]) -> str:
+    """How long the finished runs took together."""
+    return scaled(sum(r.found["seconds"] for r in rows), "s")

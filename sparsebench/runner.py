@@ -1,0 +1,104 @@
+"""One run from top to bottom.
+
+config -> model + dataset -> dense = task.assess -> method.fit (train or calibrate) -> state -> method.apply
+       -> sparse = task.assess -> task.compare -> time dense against sparse -> record
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from sparsebench import config, ranks, tasks
+from sparsebench.measure import estimate, memory
+from sparsebench.methods.base import Work
+from sparsebench.records import machine, state
+from sparsebench.records.record import Record
+
+log = logging.getLogger(__name__)
+
+
+def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict], None]) -> Record:
+    """Carry out one run, filling `record` section by section, so that a failure keeps what was finished before it.
+
+    configuration: the composed config as plain Python; folder: the run's own; track: takes rows of history.
+    Raises ConfigError before anything slow, and whatever a later stage raises.
+    """
+    settings = config.build_settings(configuration)
+    hardware, method, task = settings.hardware, settings.method, tasks.load(settings.model.kind)
+    hardware.prepare()
+    ranks.start(on_cpu=hardware.torch_device.type == "cpu")
+    torch.manual_seed(settings.seed)
+    record.env = machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
+    work = Work(settings.seed, hardware, Path(settings.output_dir), folder, task.batch_size(settings.eval), track)
+
+    data = settings.dataset.load(settings.seed)
+    data.check_disjoint()
+    loaded = settings.model.load(work, data)
+    record.model = loaded.info
+
+    log.info("dense model: evaluating")
+    dense = task.assess(loaded, loaded.module, data, settings)
+    untouched = copy.deepcopy(loaded.module) if settings.measure.latency or task.keeps_dense else None
+
+    log.info("%s: fitting", method.name)
+    peak_before = memory.restart_peak(hardware.torch_device)
+    fitted, record.fit = fit(method, loaded, data, work, settings, configuration)
+    record.fit |= {"peak_bytes": memory.peak_bytes(hardware.torch_device), "model_bytes": dense.weight_bytes}
+    if not ranks.first():
+        return record
+    state.keep(work.output_dir / "states" / record.fit["state"], folder)
+    module = method.apply(loaded.module, fitted, work)
+
+    log.info("sparse model: evaluating")
+    sparse = task.assess(loaded, module, data, settings)
+    compared = task.compare(dense, sparse, data, settings)
+    record.quality, record.sparsity, record.macs, record.bytes = (
+        compared.quality, compared.sparsity, compared.macs, compared.bytes
+    )  # fmt: skip
+    record.extra |= compared.extra
+    record.dataset = data.describe()
+    record.memory = {"weight_bytes": sparse.weight_bytes, "dense_weight_bytes": dense.weight_bytes}
+
+    if settings.measure.latency:
+        log.info("timing dense against sparse")
+        record.latency = task.time(untouched, module, data, settings, record.sparsity)
+        if hardware.estimate:
+            rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
+            record.estimate = estimate.predict(hardware, record, *rates)
+    record.extra |= fitted.info.get("extra", {})
+    record.extra |= task.illustrate((untouched, dense), (module, sparse), data, folder)
+    record.memory["peak_bytes"] = max(peak_before, memory.peak_bytes(hardware.torch_device))
+    return record
+
+
+def fit(method, loaded, data, work: Work, settings, configuration: dict) -> tuple[state.State, dict]:
+    """(the method's state, from its cache where it was fitted before; the record's fit section)."""
+    key = state.key(settings, configuration, machine.machine())
+    path = work.output_dir / "states" / f"{settings.model.name}-{method.name}-{key}.safetensors"
+    work.folder = path.with_suffix("")  # checkpoints lie beside the state
+    fitted, about = state.cached(path, lambda: method.fit(loaded, data, work))
+    about |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
+    if ranks.first():
+        shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state
+    return fitted, about
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def timed_run(configuration: dict, record: Record, folder: Path, track: Callable[[dict], None]) -> Record:
+    """`run` with the wall clock in the record."""
+    record.started_at, start = now(), time.perf_counter()
+    try:
+        return run(configuration, record, folder, track)
+    finally:
+        record.seconds = time.perf_counter() - start

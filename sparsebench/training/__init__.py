@@ -1,0 +1,1 @@
+"""Training: the loop, fine-tuning for methods, models from scratch."""

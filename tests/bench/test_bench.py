@@ -1,0 +1,64 @@
+"""sparsebench-bench: the command writes record, table and plot of real times; wrong keys end it before anything is timed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparsebench.bench import experts
+from tests.helpers import built
+
+
+def bench(*overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sparsebench.bench", *overrides], capture_output=True, text=True)
+
+
+def test_the_command_times_products_blocks_and_steps(tmp_path):
+    done = bench(
+        "model=llama-tiny", "hardware=cpu", "hardware.threads=1", "parts=[projections,ffn,step]", "sparsities=[0.0,0.9]",
+        "contexts=[16]", f"output={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["kind"] == "bench" and found["weights"] == "random" and found["read_bandwidth_gbs"] > 0
+    for part in ("projections", "ffn", "step"):
+        assert found[part], part
+    assert (tmp_path / "speedup.png").stat().st_size > 1000
+    table = (tmp_path / "table.md").read_text()
+    assert "random weights" in table and "Whole decode step" in table and table in done.stdout
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("samples=3", "samples must be a whole number >= 30, got 3"),
+        ("model=lenet5", "model must be a language model, got lenet5"),
+        ("histograms=/nowhere", "histograms must be a folder"),
+    ],
+)
+def test_wrong_settings_end_it_at_once(override, message, tmp_path):
+    done = bench(override, "hardware=cpu", f"output={tmp_path / 'out'}")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_expert_times_are_of_the_share_that_was_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(experts, "ROTATED_BYTES", 1)
+
+    class Settings:
+        hardware = built("hardware", "hardware=cpu", "hardware.threads=1", "hardware.dtype=float32")
+        seed, samples, warmup = 0, 30, 3
+
+    for shape in (
+        {"tokens": 40, "d": 32, "experts": 8, "size": 4, "activation": "relu", "gated": False, "width": 8},
+        {"tokens": 1, "d": 32, "experts": 8, "size": 4, "activation": "silu", "gated": True, "width": None},
+    ):
+        found = experts.time_shape("small", shape, Settings)
+        for row in found["rows"]:
+            assert row["measured"] == pytest.approx(row["executed"], abs=1e-6)
+            assert row["relative_error"] < 1e-5
+            assert row["speedup"] == pytest.approx(
+                found["times"][found["dense"]]["median_us"] / found["times"][f"experts@{row['executed']}"]["median_us"]
+            )
+        assert "Expert FFN" in "\n".join(experts.table([found]))

@@ -1,0 +1,246 @@
+"""The installed command as a user meets it: answers, exit codes, one clear line for everything wrong, nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from sparsebench.records.record import SCHEMA_FILE
+from tests.helpers import COMMAND, QUICK_RUN, record_of, tiny_model, tiny_tokenizer
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+def arguments(model_folder, text_file, *more):
+    return ("model=hf", f"model.path={model_folder}", f"dataset.path={text_file}", *QUICK_RUN, *more)
+
+
+# arguments -> pieces of the one line expected
+WRONG = {
+    "out of range": (["method.sparsity=1.5"], "method.sparsity must be a number in [0, 1), got 1.5"),
+    "wrong type": (["method.sparsity=most"], "method.sparsity must be a number in [0, 1), got 'most'"),
+    "unknown option": (["method=teel"], "method must be one of", "(did you mean teal?), got 'teel'"),
+    "unknown group": (["modle=gpt2"], "modle", "did you mean model?"),
+    "unknown key": (["method.sparsty=0.5"], "method.sparsty is not a known key (did you mean sparsity?)"),
+    "unknown choice": (["method.prompt=most"], "method.prompt must be one of none, half, last10, p99, all, got 'most'"),
+    "unknown dtype": (["hardware.dtype=fp8"], "hardware.dtype must be one of", "got 'fp8'"),
+    "no such device": (["hardware=h100"], "hardware"),
+    "kernel of another device": (["hardware=cpu", "hardware.kernel=cuda_gather"], "hardware.kernel=cuda_gather runs on cuda"),
+    "no path": (["model=hf", "dataset=pystdlib"], "model.path must be a folder or a Hub id"),
+    "no such model folder": (
+        ["model=hf", "dataset=pystdlib", "model.path=/nowhere/model"],
+        "model.path must be an existing folder or a Hub id, got '/nowhere/model'",
+    ),
+    "no such data": (["dataset=text", "dataset.path=/nowhere/text"], "dataset.path", "/nowhere/text"),
+    "too deep": (["model.weights=random", "model.num_layers=99"], "model.num_layers must be at most 4", "got 99"),
+    "not positive": (["model.num_layers=0"], "model.num_layers must be a whole number > 0 or null, got 0"),
+    "too few samples": (["measure.samples=5"], "measure.samples must be a whole number >= 30, got 5"),
+    "unknown mode": (["wandb.mode=maybe"], "wandb.mode must be one of offline, online, disabled, got 'maybe'"),
+    "negative seed": (["seed=-1"], "seed must be a whole number in [0, 4294967296), got -1"),
+    "no histograms": (["method.histograms=/nowhere"], "method.histograms must be a folder", "/nowhere"),
+    "beyond the search": (
+        ["method.allocation=greedy", "method.sparsity=0.95"], "method.sparsity must be at most method.greedy.stop=0.9",
+    ),
+    "rule without histograms": (["method.threshold_rule=signed-hist"], "needs method.histograms=<folder>"),
+    "a list without -m": (["method.sparsity=0.25,0.5"], "lists several values: add -m"),
+    "offline": (["model=llama2-7b", "dataset=pystdlib"], "model.path", "meta-llama/Llama-2-7b-hf", "folder"),
+    "no scratch": (["model=gpt2", "dataset=pystdlib", "model.weights=scratch"], "model.weights=scratch needs model.train"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_configuration_is_one_clear_line(name, sparsebench, tmp_path):
+    given, *pieces = WRONG[name]
+    process = sparsebench(*given)
+    assert process.returncode == 2, process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    assert all(piece in lines[0] for piece in pieces), lines[0]
+    assert "Traceback" not in process.stderr and not list(tmp_path.rglob("result.json"))
+
+
+def test_all_problems_at_once(sparsebench):
+    process = sparsebench("method.sparsity=2", "measure.samples=1", "hardware.dtype=fp8", "method.nonsense=1")
+    assert process.returncode == 2
+    for key in ("method.sparsity", "measure.samples", "hardware.dtype", "method.nonsense"):
+        assert sum(key in line for line in process.stderr.splitlines()) == 1, process.stderr
+
+
+@pytest.mark.parametrize("given", [["--help"], ["--cfg", "job"], ["--version"], ["-sc", "query=bash"]])
+def test_answers_at_once(given, sparsebench):
+    if given == ["--version"]:
+        given = ["--info", "defaults"]
+    start = time.perf_counter()
+    environment = {"COMP_LINE": "sparsebench method=", "COMP_POINT": "19"}
+    process = sparsebench(*given, env=environment)
+    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # other tests have the processor, too
+    assert time.perf_counter() - start < 1.0 * max(3.0, busy * 2)
+    assert process.returncode == 0, process.stderr
+
+
+def test_torch_stays_out_of_the_quick_answers():
+    script = (
+        "import sys; sys.argv = ['sparsebench', '--cfg', 'job']\n"
+        "from sparsebench import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([Path(COMMAND).with_name("python"), "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "False", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2"])
+def test_any_known_structure_from_a_folder(kind, sparsebench, model_folder, text_file, tmp_path):
+    """Issue of record: `model=hf model.path=<folder> dataset=text dataset.path=<file>`, every section filled."""
+    process = sparsebench(*arguments(model_folder(kind), text_file))
+    assert process.returncode == 0, process.stderr
+    found = record_of(process, tmp_path)
+    jsonschema.validate(found, json.loads(SCHEMA_FILE.read_text()))
+    assert found["status"] == "finished" and found["dataset"]["disjoint"]
+    assert 0.3 < found["sparsity"]["model_wide"] < 0.7
+    assert found["macs"]["sparse"] < found["macs"]["dense"] and found["bytes"]["sparse"] < found["bytes"]["dense"]
+    assert found["latency"]["kernel"] == "cpu_numba" and found["latency"]["decode"]["speedup"] > 0
+    assert len(found["latency"]["decode"]["sparse"]["samples_ms"]) >= 30
+    assert "record:" in process.stdout and "perplexity" in process.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder, text_file):
+    """(folder, arguments, record) of one finished run with secrets in its environment."""
+    folder = tmp_path_factory.mktemp("finished")
+    given = arguments(model_folder("llama"), text_file, "measure.latency=false")
+    environment = {**os.environ, "WANDB_API_KEY": SECRET, "HF_TOKEN": "hf_" + SECRET, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([COMMAND, *given], cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder, given, record_of(process, folder)
+
+
+def test_the_second_answer_comes_from_the_record(finished):
+    folder, given, found = finished
+    start = time.perf_counter()
+    process = subprocess.run([COMMAND, *given], cwd=folder, capture_output=True, text=True)
+    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    assert time.perf_counter() - start < 3.0 * busy
+    assert process.returncode == 0 and "finished before" in process.stderr
+    assert record_of(process, folder) == found
+
+
+def test_another_way_of_saying_the_same_is_the_same_run(finished):
+    folder, given, found = finished
+    same = [g for g in given if g != "wandb.mode=disabled"] + ["method.sparsity=0.50", "wandb.mode=offline"]
+    process = subprocess.run([COMMAND, *same], cwd=folder, capture_output=True, text=True)
+    assert record_of(process, folder)["started_at"] == found["started_at"]
+
+
+def test_secrets_are_nowhere(finished):
+    folder, *_ = finished
+    written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    assert SECRET.encode() not in written
+
+
+def test_another_sparsity_fits_nothing_again(finished):
+    folder, given, _ = finished
+    process = subprocess.run([COMMAND, *given, "method.sparsity=0.25"], cwd=folder, capture_output=True, text=True)
+    assert record_of(process, folder)["fit"]["cached"] is True
+
+
+def failing(sparsebench, tmp_path, *given, code=1):
+    process = sparsebench(*given)
+    assert process.returncode == code, (process.stdout, process.stderr)
+    found = record_of(process, tmp_path)
+    jsonschema.validate(found, json.loads(SCHEMA_FILE.read_text()))
+    assert found["status"] == "failed" and "Traceback" in found["error"]["traceback"]
+    assert "Traceback" not in process.stderr
+    return found["error"]["message"], process
+
+
+def test_nan_weights_fail_with_one_line_and_a_record(sparsebench, text_file, tmp_path):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    message, process = failing(sparsebench, tmp_path, *arguments(tmp_path / "m", text_file))
+    assert "not finite" in message and "failed: " in process.stderr
+
+
+def test_pickle_checkpoint_is_refused(sparsebench, model_folder, text_file, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    process = sparsebench(*arguments(tmp_path / "m", text_file))
+    assert process.returncode == 2 and "safetensors" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_truncated_weights_fail_clearly(sparsebench, model_folder, text_file, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    failing(sparsebench, tmp_path, *arguments(tmp_path / "m", text_file))
+
+
+def test_text_too_short_fails_clearly(sparsebench, model_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words only")
+    message, _ = failing(sparsebench, tmp_path, *arguments(model_folder("llama"), tmp_path / "short.txt"))
+    assert "dataset" in message
+
+
+def test_output_folder_that_can_not_be_written(sparsebench, finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = sparsebench(*finished[1], "output_dir=file/outputs")
+    assert process.returncode == 1 and process.stderr.strip().splitlines()[-1].startswith(
+        "error: output_dir=file/outputs"
+    )
+
+
+def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tmp_path):
+    """Ctrl-C while it works: exit code 130, a record that says interrupted, and a second start finishes."""
+    given = [
+        COMMAND,
+        *arguments(
+            model_folder("llama"), text_file, "method.calibration_tokens=100000000", "eval.text.test_sequences=null"
+        ),
+    ]
+    process = subprocess.Popen(
+        given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs of a shell ignore it
+    )  # fmt: skip
+    for line in process.stderr:
+        if "evaluating" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    found = json.loads((tmp_path / json.loads(out.strip().splitlines()[-1])["record"]).read_text())
+    assert found["status"] == "interrupted" and not list(tmp_path.rglob("*.partial"))
+
+
+def test_killed_child_still_has_a_record(model_folder, text_file, tmp_path):
+    """kill -9 of the working process: the parent writes what happened and exits with 1."""
+    given = [COMMAND, *arguments(model_folder("llama"), text_file)]
+    process = subprocess.Popen(given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "evaluating" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "SIGKILL" in err
+    assert json.loads(out.strip().splitlines()[-1])["status"] == "failed"
+
+
+def test_sweep_goes_on_after_a_failed_run(sparsebench, model_folder, text_file, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    given = [a for a in arguments("x", text_file, "measure.latency=false") if not a.startswith("model.path")]
+    process = sparsebench("-m", *given, f"model.path={tmp_path / 'broken'},{model_folder('llama')}")
+    assert process.returncode == 1
+    states = sorted(json.loads(p.read_text())["status"] for p in tmp_path.rglob("result.json"))
+    assert states == ["failed", "finished"]

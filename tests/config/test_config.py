@@ -1,0 +1,160 @@
+"""Every YAML composes and has exactly the fields of its class; identities; the list of all keys is a decision."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import sparsebench.conf
+import yaml
+
+from sparsebench import config
+from sparsebench.config.compose import GROUPS, compose_all
+from sparsebench.config.identity import digest, identity_of
+
+CONF = Path(sparsebench.conf.__path__[0])
+FILES = sorted(p for group in (*GROUPS, "train") for p in (CONF / group).rglob("*.yaml"))
+KEYS = Path(__file__).with_name("keys.txt")
+
+
+def choice(file: Path) -> str:
+    group, _, name = file.relative_to(CONF).with_suffix("").as_posix().partition("/")
+    return f"{group}={name}"
+
+
+def test_all_yaml_files_are_covered():
+    assert len(FILES) == len(list(CONF.rglob("*.yaml"))) - 2  # all but config.yaml and bench.yaml
+    assert len(FILES) >= 20
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name != "train"], ids=choice)
+def test_composes(file):
+    assert compose_all([choice(file)])
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent.name not in ("experiment", "paper", "train")], ids=choice
+)
+def test_yaml_keys_are_the_fields_of_the_class(file):
+    content = yaml.safe_load(file.read_text())
+    content.pop("defaults", None)
+    module, _, name = content.pop("_target_").rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    assert set(content) == {f.name for f in dataclasses.fields(cls) if f.init}
+
+
+@pytest.mark.parametrize("file", FILES, ids=choice)
+def test_starts_with_a_comment_that_says_what_it_is_for(file):
+    assert file.read_text().startswith("# ")
+
+
+def test_keys_changed_on_purpose():
+    """tests/config/keys.txt lists every key of the default configuration and of each group; a new key is a visible change."""
+
+    def walk(prefix, node):
+        for key, value in sorted(node.items()):
+            if isinstance(value, dict) and key not in ("architecture", "hydra"):
+                yield from walk(f"{prefix}{key}.", value)
+            else:
+                yield f"{prefix}{key}"
+
+    found = set()
+    for file in [*FILES, CONF / "config.yaml", CONF / "bench.yaml"]:
+        content = yaml.safe_load(file.read_text())
+        content.pop("defaults", None)
+        group = f"{file.parent.name}." if file.parent != CONF and "experiment" not in file.parts else ""
+        group = "bench." if file.stem == "bench" else group
+        found |= set(walk(group, content))
+    assert sorted(found) == KEYS.read_text().split(), "update tests/config/keys.txt if the change is meant"
+
+
+def test_a_model_names_its_data_and_an_explicit_choice_wins():
+    assert compose_all(["model=llama2-7b"])[0]["dataset"]["name"] == "wikitext2"
+    assert compose_all(["model=llama2-7b", "dataset=c4"])[0]["dataset"]["name"] == "c4"
+    assert compose_all(["dataset=c4", "model=llama2-7b"])[0]["dataset"]["name"] == "c4"
+
+
+def test_all_problems_are_said_together():
+    with pytest.raises(config.ConfigError) as error:
+        compose_all(["method=taal", "model=lama", "dataset=pystdlib", "seed=x,1"])
+    assert len(error.value.problems) == 3
+    with pytest.raises(config.ConfigError) as error:
+        compose_all(["method.sparsty=0.5", "evaluate.batch_size=3", "seed=3"])
+    assert error.value.problems[0].startswith("method.sparsty is not a known key (did you mean sparsity?); allowed: ")
+    assert error.value.problems[1].startswith("evaluate is not a known key (did you mean eval?)")
+    with pytest.raises(config.ConfigError) as error:
+        config.build_settings(
+            compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.text.batch_size=0.5"])[0]
+        )
+    assert error.value.problems == [
+        "seed must be a whole number in [0, 4294967296), got -1",
+        "method.sparsity must be a number in [0, 1), got 1.5",
+        "hardware.threads must be a whole number > 0 or null, got 'two'",
+        "eval.text.batch_size must be a whole number > 0, got 0.5",
+    ]
+
+
+def test_sweeps_expand_to_every_combination():
+    found = compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
+    assert {(c["method"]["sparsity"], c["seed"]) for c in found} == {(s, i) for s in (0.25, 0.5) for i in range(3)}
+
+
+MACHINE = {"cpu": "a", "gpus": [], "versions": {"torch": "1"}}
+
+
+def identity(*overrides, machine=MACHINE):
+    return identity_of(compose_all(list(overrides))[0], machine)
+
+
+def test_identity_is_what_affects_the_numbers():
+    base = identity()
+    assert identity("method.sparsity=0.50") == base and identity("seed=0") == base
+    assert identity("output_dir=elsewhere", "force=true", "wandb.mode=disabled") == base
+    others = {
+        identity("method.sparsity=0.4"),
+        identity("seed=1"),
+        identity("measure.samples=31"),
+        identity("hardware=cpu"),
+    }
+    others |= {identity(machine={**MACHINE, "cpu": "b"}), identity(machine={**MACHINE, "versions": {"torch": "2"}})}
+    assert len(others | {base}) == 7
+
+
+def test_identity_follows_the_content_of_local_files(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    before = identity("dataset=text", f"dataset.path={file}")
+    file.write_text("two, longer")
+    assert identity("dataset=text", f"dataset.path={file}") != before
+
+
+def test_canonical_form():
+    assert digest({"a": 1, "b": [1.0, True]}) == digest({"b": [1, True], "a": 1.0})
+    assert digest({"a": True}) != digest({"a": 1})
+
+
+def test_an_experiment_brings_its_own_sweep():
+    """`-m experiment=training_free` is a whole table; an axis named on the command line replaces the experiment's."""
+    found = compose_all(["experiment=training_free"], sweep=True)
+    axes = {(c["method"]["name"], c["method"]["sparsity"], c["seed"]) for c in found}
+    assert len(found) == len(axes) == 10 * 4 * 3
+    narrowed = compose_all(["experiment=training_free", "seed=4", "method=teal,wina"], sweep=True)
+    assert {(c["method"]["name"], c["seed"]) for c in narrowed} == {("teal", 4), ("wina", 4)} and len(narrowed) == 8
+    assert {c["method"]["calibration_tokens"] for c in found} == {20480} and {c["method"]["prompt"] for c in found} == {
+        "all"
+    }
+    assert len(compose_all(["experiment=training_free"])) == 1
+    with pytest.raises(config.ConfigError, match="experiment must be one of"):
+        compose_all(["experiment=training_fre"], sweep=True)
+
+
+def test_options_of_an_own_folder(tmp_path):
+    """--config-dir adds options to the groups; a folder that is not there is said."""
+    (tmp_path / "method").mkdir()
+    source = (CONF / "method" / "teal.yaml").read_text().replace("sparsity: 0.5", "sparsity: 0.33")
+    (tmp_path / "method" / "mine.yaml").write_text(source)
+    assert compose_all(["method=mine"], config_dir=str(tmp_path))[0]["method"]["sparsity"] == 0.33
+    with pytest.raises(config.ConfigError, match="method must be one of .*, mine, .*, got 'yours'"):
+        compose_all(["method=yours"], config_dir=str(tmp_path))
+    with pytest.raises(config.ConfigError, match="--config-dir must be an existing folder, got 'nowhere'"):
+        compose_all([], config_dir="nowhere")

@@ -1,0 +1,140 @@
+"""Image data: splits that never mix, files read exactly or refused, augmentation, what a batch looks like."""
+
+import gzip
+import struct
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import image_settings, tiny_images
+
+
+def write_idx(folder, prefix, images, labels, packed=True):
+    count, height, width = images.shape
+    contents = {
+        f"{prefix}-images-idx3-ubyte": struct.pack(">4I", 0x0803, count, height, width) + images.numpy().tobytes(),
+        f"{prefix}-labels-idx1-ubyte": struct.pack(">2I", 0x0801, len(labels)) + labels.numpy().tobytes(),
+    }
+    for name, content in contents.items():
+        (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+
+
+def random_set(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 9, 9), generator=generator, dtype=torch.uint8)
+    return images, (torch.arange(count) % 5).to(torch.uint8)
+
+
+def idx(folder, **changes):
+    return image_settings(name="idx", source="idx", path=str(folder), **changes)
+
+
+def test_digits_are_split_by_class_and_the_seed_changes_nothing():
+    found, again = image_settings().load(0), image_settings().load(1)
+    assert {s.name: len(s) for s in (found.fit, found.dev, found.test)} == {"fit": 1078, "dev": 359, "test": 360}
+    assert found.test.fingerprints() == again.test.fingerprints()
+    found.check_disjoint()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_idx_part_is_cut_in_three(tmp_path, packed):
+    images, labels = random_set(100)
+    write_idx(tmp_path, "t10k", images, labels, packed)
+    data = idx(tmp_path).load(0)
+    assert [len(s) for s in (data.fit, data.dev, data.test)] == [60, 20, 20]
+    seen = torch.cat([s.store.images[s.rows] for s in (data.fit, data.dev, data.test)])
+    assert sorted(seen.flatten(1).sum(1).tolist()) == sorted(images.long().flatten(1).sum(1).tolist())
+    assert data.fit.channels == 1 and data.fit.size == 9 and len(data.classes) == 5
+
+
+def test_its_own_test_part_stays_the_test_part(tmp_path):
+    write_idx(tmp_path, "train", *random_set(50, seed=1))
+    images, labels = random_set(20, seed=2)
+    write_idx(tmp_path, "t10k", images, labels)
+    data = idx(tmp_path, dev_share=0.2).load(0)
+    assert [len(s) for s in (data.fit, data.dev, data.test)] == [40, 10, 20]
+    assert torch.equal(data.test.store.images[data.test.rows][:, 0], images)
+
+
+def test_an_image_in_two_parts_is_kept_in_test_only(tmp_path):
+    train, labels = random_set(50, seed=1)
+    test, more = random_set(20, seed=2)
+    train[7] = test[3]
+    write_idx(tmp_path, "train", train, labels)
+    write_idx(tmp_path, "t10k", test, more)
+    data = idx(tmp_path).load(0)
+    data.check_disjoint()
+    assert data.info["repeated_images_left_out"] == 1 and len(data.test) == 20
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    write_idx(tmp_path, "train", *random_set(20), packed=False)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is no idx file .* or is cut short"):
+        idx(tmp_path).load(0)
+    file.write_bytes(b"abc")
+    with pytest.raises(ValueError, match="can't be read"):
+        idx(tmp_path).load(0)
+
+
+def test_class_folders(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        for i in range(10):
+            (tmp_path / name).mkdir(exist_ok=True)
+            picture = torch.randint(0, 256, (3, 20, 26), generator=generator, dtype=torch.uint8)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    norm = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
+    settings = image_settings(source="folder", path=str(tmp_path), size=16, augment="resized-crop-flip", **norm)
+    data = settings.load(0)
+    data.check_disjoint()
+    assert data.classes == ["cat", "dog"] and [len(s) for s in (data.fit, data.dev, data.test)] == [12, 4, 4]
+    assert data.fit[torch.arange(5)].to("cpu").inputs.shape == (5, 3, 16, 16)
+    (batch,) = data.test.batches(None, 10, "cpu")
+    assert batch.inputs.shape == (4, 3, 16, 16) and batch.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_test_batches_are_plain_and_in_order():
+    data = tiny_images(augment="shift", shift=2)
+    first, second = (torch.cat([b.inputs for b in data.test.batches(None, size, "cpu")]) for size in (5, 32))
+    assert torch.equal(first, second) and len(first) == 32
+    assert sum(b.numel() for b in data.test.batches(7, 5, "cpu")) == 7
+    plain = (data.test.store.images[data.test.rows].float() / 255 - 0.3053) / 0.3761
+    torch.testing.assert_close(first, plain)
+
+
+def test_shift_moves_whole_images_and_follows_the_seed():
+    data = tiny_images(augment="shift", shift=1)
+    rows = torch.arange(20)
+    torch.manual_seed(3)
+    one = data.fit[rows].images
+    torch.manual_seed(3)
+    assert torch.equal(one, data.fit[rows].images)
+    assert not torch.equal(one, data.fit[rows].images)
+    original = torch.nn.functional.pad(data.fit.store.images[data.fit.rows[rows]], (1,) * 4)
+    windows = [original[:, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+    assert all(any(torch.equal(one[i], w[i]) for w in windows) for i in range(20))
+    assert not all(torch.equal(one[i], windows[4][i]) for i in range(20))
+
+
+def test_flip_mirrors_about_half():
+    data = tiny_images(augment="shift-flip", shift=0)
+    torch.manual_seed(0)
+    rows = torch.arange(32)
+    found, original = data.fit[rows].images, data.fit.store.images[data.fit.rows]
+    flipped = [torch.equal(found[i], original[i].flip(-1)) for i in range(32)]
+    assert all(f or torch.equal(found[i], original[i]) for i, f in enumerate(flipped)) and 8 <= sum(flipped) <= 24
+
+
+def test_grey_images_are_repeated_and_resized_on_request():
+    data = tiny_images(size=12, channels=3)
+    (batch,) = data.test.batches(4, 4, "cpu")
+    assert batch.inputs.shape == (4, 3, 12, 12) and torch.equal(batch.inputs[:, 0], batch.inputs[:, 2])
+
+
+def test_real_mnist_files(shared_data):
+    data = idx(shared_data / "mnist-t10k").load(0)
+    assert [len(s) for s in (data.fit, data.dev, data.test)] == [5999, 2000, 2001] and data.fit.size == 28
+    data.check_disjoint()

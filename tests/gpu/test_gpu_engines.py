@@ -1,0 +1,62 @@
+"""Decode engines on a GPU."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from sparsebench import engines
+from sparsebench.engines import fused_cuda
+from sparsebench.modules.input_sparse import InputSparseLinear, replace
+from sparsebench.sites import find_blocks
+
+
+def llama(dtype, hidden=512, inner=1376, heads=4, groups=2, layers=2):
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to("cuda", dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("groups, rank", [(1, 0), (2, 0), (4, 0), (2, 51)])
+@pytest.mark.parametrize("threshold", [-1.0, 0.5, 1e9])
+def test_cuda_decoder(dtype, groups, rank, threshold):
+    model = llama(dtype, groups=groups)
+    dense = copy.deepcopy(model)
+    for block in find_blocks(model):
+        for site in block.sites.values():
+            linear = model.get_submodule(site.path)
+            low_rank = [torch.randn(n, rank, device="cuda").to(dtype) / 64 for n in reversed(linear.weight.shape)]
+            low_rank = (low_rank[0], low_rank[1].t()) if rank else None
+            replace(model, site.path, InputSparseLinear(linear, site.name, threshold, low_rank=low_rank))
+    ids = torch.randint(0, 1000, (1, 40), device="cuda")
+    fused = fused_cuda.Decoder(model, ids[:, :36], 4)
+    assert max(fused.parity(ids[:, 36:37]).values()) < 1e-4
+    if threshold < 0:
+        reference = engines.Decoder(dense, ids[:, :36], 4, compiled=False)
+        for i in range(36, 40):
+            expected, found = reference.step(ids[:, i : i + 1]).float(), fused.step(ids[:, i : i + 1])
+            assert float((found - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.float16 else 5e-2)
+
+
+@pytest.mark.gpu
+def test_cuda_greedy_tokens_come_from_the_device():
+    model = llama(torch.float16)
+    engines.channel_major(model)
+    ids = torch.randint(0, 1000, (1, 16), device="cuda")
+    fused = fused_cuda.Decoder(model, ids, 8)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)[0, 16:].tolist()
+    first = int(fused.logits[0, -1].argmax())
+    found = [first]
+    fused.step(torch.tensor([[first]], device="cuda"))
+    found.append(int(fused.steps.token))
+    for _ in range(4):
+        fused.step()
+        found.append(int(fused.steps.token))
+    assert found == expected

@@ -1,0 +1,296 @@
+"""What tests share: the command, tiny models and data of every kind, made-up records. No test imports another test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from sparsebench import config, kernels
+from sparsebench.config.compose import compose_all
+from sparsebench.config.identity import digest
+from sparsebench.data.images import Images, ImageSplit, Memory
+from sparsebench.data.labelled import LabelledData
+from sparsebench.data.text import Document, Split, TextData
+from sparsebench.hardware import Hardware
+from sparsebench.measure import macs, quality, sparsity
+from sparsebench.methods.base import Work
+from sparsebench.models import Loaded
+from sparsebench.modules.activation_map import isolate
+from sparsebench.training.loop import Training
+
+COMMAND = Path(sys.executable).with_name("sparsebench")
+SHARED = Path(os.environ.get("SPARSEBENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def record_of(process: subprocess.CompletedProcess, folder: Path) -> dict:
+    """The record that a finished command names in its last line."""
+    line = json.loads(process.stdout.strip().splitlines()[-1])
+    return json.loads((folder / line["record"]).read_text())
+
+
+TEXT = "\n\n".join(
+    f"Paragraph {i}. " + " ".join(f"word{(i * 7 + j * 3) % 91} of {(i + j) % 13}" for j in range(40))
+    for i in range(120)
+)
+SHAPES = {
+    "llama": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
+    "mistral": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
+    "qwen2": {"num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
+    "phi3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "pad_token_id": 0},
+    "gpt2": {"n_embd": 64, "n_head": 4},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 160, "num_attention_heads": 4},
+}
+
+
+def tiny_tokenizer():
+    from sparsebench.training.from_scratch import byte_bpe
+
+    return byte_bpe([TEXT], 320)
+
+
+def built(group: str, /, *overrides: str, **changes):
+    """The object of one group of the configuration, e.g. `method`, with these keys changed."""
+    problems: list[str] = []
+    found = config.build({**compose_all(list(overrides))[0][group], **changes}, group, problems)
+    assert not problems, problems
+    return found
+
+
+def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
+    """A small random causal LM of transformers, float32, eval mode."""
+
+    torch.manual_seed(seed)
+    depth = {"n_layer": layers} if kind == "gpt2" else {"num_hidden_layers": layers}
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=320, bos_token_id=0, eos_token_id=0, **{**SHAPES[kind], **depth, **changes}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # larger than the default initialisation, so that activations differ between channels
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model.eval().requires_grad_(False)
+
+
+class Rows:
+    """A split of fixed windows."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows, self.sequence_length = rows, rows.shape[1]
+
+    def sequences(self, limit=None):
+        return self.rows[:limit]
+
+
+class TinyCNN(nn.Module):
+    """Three products behind ReLUs: stride, padding, groups, one ReLU module called twice and one function."""
+
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.relu, self.head = nn.ReLU(), nn.Linear(8 * 4, classes)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.conv2(x))
+        x = torch.relu(self.conv3(x) + x)
+        return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
+def tiny_cnn(seed: int = 0, classes: int = 3) -> nn.Module:
+    """Traced, float32, eval mode, frozen."""
+    torch.manual_seed(seed)
+    return isolate(TinyCNN(classes)).eval().requires_grad_(False)
+
+
+def tiny_vit(seed: int = 0) -> nn.Module:
+    """A vision transformer for the 8 x 8 images, float32, eval mode, frozen."""
+
+    torch.manual_seed(seed)
+    shape = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(shape).eval().requires_grad_(False)
+
+
+def image_settings(**changes) -> Images:
+    return built("dataset", "dataset=digits", **{"size": None, "augment": "none", **changes})
+
+
+def tiny_images(count: int = 96, **changes) -> LabelledData:
+    """8 x 8 images of three classes: a bright upper half, lower half or left half, on noise."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images[labels == 0, :, :4] += 120
+    images[labels == 1, :, 4:] += 120
+    images[labels == 2, :, :, :4] += 120
+    store, settings, third = Memory(images, labels), image_settings(**changes), count // 3
+    rows = {n: torch.arange(i * third, (i + 1) * third) for i, n in enumerate(("fit", "dev", "test"))}
+    splits = {n: ImageSplit(n, store, r, 3, settings) for n, r in rows.items()}
+    return LabelledData(**splits, classes=["up", "down", "left"], info={"augment": "none"}, kind="vision")
+
+
+def work(tmp_path) -> Work:
+    hardware: Hardware = built("hardware", "hardware=cpu", "hardware.kernel=masked_dense", "hardware.threads=1")
+    hardware.prepare()
+    return Work(0, hardware, tmp_path, tmp_path, 4, lambda row: None)
+
+
+def logits(model, rows):
+    with torch.no_grad():
+        return model(input_ids=rows, use_cache=False).logits
+
+
+CPU_KERNELS = [
+    n for n in kernels.names() if kernels.device_of(n) != "cuda" and hasattr(kernels.load(n), "neuron_sparse_ffn")
+]
+
+
+class Language:
+    """A tiny model and data of the kind `language`."""
+
+    default_model = "llama-tiny"
+
+    def loaded(self):
+        return Loaded(tiny_model(), tiny_tokenizer(), {})
+
+    def data(self):
+        documents = [Document(str(i), part) for i, part in enumerate(TEXT.split("\n\n"))]
+        cuts = {"fit": documents[:80], "dev": documents[80:100], "test": documents[100:]}
+        found = TextData(**{n: Split(n, d, 32, "none", 0) for n, d in cuts.items()}, info={})
+        found.set_tokenizer(tiny_tokenizer())
+        return found
+
+    def inputs(self, count):
+        return self.data().test.sequences(count)
+
+    def logits(self, model, rows):
+        with torch.no_grad():
+            return model(input_ids=rows, use_cache=False).logits
+
+    def measured(self, model):
+        _, counters = quality.language_quality(model, self.data().test, None, 4)
+        found = sparsity.summarise(model, counters)
+        weights = {site: share.weight for site, share in found.items()}
+        return sparsity.model_wide({site: share.sparsity for site, share in found.items()}, weights)
+
+
+class Vision:
+    """The same for the kind `vision`."""
+
+    default_model = "lenet5"
+
+    def loaded(self):
+        return Loaded(tiny_cnn(), None, {})
+
+    def data(self):
+        return tiny_images()
+
+    def inputs(self, count):
+        return next(self.data().test.batches(count, count, "cpu")).inputs
+
+    def logits(self, model, rows):
+        with torch.no_grad():
+            return model(rows)
+
+
+class VisionTransformer(Vision):
+    """The same for methods that need transformer blocks."""
+
+    default_model = "vit-tiny"
+
+    def loaded(self):
+        return Loaded(tiny_vit(), None, {})
+
+    def logits(self, model, rows):
+        with torch.no_grad():
+            return model(rows).logits
+
+    def measured(self, model):
+        _, counters = quality.classification_quality(model, self.data().test, None, 8)
+        found = sparsity.summarise(model, counters)
+        return sparsity.model_wide({s: f.sparsity for s, f in found.items()}, {s: f.weight for s, f in found.items()})
+
+
+KINDS = {"language": Language(), "vision": Vision()}
+PROTOCOL = {"split": "test", "window": 512, "stride": 512, "bos": "document", "prompt_policy": "all", "tokens": 100}
+
+
+def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, policy="all", **changes) -> dict:
+    """A finished language record, as the program writes them."""
+    settings = {
+        "seed": seed, "output_dir": "outputs", "model": {"name": "llama-tiny", "weights": "pretrained", "num_layers": None},
+        "method": {"name": method, **({} if method == "dense" else {"sparsity": sparsity, "prompt": policy})},
+        "dataset": {"name": "pystdlib", "sequence_length": 512}, "hardware": {"name": "auto", "requires": None},
+    }  # fmt: skip
+    decode = {"dense": {"median_ms": 1.0}, "sparse": {"median_ms": 1 / (speedup or 1)}, "context": 128}
+    found = {
+        "schema_version": 1, "status": "finished", "error": None, "started_at": "2026-01-01T00:00:00+00:00", "seconds": 9.0,
+        "config_hash": "", "name": f"llama-tiny/{method}", "config": settings, "extra": {}, "fit": {"seconds": 1.0},
+        "env": {"cpu": "Test CPU", "hardware": {"device": "cpu", "dtype": "float32", "threads": 1}, "threads": 1},
+        "model": {"source": "builtin"}, "dataset": {"test": {"fingerprint": "f" * 64}},
+        "quality": {
+            "perplexity": {"dense": 10.0, "sparse": perplexity, "higher_is_better": False,
+                           "protocol": {**PROTOCOL, "prompt_policy": policy}},
+            "nll": {"dense": 2.3, "sparse": 2.4, "higher_is_better": False, "protocol": "as perplexity"},
+        },
+        "sparsity": {"requested": sparsity, "model_wide": sparsity,
+                     "per_site": {f"{i}.q": {"sparsity": sparsity, "weight": 10} for i in range(3)}},
+        "macs": {"dense": 100, "sparse": 100 * (1 - sparsity), "executed": 100 * (1 - sparsity)},
+        "bytes": {"dense": 400, "sparse": 400 * (1 - sparsity)},
+        "latency": {"kernel": "cpu_numba", "device": "cpu", "decode": decode},
+    }  # fmt: skip
+    if speedup:
+        decode["speedup"] = speedup
+    found.update(changes)
+    found["config_hash"] = digest([settings, found["env"], found["quality"], found["status"]])
+    return found
+
+
+def failed(message="out of memory", trace="Traceback ...") -> dict:
+    sections = dict.fromkeys(("quality", "latency", "macs", "bytes", "sparsity"))
+    error = {"type": "MemoryError", "message": message, "traceback": trace}
+    return {**made(), "status": "failed", "error": error, "config_hash": "0" * 64, **sections}
+
+
+def laid(folder, *records):
+    """Write records as a sweep leaves them; returns the folder."""
+    for i, content in enumerate(records):
+        file = folder / f"m{i}" / "method" / "hash" / "result.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    return folder
+
+
+QUICK_RUN = (
+    "dataset=text", "dataset.sequence_length=32", "method.calibration_tokens=256", "eval.text.test_sequences=4",
+    "measure.samples=30", "measure.warmup=3", "measure.context=16", "measure.prompt=16", "hardware.threads=1",
+    "wandb.mode=disabled",
+)  # fmt: skip
+QUICK_TRAINING = {"batch_size": 8, "micro_batch": 8, "warmup": 1}
+BASE = {
+    "steps": 12, "batch_size": 4, "micro_batch": 2, "optimizer": "adamw", "lr": 1e-3, "min_lr": 1e-4,
+    "schedule": "cosine", "warmup": 2, "betas": [0.9, 0.95], "momentum": 0.0, "weight_decay": 0.1, "clip": 1.0,
+    "dropout": 0.1, "precision": "no", "checkpoint_every": 4, "log_every": 3,
+}  # fmt: skip
+
+
+def training_settings(**changes) -> Training:
+    return Training(**{**BASE, **changes})
+
+
+def accounted(dense, model, measured, context, skips):
+    """The record's macs and bytes sections of a sparse model; dense: costs by site before the method was applied."""
+    sparse = dense | macs.site_costs(model, measured)
+    return macs.account(dense, sparse, macs.outside_blocks(model, context), context, skips)

@@ -1,0 +1,141 @@
+"""Inputs, references and tolerances by which every kernel is checked, on the CPU, in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from sparsebench import kernels
+from sparsebench.kernels import masked_dense
+from sparsebench.modules.expert_ffn import select
+
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+RANDOM = random.Random(0)
+KERNEL_SHAPES = [(1, 1, 1), (33, 8, 2), (4096, 17, 1)] + [
+    (RANDOM.randrange(1, 700), RANDOM.randrange(1, 700), RANDOM.randrange(1, 9)) for _ in range(50)
+]
+
+
+def inputs(m, n, rows, dtype):
+    weight = torch.randn(m, n).to(dtype).t().contiguous().t()
+    return torch.randn(rows, 1, n).to(dtype), weight, torch.randn(m).to(dtype), torch.rand(n) + 0.5
+
+
+def error(found, reference):
+    return float((found.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def check_triton(device: str, shapes, dtypes) -> None:
+    from sparsebench.kernels import cuda_triton
+
+    for i, (m, n, rows) in enumerate(shapes):
+        for dtype in dtypes:
+            torch.manual_seed(i)
+            x, weight, bias, scale = (t.to(device) for t in inputs(m, n, rows, dtype))
+            weight = weight.t().contiguous().t()
+            low_rank = tuple(t.to(device, dtype) for t in (torch.randn(n, 3), torch.randn(3, m)))
+            for threshold in (-1.0, 0.7, 1e9):
+                found = cuda_triton.input_sparse_linear(
+                    x, weight, bias, threshold=threshold, scale=scale, low_rank=low_rank
+                )
+                wide = tuple(t.float() for t in low_rank)
+                reference = masked_dense.input_sparse_linear(
+                    x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale, low_rank=wide
+                )
+                assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype, threshold)
+            gate, up = torch.relu(torch.randn(rows, 1, m)).to(device, dtype), torch.randn(m, n).to(device, dtype)
+            down = torch.randn(m, n).to(device, dtype).t()
+            found = cuda_triton.neuron_sparse_ffn(x, gate, up, down)
+            reference = masked_dense.neuron_sparse_ffn(x.float(), gate.float(), up.float(), down.float())
+            assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype)
+            assert not cuda_triton.neuron_sparse_ffn(x, torch.zeros_like(gate), up, down).any()
+
+
+def tensors(d=24, f=48, n=24, gated=False, bias=True, dtype=torch.float32, seed=0, device="cpu"):
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = {"first": (f, d), "last": (f, n)}
+    shapes |= {"up": (f, d)} if gated else {}
+    shapes |= {"first_bias": (f,), "last_bias": (n,)} if bias else {}
+    shapes |= {"up_bias": (f,)} if bias and gated else {}
+    return {k: (torch.randn(*s, generator=generator, device=device) * 0.3).to(dtype) for k, s in shapes.items()}
+
+
+def x_of(*shape, d=24, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def model_of(*found):
+    return torch.nn.ModuleList(found)
+
+
+def scalar(value):
+    return torch.tensor(float(value))
+
+
+def backend(name):
+    if name == "cuda_triton" and os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
+    return kernels.load(name)
+
+
+FFNS = [(False, "relu"), (True, "silu"), (False, "gelu"), (True, "gelu_tanh")]
+
+
+def check_fp32(name, rows, gated, activation, device="cpu"):
+    """atol 1e-4 against masked dense: tokens without experts, with all, and an expert without tokens."""
+    served, reference = backend(name).expert_ffn, kernels.load("masked_dense").expert_ffn
+    for bias in (True, False):
+        maps = {k: v.to(device) for k, v in tensors(d=40, f=48, n=56, gated=gated, bias=bias).items()}
+        first, last = maps.pop("first"), maps.pop("last")
+        x, generator = x_of(rows, d=40).to(device), torch.Generator().manual_seed(2)
+        for share in (0.0, 0.4, 1.0):
+            keep = torch.rand(rows, 6, generator=generator).to(device) < share
+            keep[:, 2] = share == 1
+            keep[0] = share > 0.5
+            y = served(x, keep, first, last, activation, **maps)
+            expected = reference(x, keep, first, last, activation, **maps)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_half(name, rows, dtype, device="cpu"):
+    """Relative error below 1e-2 against float64."""
+    maps = {k: v.to(device) for k, v in tensors(d=32, f=64, n=32, gated=True, dtype=dtype).items()}
+    x = x_of(rows, d=32, dtype=dtype).to(device)
+    keep = (torch.rand(rows, 4, generator=torch.Generator().manual_seed(3)) < 0.5).to(device)
+    wide = {k: v.double() for k, v in maps.items()}
+    reference = kernels.load("masked_dense").expert_ffn
+    expected = reference(x.double(), keep, wide.pop("first"), wide.pop("last"), "silu", **wide)
+    y = backend(name).expert_ffn(x, keep, maps.pop("first"), maps.pop("last"), "silu", **maps).double()
+    assert float((y - expected).norm() / expected.norm()) < 1e-2
+
+
+def check_router(dtype, device="cpu"):
+    """Router of two maps and rule in one pass, against scores in float64; a token whose scores are all 0 keeps none."""
+    served = kernels.load("cuda_triton")
+    for rows, d, width, num_experts in ((1, 5, 3, 2), (70, 40, 20, 7), (200, 136, 128, 24)):
+        x = x_of(rows, d=d, dtype=dtype).to(device)
+        generator = torch.Generator().manual_seed(0)
+        shapes = (width, d), (num_experts, width)
+        first, second = (torch.randn(s, generator=generator).div(s[1] ** 0.5).to(device, dtype) for s in shapes)
+        x[-1] = 0
+        for outer in ("none", "abs"):
+            scores = masked_dense.expert_scores(x.double(), first.double(), second.double(), outer=outer)
+            for rule in ("above", "max"):
+                for tau in (-1.0, 0.0, 0.3, 0.6, 1.0) if outer == "abs" or rule == "above" else (0.0,):
+                    limit = scalar(tau).to(device)
+                    found = served.expert_keep(x, first, limit, second, outer=outer, rule=rule)
+                    expected = select(scores, rule, limit)
+                    line = (
+                        tau * scores.amax(-1, keepdim=True)
+                        if rule == "max"
+                        else scalar(tau).clamp(0).logit().to(device)
+                    )
+                    clear = ((scores - line).abs() > MARGIN[dtype]) | (tau < 0) | (scores == 0)
+                    assert torch.equal(found & clear, expected & clear), (rows, outer, rule, tau)
+                    assert clear.float().mean() > 0.8
+
+
+MARGIN = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

@@ -1,0 +1,96 @@
+"""lm-eval on the live dense and sparse model, with a local task; and what is said where the extra is missing."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from sparsebench import config
+from sparsebench.config.compose import compose_all
+from sparsebench.measure import lm_eval
+from tests.helpers import record_of, tiny_model, tiny_tokenizer
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install sparsebench[lm-eval]"
+)
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+ROWS = [{"question": f"Paragraph {i}. word{i}", "choices": [" of", " word", " zz"], "answer": i % 3} for i in range(12)]
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "words.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return folder
+
+
+def settings(**changes):
+    limits = dict.fromkeys(("test_sequences", "dev_sequences", "task_limit", "task_path"))
+    return config.Evaluation(**{**limits, "batch_size": 4, "tasks": ["words"], **changes})
+
+
+def by_hand(model, tokenizer) -> float:
+    """Accuracy of picking the continuation with the largest summed log-probability."""
+    right = 0
+    for row in ROWS:
+        scores = []
+        for choice in row["choices"]:
+            start = tokenizer(row["question"], add_special_tokens=False)["input_ids"]
+            whole = tokenizer(row["question"] + choice, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logs[i - 1, whole[i]]) for i in range(len(start), len(whole))))
+        right += scores.index(max(scores)) == row["answer"]
+    return right / len(ROWS)
+
+
+@needs_lm_eval
+def test_score_is_what_a_loop_by_hand_gives(task_folder):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)))
+    assert found["words/acc"]["value"] == pytest.approx(by_hand(model, tokenizer))
+    assert found["words/acc"]["higher_is_better"] and found["words/acc"]["stderr"] > 0
+    with pytest.raises(ValueError, match="lm-eval knows no task nothing_like_it"):
+        lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]))
+
+
+@needs_lm_eval
+def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, task_folder, tmp_path):
+    process = sparsebench(
+        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}",
+        "dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8", "measure.latency=false",
+        "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1", "method.sparsity=0.8", "eval.lm_eval.tasks=[words]",
+        f"eval.lm_eval.task_path={task_folder}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    found = record_of(process, tmp_path)["quality"]
+    assert next(iter(found)) == "perplexity"
+    accuracy = found["words/acc"]
+    assert 0 <= accuracy["sparse"] <= 1 and math.isfinite(accuracy["dense_stderr"])
+    assert accuracy["protocol"]["prompt_policy"] == "all" and "lm-eval" in accuracy["protocol"]["harness"]
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config.ConfigError) as error:
+        config.build_settings(compose_all(["eval.lm_eval.tasks=[hellaswag]"])[0])
+    assert error.value.problems == ["eval.lm_eval.tasks=hellaswag needs lm-eval: pip install 'sparsebench[lm-eval]'"]
+
+
+def test_a_wrong_folder_is_named(tmp_path):
+    with pytest.raises(config.ConfigError, match="eval.lm_eval.task_path must be an existing file or folder"):
+        config.build_settings(compose_all([f"eval.lm_eval.task_path={tmp_path}/no"])[0])

@@ -1,0 +1,331 @@
+"""The report over made-up records of every kind: rankings stay inside a protocol, everything is escaped, nothing is fetched."""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from sparsebench.config.identity import digest
+from sparsebench.records import record
+from sparsebench.report import page, plots, published, rows, tables
+from tests.helpers import failed, laid, made
+
+
+def vision(accuracy=0.95, method="dstf") -> dict:
+    """A record without perplexity and without a decode step."""
+    found = made(method, speedup=None)
+    found["config"]["model"] = {"name": "lenet5"}
+    found["config"]["dataset"] = {"name": "digits"}
+    quality = {
+        "dense": 0.96,
+        "sparse": accuracy,
+        "higher_is_better": True,
+        "protocol": {"split": "test", "images": 360},
+    }
+    ece = {"dense": 0.01, "sparse": 0.02, "higher_is_better": False, "protocol": "as accuracy"}
+    found["quality"] = {"accuracy": quality, "ece": ece}
+    pair = {"dense": {"median_ms": 2.0}, "sparse": {"median_ms": 2.1}}
+    found["latency"] = {"kernel": None, "device": "cpu", "forward": {"batch 1": pair, "batch 64": pair}}
+    found["sparsity"]["per_site"] = {"conv1": {"sparsity": 0.3, "weight": 5}, "conv2": {"sparsity": 0.6, "weight": 5}}
+    found["bytes"] = found["macs"] = None
+    found["config_hash"] = digest(found)
+    return found
+
+
+def reported(folder, draw=False):
+    """(collection, groups, HTML, Markdown); plots take seconds and are drawn only where asked for."""
+    found = rows.collect([folder])
+    with contextlib.nullcontext() if draw else mock.patch.object(plots, "quality_plots", return_value={}):
+        written, groups = page.build(found, "title")
+    return found, groups, page.document(written, "title"), "\n".join(written.markdown)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_different_protocols_are_never_in_one_table(tmp_path):
+    longer = made(sparsity=0.65)
+    longer["quality"]["perplexity"]["protocol"]["window"] = 2048
+    other_data = made(sparsity=0.7)
+    other_data["dataset"] = {"test": {"fingerprint": "e" * 64}}
+    layers = made(sparsity=0.6)
+    layers["config"]["model"]["num_layers"] = 2
+    all_of_them = [made(sparsity=0.5), made(sparsity=0.4), made(policy="half"), longer, other_data, layers, vision()]
+    _, groups, html, markdown = reported(laid(tmp_path, *all_of_them))
+    assert sorted(len(g.rows) for g in groups) == [1, 1, 1, 1, 1, 2]
+    for group in groups:
+        assert len({digest(rows.protocol(r)) for r in group.rows}) == 1
+    assert "Protocols differ" in html and "Protocols differ" in markdown
+    titles = [g.title for g in groups]
+    assert len(set(titles)) == len(titles) and any("prompt_policy half" in t for t in titles)
+
+
+def test_one_protocol_is_one_table_whatever_machine_and_times_are_flagged(tmp_path):
+    elsewhere = made(sparsity=0.65)
+    elsewhere["env"] = {"gpu": "H200", "hardware": {"device": "cuda:0", "dtype": "bfloat16", "threads": 8}}
+    _, groups, html, _ = reported(laid(tmp_path, made(), elsewhere), draw=True)
+    assert len(groups) == 1 and len(groups[0].rows) == 2
+    assert "can&#x27;t be compared across them" in html and "H200, bfloat16, context 128" in html
+    assert html.count('alt="Quality against measured decode time"') == 2  # one plot per machine
+
+
+def test_times_of_a_busy_machine_are_flagged(tmp_path):
+    quiet, busy = made(), made(sparsity=0.25)
+    quiet["env"] |= {"load_average": [0.9, 1, 1], "cores": 2}
+    busy["env"] = {**quiet["env"], "load_average": [7.5, 1, 1]}
+    _, groups, html, _ = reported(laid(tmp_path, quiet, busy))
+    assert tables.busy(groups[0]).startswith(
+        "1 of 2 runs started on a busy machine (load average up to 7.5 on 2 cores)"
+    )
+    assert "not to be trusted" in html
+    assert tables.busy(rows.Group({}, [r for r in groups[0].rows if r.sparsity == 0.5])) is None
+
+
+def test_the_dense_method_stands_beside_every_prompt_policy(tmp_path):
+    plain = made("dense", sparsity=0.0, perplexity=10.0, speedup=None)
+    _, groups, _, _ = reported(laid(tmp_path, made(), made(policy="half"), plain))
+    assert [sum(r.method == "dense" for r in g.rows) for g in groups] == [1, 1]
+
+
+def test_pareto_front_by_hand():
+    points = [(1.0, 5.0), (2.0, 4.0), (3.0, 4.5), (4.0, 1.0), (None, 0.0), (2.0, 3.9), (5.0, None)]
+    assert rows.pareto(points, higher_is_better=False) == [0, 5, 3]
+    assert rows.pareto([(1.0, 0.5), (2.0, 0.4), (3.0, 0.9)], higher_is_better=True) == [0, 2]
+    assert rows.pareto([], higher_is_better=True) == []
+
+
+def test_front_is_marked_in_the_table(tmp_path):
+    _, groups, _, markdown = reported(laid(tmp_path, made(sparsity=0.4, perplexity=11), made(sparsity=0.5, perplexity=12),
+                                           made("other", sparsity=0.3, perplexity=13)))  # fmt: skip
+    assert [(r.method, r.sparsity, r.on_front) for r in groups[0].rows] == [
+        ("other", 0.3, False), ("teal", 0.4, True), ("teal", 0.5, True),
+    ]  # fmt: skip
+    assert markdown.count("◆ |") == 2
+
+
+def test_vision_records_and_records_without_sections(tmp_path):
+    found, groups, html, _ = reported(laid(tmp_path, vision(), vision(0.9), failed()), draw=True)
+    assert len(found.finished) == 2 and len(found.failed) == 1
+    assert groups[0].title == "lenet5 on digits, accuracy" and "ece" in html
+    assert groups[0].rows[0].decode["sparse"] == 2.1 and "batch 64" in " ".join(groups[0].rows[0].times)
+    assert [(r.sparse, r.on_front) for r in groups[0].rows] == [(0.95, True), (0.9, False)]
+
+
+def test_a_simulated_row_has_no_speed_up(tmp_path):
+    _, groups, _, _ = reported(laid(tmp_path, made(speedup=None)))
+    table = tables.comparison(groups[0])
+    assert table.rows[0][table.head.index("speed-up")] == "simulated"
+
+
+def test_everything_from_a_record_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>\"&"
+    bad = made(sparsity=0.6)
+    bad["config"]["model"]["name"] = bad["config"]["dataset"]["name"] = bad["name"] = evil
+    bad["config"]["method"]["name"] = evil
+    bad["env"]["cpu"] = bad["model"]["source"] = bad["latency"]["kernel"] = evil
+    bad["sparsity"]["per_site"] = {evil: {"sparsity": 0.5, "weight": 1}}
+    bad["quality"] = {evil: {**bad["quality"]["perplexity"], "protocol": {evil: evil}}}
+    crash = failed(evil, evil)
+    crash["name"] = evil
+    (tmp_path / "<img src=x>").mkdir()
+    (tmp_path / "<img src=x>" / "result.json").write_text("broken")
+    _, _, html, _ = reported(laid(tmp_path, bad, crash), draw=True)
+    assert "<script" not in html and "<img src=x>" not in html
+    assert html.count("&lt;script&gt;") >= 8
+
+
+def test_the_page_needs_no_network_and_no_script(tmp_path):
+    _, _, html, _ = reported(laid(tmp_path, made(), made(sparsity=0.25), vision()), draw=True)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html)
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", html).replace("http-equiv", "") and "@import" not in html
+    assert "default-src 'none'" in html and "<script" not in html
+
+
+def test_macs_of_ffns_are_those_of_their_maps_and_routers():
+    """Attention's maps and layers of networks without blocks (`fc1` of LeNet) don't count."""
+    cost = {"dense_macs": 100, "sparse_macs": 20, "overhead_macs": 5}
+    sites = {"0.q": {**cost, "sparse_macs": 100}, "0.gate": cost, "0.down": {**cost, "overhead_macs": 0}, "fc1": {}}
+    assert rows.ffn_share(sites) == 45 / 200
+    assert rows.ffn_share({"conv1": {}, "fc1": {}}) is None
+
+
+def test_a_curve_is_a_method_with_its_choices_and_its_points_are_means_over_seeds(tmp_path):
+    records = []
+    for seed, perplexity in ((0, 11.0), (1, 13.0)):
+        for routing in ("trained", "oracle"):
+            record = made("moefication", perplexity=perplexity, seed=seed)
+            record["config"]["method"]["routing"] = routing
+            record["config_hash"] = digest(record)
+            records.append(record)
+    group = rows.groups(rows.collect([laid(tmp_path, *records)]).finished)[0]
+    assert {r.series for r in group.rows} == {"moefication trained", "moefication oracle"}
+    assert [len(same) for same in rows.repeats(group.rows)] == [2, 2]
+    figure = plots.quality_plots(group, plots.styles([r.series for r in group.rows]))["macs"]
+    drawn = {c.get_label(): c.lines[0].get_xydata().tolist() for c in figure.axes[0].containers}
+    assert drawn == {"moefication trained": [[0.5, 12.0]], "moefication oracle": [[0.5, 12.0]]}
+
+
+def test_a_curve_runs_along_what_one_fit_serves(tmp_path):
+    """D2DMoE: tau along, another alpha another curve. LTE: every eta is a fit of its own, and the curve runs along it."""
+    records = []
+    for alpha in (0.0, 0.02):
+        for tau in (0.1, 0.2):
+            record = made("d2dmoe", perplexity=11.0 + tau)
+            record["config"]["method"] |= {"alpha": alpha, "tau": tau, "base": "relu"}
+            record["fit"]["state"] = f"d2dmoe-{alpha}.safetensors"
+            records.append(record)
+    for sparsity, tokens in ((0.4, 10), (0.5, 10), (0.4, 20)):
+        record = made("teal", sparsity)
+        record["config"]["method"] |= {"tokens": tokens, "allocation": "greedy" if tokens == 10 else "uniform"}
+        record["fit"]["state"] = f"teal-{tokens}.safetensors"
+        records.append(record)
+    for eta in (0.5, 1.0, 2.0):
+        record = made("lte", perplexity=12.0 + eta)
+        record["config"]["method"] |= {"eta": eta, "control": "dense" if eta == 2.0 else None}
+        record["fit"]["state"] = f"lte-{eta}.safetensors"
+        records.append(record)
+    for record in records:
+        record["config_hash"] = digest(record)
+    group = rows.groups(rows.collect([laid(tmp_path, *records)]).finished)[0]
+    two = ["d2dmoe alpha=0.0", "d2dmoe alpha=0.02", "lte"]
+    assert sorted(r.series for r in group.rows) == [*sorted(two * 2), "lte dense", *["teal greedy"] * 2, "teal uniform"]
+
+
+def test_seeds_are_summed_up(tmp_path):
+    _, groups, html, _ = reported(
+        laid(tmp_path, *(made(seed=s, perplexity=12 + s) for s in range(3)), made(sparsity=0.3))
+    )
+    (same,) = rows.over_seeds(groups[0].rows)
+    assert (same["seeds"], same["mean"], same["sd"]) == (3, 13.0, 1.0) and "Over seeds" in html
+
+
+def test_estimates_stand_apart_and_beside_the_measured_target(tmp_path):
+    guess = made(estimate={"label": "estimate", "target": "h200", "decode": {"dense_ms": 5.0, "sparse_ms": 2.5, "speedup": 2.0},
+                           "fitted_on": {"device": "Test CPU"}, "cautions": []})  # fmt: skip
+    guess["config"]["hardware"]["requires"] = "H200"
+    real = made(speedup=1.7)
+    real["config"]["hardware"] = {"name": "h200", "requires": "H200"}
+    real["env"] = {"gpu": "NVIDIA H200", "hardware": {"device": "cuda:0", "dtype": "float32", "threads": 1}}
+    real["config_hash"] = "real"
+    _, groups, html, _ = reported(laid(tmp_path, guess, real))
+    table = tables.estimates(groups[0])
+    assert len(table.rows) == 1 and "1.70x" in table.rows[0][6] and "≈ 2.00x" in table.rows[0]
+    assert "Estimates, not measurements" in html
+    measured = tables.comparison(groups[0])
+    assert all("2.00" not in row[measured.head.index("speed-up")] for row in measured.rows)
+
+
+def test_a_copied_run_counts_once_and_the_later_one(tmp_path):
+    later = {**made(), "started_at": "2026-02-02T00:00:00+00:00", "seconds": 5.0}
+    found = rows.collect([laid(tmp_path, made(), later)])
+    assert found.repeated == 1 and [r.found["seconds"] for r in found.finished] == [5.0]
+
+
+def test_csv_has_every_finished_row_with_unrounded_numbers(tmp_path):
+    _, groups, _, _ = reported(laid(tmp_path, made(perplexity=12.3456789), vision(), failed()))
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(groups))))
+    assert len(lines) == 2 and {"12.3456789", "0.95"} == {line["sparse"] for line in lines}
+    assert next(line for line in lines if line["model"] == "lenet5")["speedup"] == ""
+
+
+def test_command_writes_all_four_kinds_and_counts(tmp_path):
+    laid(tmp_path / "a", made(), made(sparsity=0.25, perplexity=10.5), failed())
+    laid(tmp_path / "b", vision())
+    (tmp_path / "b" / "bench").mkdir()
+    (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m"}))
+    (tmp_path / "b" / "bench" / "table.md").write_text("# m <b>\n| 50% | 1.8x |\n")
+    command = [sys.executable, "-m", "sparsebench.comparison"]
+    process = subprocess.run([*command, "a", "b", "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    last = json.loads(process.stdout.splitlines()[-1])
+    assert (last["finished"], last["failed"], last["unreadable"]) == (3, 1, 0)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"report.html", "report.md", "report.csv"} <= names and set(last["plots"]) <= names
+    assert all((tmp_path / "out" / n).read_bytes().startswith(b"\x89PNG") for n in last["plots"])
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Benchmark: m" in html and "| 50% | 1.8x |" in html and "<b>\n" not in html
+    again = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "no such file or folder: nowhere" in again.stderr
+    (tmp_path / "empty").mkdir()
+    nothing = subprocess.run([*command, "empty"], cwd=tmp_path, capture_output=True, text=True)
+    assert nothing.returncode == 1 and nothing.stderr.strip() == "error: no records below empty"
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+FRAME = """<iframe id=f src="{page}" style="width:{width}px;height:2000px;border:0"></iframe><p id=o></p><script>
+f.onload = () => {{ const d = f.contentDocument
+  o.textContent = d.documentElement.scrollWidth + " " + [...d.images].filter(i => i.naturalWidth > 0).length }}
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_nothing_sticks_out_and_every_plot_is_drawn(tmp_path, width):
+    long_names = made("a-method-with-a-rather-long-name", sparsity=0.3)
+    folder = laid(tmp_path / "records", made(), made(sparsity=0.25), long_names, vision(), failed("x" * 300, "y" * 300))
+    written = page.write(
+        rows.collect([folder]), tmp_path, "A title that takes more than one line on a small screen, surely"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(page=(tmp_path / "report.html").as_uri(), width=width))
+    process = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         "--virtual-time-budget=5000", "--window-size=1400,2000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    (seen,) = re.findall(r'<p id="o">(\d+) (\d+)</p>', process.stdout)
+    assert int(seen[0]) <= width and int(seen[1]) == len(written.pictures) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published figures
+
+
+def test_published_entries_are_complete():
+    needed = {"method", "key", "metric", "model", "points", "with", "source", "seen"}
+    for entry in published.figures():
+        assert needed <= entry.keys() <= needed | {"dense", "recalled", "protocol", "hardware"}, entry["source"]
+        assert entry["seen"] in published.SEEN and set(entry.get("recalled", ())) <= entry["points"].keys()
+        assert ("hardware" in entry) == (entry["metric"] == "speedup")
+
+
+def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs(tmp_path):
+    (row,) = rows.collect([laid(tmp_path, made())]).finished
+    row.label = "teal"
+    found = [b for b in published.beside([row]) if b.metric == "perplexity" and "2408.14690" in b.source]
+    assert len(found) == 5 and all(b.ours == "10 → 12 (1.200x)" for b in found)
+    assert any(b.published == "5.07 → 5.43 (1.071x)" for b in found)
+    assert all("model llama-tiny instead of" in b.differs[0] for b in found)
+    assert all("method.prompt=all instead of half" in b.differs for b in found)
+    assert any("(unverified)" in b.source for b in found)
+    exact = copy.deepcopy(row)
+    exact.found["config"]["model"]["name"] = "llama2-7b"
+    exact.found["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    mine = [b for b in published.beside([exact]) if b.metric == "perplexity" and "2408.14690" in b.source]
+    assert len(mine) == 1 and [d.split()[0] for d in mine[0].differs] == ["data"]
+
+
+@pytest.mark.parametrize("changes", [{"method": "dense", "sparsity": 0.0}, {"sparsity": 0.55}])
+def test_no_published_figure_where_the_setting_does_not_match(tmp_path, changes):
+    assert not published.beside(rows.collect([laid(tmp_path, made(**changes))]).finished)
+
+
+def test_zeros_of_neurons_are_compared_where_they_were_measured(tmp_path):
+    found = made("prosparse", extra={"neurons": {"dense": {"x1_zero": 0.0}, "sparse": {"x1_zero": 0.85}}})
+    found["config"]["method"]["threshold"] = 0.01
+    rows_found = rows.collect([laid(tmp_path, found)]).finished
+    beside = [b for b in published.beside(rows_found) if b.metric == "x1_zero"]
+    assert {b.published for b in beside} == {"0.8932", "0.888"} and {b.ours for b in beside} == {"0.85"}
+
+
+def test_recalled_figures_are_unverified():
+    entry = next(e for e in published.figures() if e["model"] == "mistral-7b" and e["method"] == "teal")
+    assert entry["recalled"] == [0.25, 0.5, 0.65] and record.SCHEMA_VERSION == 1

@@ -1,0 +1,105 @@
+"""Several processes train as one, and a killed training ends as one never killed: through the installed command."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsebench.records import state
+from tests.helpers import COMMAND, record_of
+
+STEPS = 24
+TRAINING = [
+    "method=prosparse", f"method.train.steps={STEPS}", "method.stages=[4,8,16,24]", "method.lambdas=[0,0.1,1,1]",
+    "method.train.warmup=2", "method.train.precision=no", "method.train.batch_size=8", "method.train.micro_batch=2",
+    "method.train.log_every=4", "method.train.checkpoint_every=3", "method.predictor=null", "method.dev_sequences=8",
+    "dataset=text", "dataset.sequence_length=32", "hardware=cpu", "hardware.threads=1", "hardware.kernel=masked_dense",
+    "measure.latency=false", "eval.text.test_sequences=8", "wandb.mode=disabled",
+]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(text_file, model_folder):
+    return [*TRAINING, "model=hf", f"model.path={model_folder('llama')}", f"dataset.path={text_file}"]
+
+
+def weights(folder: Path) -> dict:
+    (file,) = (folder / "outputs" / "states").glob("*.safetensors")
+    return state.read(file)
+
+
+def test_two_processes_are_one(sparsebench, tmp_path, arguments):
+    """Same loss curve, penalty and weights at the same global batch; one record; followers leave no record."""
+    alone = sparsebench(*arguments, "output_dir=outputs")
+    assert alone.returncode == 0, alone.stderr
+    (tmp_path / "both").mkdir()
+    both = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+         COMMAND, *arguments, "output_dir=outputs"],
+        cwd=tmp_path / "both", capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    one, two = record_of(alone, tmp_path), record_of(both, tmp_path / "both")
+    assert (one["extra"]["processes"], two["extra"]["processes"]) == (1, 2)
+    curves = [[(r["fit/loss"], r["fit/penalty"]) for r in found["extra"]["training"]] for found in (one, two)]
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
+    assert one["fit"]["tokens"] == two["fit"]["tokens"] == STEPS * 8 * 32
+    first, second = weights(tmp_path), weights(tmp_path / "both")
+    worst = max(float((first.tensors[k] - second.tensors[k]).abs().max()) for k in first.tensors)
+    assert worst < 1e-3
+    assert len(list((tmp_path / "both").rglob("result.json"))) == 1
+    assert two["quality"]["perplexity"]["sparse"] == pytest.approx(one["quality"]["perplexity"]["sparse"], rel=1e-3)
+
+
+def kill_at(arguments: list[str], folder: Path, step: int) -> None:
+    """Start the command and kill -9 its training process once `step` steps are logged."""
+    process = subprocess.Popen(
+        [COMMAND, *arguments, "method.train.log_every=1"], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        logged = re.match(r"fit (\d+)/", line)
+        if logged and int(logged[1]) >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_killed_three_times_ends_with_the_same_weights(sparsebench, tmp_path, arguments):
+    """kill -9 at three random steps of a ProSparse run; each start goes on from the last checkpoint."""
+    arguments = [*arguments, "method.train.log_every=1"]
+    whole = sparsebench(*arguments, "output_dir=outputs")
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    steps = sorted(random.Random().sample(range(4, STEPS - 6), 3))
+    for step in steps:
+        kill_at([*arguments, "output_dir=outputs"], folder, step)
+        time.sleep(0.5)
+        assert not list((folder / "outputs").rglob("result.json"))
+    last = subprocess.run(
+        [COMMAND, *arguments, "output_dir=outputs"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert last.returncode == 0, last.stderr
+    found = record_of(last, folder)
+    # a checkpoint may have been finished between the logged step and the signal
+    assert found["extra"]["resumed_at"] >= (steps[-1] - 1) // 3 * 3, steps
+    expected, resumed = weights(tmp_path), weights(folder)
+    assert expected.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(expected.tensors[k], resumed.tensors[k]) for k in expected.tensors), steps
+    assert found["quality"] == record_of(whole, tmp_path)["quality"]
+    assert not list((folder / "outputs" / "states").glob("*/step-*"))  # checkpoints are gone once the state is safe
+
+
+def test_divergence_is_reported_with_its_step(sparsebench, tmp_path, arguments):
+    process = sparsebench(*arguments, "method.train.lr=1e6", "method.train.clip=null", "method.train.min_lr=1e6")
+    assert process.returncode == 1
+    assert "the loss is" in process.stderr and "at step" in process.stderr and "last checkpoint kept" in process.stderr
