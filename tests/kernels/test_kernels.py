@@ -122,7 +122,7 @@ def test_cpu_neuron_sparse_ffn_reads_only_active_neurons():
 
 TRITON_ON_CPU = """
 import torch
-from tests.helpers import KERNEL_SHAPES, check_triton
+from tests.kernel_checks import KERNEL_SHAPES, check_triton
 check_triton("cpu", KERNEL_SHAPES[:1] + KERNEL_SHAPES[3:6], (torch.float32, torch.bfloat16))
 print("checked")
 """

@@ -9,6 +9,7 @@ import torch
 
 from sparsebench import config
 from sparsebench.config.compose import compose_all
+from sparsebench.config.settings import Harness
 from sparsebench.measure import lm_eval
 from tests.helpers import record_of, tiny_model, tiny_tokenizer
 
@@ -39,8 +40,7 @@ def task_folder(tmp_path):
 
 
 def settings(**changes):
-    limits = dict.fromkeys(("test_sequences", "dev_sequences", "task_limit", "task_path"))
-    return config.Evaluation(**{**limits, "batch_size": 4, "tasks": ["words"], **changes})
+    return Harness(**{"tasks": ["words"], "task_limit": None, "task_path": None, **changes})
 
 
 def by_hand(model, tokenizer) -> float:
@@ -61,11 +61,11 @@ def by_hand(model, tokenizer) -> float:
 @needs_lm_eval
 def test_score_is_what_a_loop_by_hand_gives(task_folder):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)))
+    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)), 4)
     assert found["words/acc"]["value"] == pytest.approx(by_hand(model, tokenizer))
     assert found["words/acc"]["higher_is_better"] and found["words/acc"]["stderr"] > 0
     with pytest.raises(ValueError, match="lm-eval knows no task nothing_like_it"):
-        lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]))
+        lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]), 4)
 
 
 @needs_lm_eval

@@ -205,7 +205,7 @@ def test_attention_projections_become_experts_of_a_vision_transformer(tmp_path):
     _, counters = classification_quality(model, data.test, None, 8)
     measured = sparsity.summarise(model, counters)
     assert set(measured) == sites
-    costs = {k: v for f in found for k, v in f.costs(measured, f.site).items()}
+    costs = {k: v for f in found for k, v in f.costs(measured).items()}
     assert costs["0.q"].dense_macs == 32 * 32 and costs["0.q"].overhead_macs == 128 * (32 + 4)
     assert costs["0.fc1"].dense_macs == 32 * 64
 

@@ -252,10 +252,9 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(trained, tmp_path, mon
 def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     """Check 10: pooled and layer-mean by hand; a tiny positive value is no zero."""
     module, data = network(trained), tiny_images()
-    settings = compose_all(["model=lenet5", "method=dense"])[0]["eval"]
-    evaluation = config.build(settings, "eval", [], config.Evaluation)
-    _, (maps, *_) = image_classification.quality(module, data.test, evaluation)
-    found = image_classification.shares(maps)
+    settings = config.build_settings(compose_all(["model=lenet5", "method=dense", "hardware=cpu"])[0])
+    task = image_classification.ImageClassification()
+    found = image_classification.shares(task.assess(Loaded(module, None, {}), module, data, settings).maps)
     seen = {}
     for layer in maps_of(module):
         layer.register_forward_hook(lambda m, _, y: seen.__setitem__(m.site, y))

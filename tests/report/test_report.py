@@ -242,7 +242,7 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     (tmp_path / "b" / "bench").mkdir()
     (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m"}))
     (tmp_path / "b" / "bench" / "table.md").write_text("# m <b>\n| 50% | 1.8x |\n")
-    command = [sys.executable, "-m", "sparsebench.comparison"]
+    command = [sys.executable, "-m", "sparsebench.report"]
     process = subprocess.run([*command, "a", "b", "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     last = json.loads(process.stdout.splitlines()[-1])
