@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -52,7 +53,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict:
+def machine() -> dict[str, Any]:
     """Device names and package versions. No torch import."""
     return {"cpu": cpu_name(), "gpus": gpu_names(), "versions": versions()}
 
@@ -71,7 +72,7 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def describe(device: str) -> dict:
+def describe(device: str) -> dict[str, Any]:
     """Everything about this process that a reader needs to judge its timings."""
     import torch
 
