@@ -44,13 +44,13 @@ def gpu_names() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in COMPUTING:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def machine() -> dict[str, Any]:
@@ -76,7 +76,7 @@ def describe(device: str) -> dict[str, Any]:
     """Everything about this process that a reader needs to judge its timings."""
     import torch
 
-    found = {
+    account = {
         **machine(),
         "platform": platform.platform(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -92,7 +92,7 @@ def describe(device: str) -> dict[str, Any]:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        found |= {
+        account |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "driver": pynvml.nvmlSystemGetDriverVersion(),
@@ -102,4 +102,4 @@ def describe(device: str) -> dict[str, Any]:
             "other_processes": max(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1, 0),
         }
         pynvml.nvmlShutdown()
-    return found
+    return account

@@ -72,7 +72,7 @@ class WandbTracker:
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """All figures of a record, flat, without raw samples and per-site values (they have a table); FLOPs beside MACs."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -80,13 +80,13 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
                 if key not in ("samples_ms", "per_site", "config", "env"):
                     walk(f"{prefix}/{key}" if prefix else key, inner)
         elif isinstance(value, (int, float, str, bool)):
-            found[prefix] = value
+            figures[prefix] = value
 
     walk("", record)
     for name in ("dense", "sparse", "overhead"):
-        if f"macs/{name}" in found:
-            found[f"flops/{name}"] = 2 * found[f"macs/{name}"]
-    return found
+        if f"macs/{name}" in figures:
+            figures[f"flops/{name}"] = 2 * figures[f"macs/{name}"]
+    return figures
 
 
 def start(
