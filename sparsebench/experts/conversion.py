@@ -1,8 +1,4 @@
-"""What MoEfication, D2DMoE and LTE share: balanced clustering, dense FFNs to expert FFNs, routers, data, states.
-
-Clustering: scikit-learn's k-means on neuron vectors of length 1, then exact assignments under equal sizes (scipy's
-linear_sum_assignment on every centre repeated m times, un-squared distances) in turn with new centres.
-"""
+"""Dense FFNs to expert FFNs and back from a state; what can be converted, and what a fit keeps (weights or orders, routers)."""
 
 from __future__ import annotations
 
