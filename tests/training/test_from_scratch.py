@@ -69,8 +69,8 @@ def test_what_a_crash_left_is_no_model(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         trained(tmp_path, save=broken)
-    half = tmp_path / "models"
-    assert not list(half.glob("*/training.json")) and [p.name for p in half.glob("*.checkpoints")]
+
+    assert not list((tmp_path / "models").glob("*/training.json"))
     path, begun = trained(tmp_path)
     (path / "training.json").unlink()  # as if an older version had been killed while it wrote into the folder
     assert begun and trained(tmp_path) == (path, [True])
