@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint wheel bench-cpu bench-gpu train-llama-tiny clean
+.PHONY: help run test test-slow lint hooks wheel bench-cpu bench-gpu train-llama-tiny clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -31,9 +31,13 @@ test: $(VENV)/.test  ## install the test extra and run the default test suite (C
 test-slow: $(VENV)/.test  ## the tests that take minutes (wheel in an environment of its own, kill and resume)
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
 
-lint: $(VENV)/.test  ## ruff: rules and format
+lint: $(VENV)/.test  ## ruff (rules and format) and mypy (strict where contracts are said)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+hooks: $(VENV)/.test  ## check every commit: ruff, mypy, no file over 500 kB
+	$(BIN)/pre-commit install
 
 wheel: $(VENV)/.test  ## build the wheel, install it in an environment of its own, run it from another folder
 	$(BIN)/python -m pytest -m slow --timeout 1800 tests/cli/test_wheel.py
@@ -53,4 +57,4 @@ train-llama-tiny: $(VENV)/.installed  ## train the embedded model again (resumes
 	$(BIN)/sparsebench model.weights=scratch $(ARGS)
 
 clean:  ## remove what was built (not outputs/)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

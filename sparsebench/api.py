@@ -9,22 +9,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from sparsebench import cli, config
 from sparsebench.config.compose import compose_all
 from sparsebench.records import record
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsebench.hardware import Hardware
+    from sparsebench.models import Loaded
+
 
 class RunFailed(RuntimeError):
     """A run that did not finish; `record` is what it left, or None where none could be written."""
 
-    def __init__(self, message: str, found: dict | None):
+    def __init__(self, message: str, content: dict[str, Any] | None):
         super().__init__(message)
-        self.record = found
+        self.record = content
 
 
-def run(overrides: list[str] | tuple[str, ...] = ()) -> dict:
-    """The record of the run that `sparsebench <overrides>` describes, made now or found finished.
+def run(overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The record of the run that `sparsebench <overrides>` describes, made now or finished before.
 
     overrides: as on the command line, e.g. ["method=teal", "method.sparsity=0.65"]. Messages go to stderr. Raises
     config.ConfigError (a ValueError) naming everything wrong with the configuration, and RunFailed with the record.
@@ -35,14 +42,14 @@ def run(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     path = cli.location(configuration)[0] / "result.json"
     command = [sys.executable, "-m", "sparsebench", *overrides]
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    found = record.read(path)
-    if code != cli.OK or found is None or found["status"] != "finished":
-        problem = ((found or {}).get("error") or {}).get("message") or f"exit code {code}"
-        raise RunFailed(f"{path.parent}: {problem}", found)
-    return found
+    content = record.read(path)
+    if code != cli.OK or content is None or content["status"] != "finished":
+        problem = ((content or {}).get("error") or {}).get("message") or f"exit code {code}"
+        raise RunFailed(f"{path.parent}: {problem}", content)
+    return content
 
 
-def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool = False):
+def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The sparse model of a finished run, ready for `generate`, as a torch module with its tokenizer as `.tokenizer`.
 
     path: the run's folder or its result.json. hardware: a name in conf/hardware; None = the run's own target where it
@@ -57,13 +64,13 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     from sparsebench.records import state
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-    found = record.read(file)
-    if found is None or found["status"] != "finished":
+    content = record.read(file)
+    if content is None or content["status"] != "finished":
         raise ValueError(f"{file} is no record of a finished run")
-    configuration = found["config"]
+    configuration = content["config"]
     check_trusted(configuration, trust_remote_code)
     problems: list[str] = []
-    settings = config.build(configuration, "", problems, config.Settings)
+    settings: config.Settings = config.build(configuration, "", problems, config.Settings)
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
     if hardware is not None or settings.hardware.problems(settings):
@@ -76,18 +83,25 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     torch.manual_seed(settings.seed)
     folder = file.parent.resolve()
     root = folder.parents[2] if len(folder.parents) > 2 else folder
-    work = Work(settings.seed, settings.hardware, root, folder, settings.eval.text.batch_size, lambda row: None)
+    work = Work(
+        settings.seed,
+        cast("Hardware", settings.hardware),
+        root,
+        folder,
+        settings.eval.text.batch_size,
+        lambda row: None,
+    )
     scratch = getattr(settings.model, "weights", None) == "scratch"
-    loaded = settings.model.load(work, settings.dataset.load(settings.seed) if scratch else None)
+    loaded: Loaded = settings.model.load(work, settings.dataset.load(settings.seed) if scratch else None)
     fitted = state.read(folder / state.FILE)
     if fitted is None:
         raise ValueError(f"{folder / state.FILE} is missing or damaged: run with force=true to make it again")
-    sparse = settings.method.apply(loaded.module, fitted, work)
-    sparse.tokenizer = getattr(loaded, "tokenizer", None)
+    sparse: nn.Module = settings.method.apply(loaded.module, fitted, work)
+    sparse.tokenizer = loaded.tokenizer
     return sparse
 
 
-def check_trusted(configuration: dict, trust_remote_code: bool) -> None:
+def check_trusted(configuration: dict[str, Any], trust_remote_code: bool) -> None:
     """Raise ValueError where building from a record's config would run code that nobody here chose."""
     for group, node in configuration.items():
         if not isinstance(node, dict):

@@ -38,7 +38,7 @@ class Hardware:
     kernel_name: str = field(init=False, default="masked_dense")
 
     @property
-    def found_device(self) -> str:
+    def present_device(self) -> str:
         """`cpu` or `cuda`: what `auto` stands for on this machine; an estimated target is measured on what is here."""
         if self.device == "auto" or self.estimate:
             return "cuda" if machine.gpu_names() else "cpu"
@@ -46,36 +46,36 @@ class Hardware:
 
     def problems(self, settings: Any) -> list[str]:
         gpus = machine.gpu_names()
-        found = []
+        problems = []
         if self.estimate:
             if self.peak_bandwidth_gbs is None or self.peak_tflops is None:
-                found.append(
+                problems.append(
                     f"hardware.estimate=true needs hardware.peak_bandwidth_gbs and hardware.peak_tflops, which {self.name} leaves null"
                 )
             if settings is None or not settings.measure.latency:
-                found.append(
+                problems.append(
                     "hardware.estimate=true needs a run with measure.latency=true: it starts from measured times"
                 )
         elif self.device == "cuda" and not gpus:
-            found.append(
+            problems.append(
                 "hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found"
             )
         elif self.requires and not any(self.requires in gpu for gpu in gpus):
-            found.append(
+            problems.append(
                 f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}"
             )
         if self.kernel != "auto":
             device = kernels.device_of(self.kernel)
-            if device not in (None, self.found_device):
-                found.append(f"hardware.kernel={self.kernel} runs on {device}, got device {self.found_device}")
+            if device not in (None, self.present_device):
+                problems.append(f"hardware.kernel={self.kernel} runs on {device}, got device {self.present_device}")
         cores = psutil.cpu_count()
         if self.threads and cores and self.threads > cores:
-            found.append(f"hardware.threads must be at most the {cores} cores of this machine, got {self.threads}")
-        return found
+            problems.append(f"hardware.threads must be at most the {cores} cores of this machine, got {self.threads}")
+        return problems
 
     def prepare(self) -> None:
         """Set threads, device, dtype and kernel for this process."""
-        self.torch_device = torch.device(self.found_device)
+        self.torch_device = torch.device(self.present_device)
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()

@@ -13,19 +13,22 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsebench import config, ranks, tasks
+from sparsebench.data.base import Data
 from sparsebench.measure import estimate, memory
-from sparsebench.methods.base import Work
+from sparsebench.methods.base import Method, Work
+from sparsebench.models import Loaded
 from sparsebench.records import machine, state
 from sparsebench.records.record import Record
 
 log = logging.getLogger(__name__)
 
 
-def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict], None]) -> Record:
+def run(configuration: dict[str, Any], record: Record, folder: Path, track: Callable[[dict[str, Any]], None]) -> Record:
     """Carry out one run, filling `record` section by section, so that a failure keeps what was finished before it.
 
     configuration: the composed config as plain Python; folder: the run's own; track: takes rows of history.
@@ -39,9 +42,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     record.env = machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
     work = Work(settings.seed, hardware, Path(settings.output_dir), folder, task.batch_size(settings.eval), track)
 
-    data = settings.dataset.load(settings.seed)
+    data: Data = settings.dataset.load(settings.seed)
     data.check_disjoint()
-    loaded = settings.model.load(work, data)
+    loaded: Loaded = settings.model.load(work, data)
     record.model = loaded.info
 
     log.info("dense model: evaluating")
@@ -79,7 +82,9 @@ def run(configuration: dict, record: Record, folder: Path, track: Callable[[dict
     return record
 
 
-def fit(method, loaded, data, work: Work, settings, configuration: dict) -> tuple[state.State, dict]:
+def fit(
+    method: Method, loaded: Loaded, data: Data, work: Work, settings: config.Settings, configuration: dict[str, Any]
+) -> tuple[state.State, dict[str, Any]]:
     """(the method's state, from its cache where it was fitted before; the record's fit section)."""
     key = state.key(settings, configuration, machine.machine())
     path = work.output_dir / "states" / f"{settings.model.name}-{method.name}-{key}.safetensors"
@@ -95,7 +100,9 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def timed_run(configuration: dict, record: Record, folder: Path, track: Callable[[dict], None]) -> Record:
+def timed_run(
+    configuration: dict[str, Any], record: Record, folder: Path, track: Callable[[dict[str, Any]], None]
+) -> Record:
     """`run` with the wall clock in the record."""
     record.started_at, start = now(), time.perf_counter()
     try:

@@ -108,9 +108,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
                     Block(i, f"{name}.{i}", {r: Site(i, r, f"{name}.{i}.{p}") for r, p in layout.items()})
                     for i in range(len(stack))
                 ]
-    found = sorted({n for _, stack in candidates for n, m in stack[0].named_modules() if is_linear(m)})
+    names = sorted({n for _, stack in candidates for n, m in stack[0].named_modules() if is_linear(m)})
     raise ValueError(
-        f"model: blocks of an unknown structure; linear maps found in a block: {', '.join(found) or 'none'}; "
+        f"model: blocks of an unknown structure; linear maps found in a block: {', '.join(names) or 'none'}; "
         f"known layouts are in sparsebench/sites.py"
     )
 

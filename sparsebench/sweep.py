@@ -54,26 +54,26 @@ def new_folder(output_dir: str, overrides: list[str]) -> Path:
     raise FileExistsError(f"{output_dir}/sweeps holds a thousand sweeps named {stamp}")
 
 
-def note(folder: Path, number: int, overrides: list[str], path: Path, found: dict | None, outcome: str) -> None:
-    """Keep the outcome of job `number`; `path` is its record's, `found` the record or None where it was not run."""
-    content = {"number": number, "overrides": overrides, "record": str(path), "outcome": outcome, **figures(found)}
+def note(folder: Path, number: int, overrides: list[str], path: Path, record: dict | None, outcome: str) -> None:
+    """Keep the outcome of job `number`; `path` is its record's, `record` its content or None where it was not run."""
+    content = {"number": number, "overrides": overrides, "record": str(path), "outcome": outcome, **figures(record)}
     files.write_atomic(folder / f"{number}.json", files.scrub(json.dumps(files.plain(content))).encode())
 
 
-def figures(found: dict | None) -> dict:
+def figures(record: dict | None) -> dict:
     """The few figures of a record that the table shows."""
-    found = found or {}
-    quality = found.get("quality") or {}
+    record = record or {}
+    quality = record.get("quality") or {}
     name = main_metric(quality)
-    decode = (found.get("latency") or {}).get("decode") or {}
+    decode = (record.get("latency") or {}).get("decode") or {}
     return {
-        "name": found.get("name"),
-        "error": (found.get("error") or {}).get("message"),
-        "seconds": found.get("seconds"),
+        "name": record.get("name"),
+        "error": (record.get("error") or {}).get("message"),
+        "seconds": record.get("seconds"),
         "metric": name,
         "dense": quality[name]["dense"] if name else None,
         "sparse": quality[name]["sparse"] if name else None,
-        "sparsity": (found.get("sparsity") or {}).get("model_wide"),
+        "sparsity": (record.get("sparsity") or {}).get("model_wide"),
         "speedup": decode.get("speedup"),
     }
 
@@ -85,8 +85,8 @@ def main_metric(quality: dict) -> str | None:
 
 def outcomes(folder: Path) -> list[dict]:
     """What was noted so far, in the order of the jobs."""
-    found = [json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")]
-    return sorted(found, key=lambda each: each["number"])
+    notes = [json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")]
+    return sorted(notes, key=lambda each: each["number"])
 
 
 def first_failure(folder: Path) -> str | None:
@@ -100,14 +100,14 @@ def show(folder: Path, planned: list[Path]) -> bool:
     planned: the records that the sweep was to make (empty where a sweeper chooses them as it goes); those that no job
     reported are listed as not run.
     """
-    found = outcomes(folder)
-    reported = Counter(each["record"] for each in found)
+    notes = outcomes(folder)
+    reported = Counter(each["record"] for each in notes)
     missing = [path for path in map(str, planned) if not reported[path]]
     grid = Table(title=f"sweep {folder}", title_justify="left")
     for name in HEADINGS:
         grid.add_column(name, justify="left" if name in HEADINGS[:3] else "right", overflow="fold")
-    common = set.intersection(*(set(each["overrides"]) for each in found)) if len(found) > 1 else set()
-    for each in found:
+    common = set.intersection(*(set(each["overrides"]) for each in notes)) if len(notes) > 1 else set()
+    for each in notes:
         grid.add_row(*row(each, common), style="red" if each["outcome"] not in (FINISHED, BEFORE) else None)
     for path in missing:
         grid.add_row(Path(path).parent.name, "", NOT_RUN, "", "", "", "", style="red")
@@ -115,14 +115,14 @@ def show(folder: Path, planned: list[Path]) -> bool:
     if not console.is_terminal:
         console.width = 140
     console.print(grid)
-    counts = Counter(each["outcome"] for each in found)
+    counts = Counter(each["outcome"] for each in notes)
     counts[NOT_RUN] += len(missing)
     done = not any(n for outcome, n in counts.items() if outcome not in (FINISHED, BEFORE))
     summary = {
         "status": "finished" if done else "failed",
         "sweep": str(folder),
         "outcomes": {k: n for k, n in counts.items() if n},
-        "records": [each["record"] for each in found],
+        "records": [each["record"] for each in notes],
     }
     print(json.dumps(summary), flush=True)
     return done
@@ -144,15 +144,15 @@ def row(each: dict, common: set[str]) -> list[str]:
     ]
 
 
-def objective(found: dict, budget: float) -> float:
+def objective(record: dict, budget: float) -> float:
     """What a sweeper maximises: the measured model-wide sparsity while the main metric keeps the budget.
 
     budget: the worst allowed factor of the dense model, e.g. 1.05 = perplexity at most 5 % above dense, or an accuracy
     at most 5 % below. Past it the value falls below zero by the excess, so that a sweeper is led back.
     """
-    quality = found.get("quality") or {}
+    quality = record.get("quality") or {}
     name = main_metric(quality)
-    if found["status"] != "finished" or name is None or None in (quality[name]["dense"], quality[name]["sparse"]):
+    if record["status"] != "finished" or name is None or None in (quality[name]["dense"], quality[name]["sparse"]):
         return FAILED_OBJECTIVE
     metric = quality[name]
     better, worse = metric["dense"], metric["sparse"]
@@ -160,5 +160,5 @@ def objective(found: dict, budget: float) -> float:
         better, worse = worse, better
     factor = worse / better if better else math.inf
     if factor <= budget:
-        return found["sparsity"]["model_wide"]
+        return record["sparsity"]["model_wide"]
     return max(budget - factor, FAILED_OBJECTIVE)

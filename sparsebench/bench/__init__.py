@@ -37,14 +37,14 @@ class Bench:
     hardware: Any
 
     def problems(self) -> list[str]:
-        found = self.hardware.problems(None)
+        problems = self.hardware.problems(None)
         if self.model.kind != "language":
-            found.append(f"model must be a language model, got {self.model.name} ({self.model.kind})")
+            problems.append(f"model must be a language model, got {self.model.name} ({self.model.kind})")
         elif self.model.architecture is None:
-            found.append(f"model={self.model.name} has no architecture to time with random weights")
+            problems.append(f"model={self.model.name} has no architecture to time with random weights")
         if self.histograms is not None and not Path(self.histograms, "histograms").is_dir():
-            found.append(f"histograms must be a folder with histograms/layer-N/..., got {self.histograms!r}")
-        return found
+            problems.append(f"histograms must be a folder with histograms/layer-N/..., got {self.histograms!r}")
+        return problems
 
 
 def run(settings: Bench, configuration: dict) -> Path:
@@ -61,7 +61,7 @@ def run(settings: Bench, configuration: dict) -> Path:
     settings.model.weights = "random"
     config = settings.model.config()
     bandwidth = read_bandwidth(hardware.torch_device)
-    found = {
+    results = {
         "schema_version": 1, "kind": "bench", "model": settings.model.name, "weights": "random", "config": configuration,
         "input": (settings.histograms and "published Llama-2-7B histograms") or "normal distribution",
         "env": machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()},
@@ -76,10 +76,10 @@ def run(settings: Bench, configuration: dict) -> Path:
     }
     for part in settings.parts:
         log.info("timing %s", part)
-        found[part] = parts[part]()
-        files.write_atomic(folder / "result.json", json.dumps(files.plain(found), indent=1).encode())
-    (folder / "table.md").write_text(table(found))
-    plot(found, folder / "speedup.png")
+        results[part] = parts[part]()
+        files.write_atomic(folder / "result.json", json.dumps(files.plain(results), indent=1).encode())
+    (folder / "table.md").write_text(table(results))
+    plot(results, folder / "speedup.png")
     return folder
 
 

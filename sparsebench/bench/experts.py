@@ -95,7 +95,7 @@ def time_shape(name: str, shape: dict, settings) -> dict:
     rows = []
     for s in SHARES:
         part = slice(0, 512)
-        found, keep = sparse(0, s)[part], ffns[0].keep(x)
+        result, keep = sparse(0, s)[part], ffns[0].keep(x)
         measured, median = float(keep.float().mean()), times[f"experts@{s}"]["median_us"]
         reference = masked_dense.expert_ffn(
             x[part].float(), keep[part], first[0].float(), last[0].float(), activation,
@@ -104,7 +104,7 @@ def time_shape(name: str, shape: dict, settings) -> dict:
         rows.append({
             "executed": s, "measured": measured, "median_us": median,
             "speedup": times[fastest]["median_us"] / median, "proportional": whole * measured / median,
-            "relative_error": relative_error(found, reference.flatten()) if s else float(found.abs().max()),
+            "relative_error": relative_error(result, reference.flatten()) if s else float(result.abs().max()),
         })  # fmt: skip
         log.info("%s at %.3f of the experts: %.1f us, %.2fx of dense", name, s, median, rows[-1]["speedup"])
     return {"shape": name, **shape, "tokens": tokens, "kernel": ffns[0].kernel(tokens), "dense": fastest,
@@ -120,10 +120,10 @@ def tau_for(scores: torch.Tensor, share: float) -> torch.Tensor:
     return neighbours.double().mean().sigmoid().float()
 
 
-def table(found: list[dict]) -> list[str]:
+def table(parts: list[dict]) -> list[str]:
     """The part's lines of Markdown."""
     lines = ["", "## Expert FFN, router inside the clock", ""]
-    for part in found:
+    for part in parts:
         dense = part["times"][part["dense"]]["median_us"]
         lines += [f"**{part['shape']}**: {part['tokens']} token(s), d = {part['d']}, {part['experts']} experts of "
                   f"{part['size']}, {part['kernel']}; dense {dense:.1f} us ({part['dense']}).", "",

@@ -7,21 +7,21 @@ from pathlib import Path
 from sparsebench.bench import experts
 
 
-def table(found: dict) -> str:
+def table(results: dict) -> str:
     """A benchmark record as Markdown."""
-    env = found["env"]
+    env = results["env"]
     where = env.get("gpu") or f"{env['cpu']}, {env['threads']} thread(s)"
     lines = [
-        f"# {found['model']}, random weights, {env['hardware']['dtype']}, {where}",
+        f"# {results['model']}, random weights, {env['hardware']['dtype']}, {where}",
         "",
-        f"Input: {found['input']}. Read bandwidth measured in this run: {found['read_bandwidth_gbs']:.0f} GB/s. "
+        f"Input: {results['input']}. Read bandwidth measured in this run: {results['read_bandwidth_gbs']:.0f} GB/s. "
         f"torch {env['versions'].get('torch')}.",
     ]
-    if "projections" in found:
+    if "projections" in results:
         lines += ["", "## One product", "",
                   "Microseconds, (speed-up over the faster dense product), [share of the read bandwidth]. `fused`: as the"
                   " fused step runs it, compaction included; `alone`: a product by itself, bias and rounding included."]  # fmt: skip
-        for row in found["projections"]:
+        for row in results["projections"]:
             shown = sorted({v["sparsity"] for v in row["sparse"].values()})
             dense = row["times"][row["dense"]]["median_us"]
             lines += ["", f"**{row['projection']}** {row['m']} x {row['n']}: dense {dense:.1f} us ({row['dense']}, "
@@ -36,36 +36,36 @@ def table(found: dict) -> str:
                         f"{row['times'][key]['median_us']:.1f} ({value['speedup']:.2f}x) [{value['of_read_bandwidth']:.0%}]"
                     )
                 lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    if "ffn" in found:
-        dense = found["ffn"][0]["dense"]["median_us"]
+    if "ffn" in results:
+        dense = results["ffn"][0]["dense"]["median_us"]
         lines += ["", "## Neuron-sparse FFN, dense gate included", "", f"Dense block: {dense:.1f} us.", "",
                   "| neurons inactive | us | speed-up | share of read bandwidth |", "|---|---|---|---|"]  # fmt: skip
         lines += [
             f"| {r['sparsity']:.0%} | {r['sparse']['median_us']:.1f} | {r['speedup']:.2f}x | {r['of_read_bandwidth']:.0%} |"
-            for r in found["ffn"]
+            for r in results["ffn"]
         ]
-    if "step" in found:
+    if "step" in results:
         lines += ["", "## Whole decode step, batch 1", "",
                   "| context | sparsity | dense tokens/s (engine) | sparse tokens/s | speed-up |", "|---|---|---|---|---|"]  # fmt: skip
         lines += [
             f"| {r['context']} | {r['sparsity']:.0%} | {r['dense_tokens_per_s']:.1f} ({r['dense'].partition('/')[2]}) "
             f"| {r['tokens_per_s']:.1f} | {r['speedup']:.2f}x |"
-            for r in found["step"]
+            for r in results["step"]
         ]
-        for context in sorted({r["context"] for r in found["step"]}):
-            engines = next(r for r in found["step"] if r["context"] == context)["dense_engines"]
+        for context in sorted({r["context"] for r in results["step"]}):
+            engines = next(r for r in results["step"] if r["context"] == context)["dense_engines"]
             lines += ["", f"Dense engines at context {context}: " + ", ".join(
                 f"{name.partition('/')[2]} {1e3 / times['median_ms']:.1f} tokens/s" for name, times in engines.items()) + "."]  # fmt: skip
-    if "experts" in found:
-        lines += experts.table(found["experts"])
+    if "experts" in results:
+        lines += experts.table(results["experts"])
     return "\n".join(lines) + "\n"
 
 
-def breaks(found: dict) -> str:
-    return ", ".join(f"{kind} {'never' if at is None else f'{at:.0%}'}" for kind, at in sorted(found.items()))
+def breaks(break_evens: dict) -> str:
+    return ", ".join(f"{kind} {'never' if at is None else f'{at:.0%}'}" for kind, at in sorted(break_evens.items()))
 
 
-def plot(found: dict, file: Path) -> None:
+def plot(results: dict, file: Path) -> None:
     """Speed-up against sparsity, with the bytes roofline 1 / (1 - s) drawn in."""
     import matplotlib
 
@@ -73,24 +73,24 @@ def plot(found: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5))
-    for row in found.get("projections", []):
+    for row in results.get("projections", []):
         for kind, style in (("fused", "-"), ("alone", "--")):
             points = sorted((v["sparsity"], v["speedup"]) for v in row["sparse"].values() if v["kind"] == kind)
             if points:
                 label = f"{row['projection']} {row['m']}x{row['n']}, {kind}"
                 axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
-    for context in sorted({r["context"] for r in found.get("step", [])}):
-        points = sorted((r["sparsity"], r["speedup"]) for r in found["step"] if r["context"] == context)
+    for context in sorted({r["context"] for r in results.get("step", [])}):
+        points = sorted((r["sparsity"], r["speedup"]) for r in results["step"] if r["context"] == context)
         axes.plot(
             *zip(*points, strict=True),
             "k-" if context < 1000 else "k:",
             linewidth=2,
             label=f"decode step, context {context}",
         )
-    if found.get("ffn"):
-        points = sorted((r["sparsity"], r["speedup"]) for r in found["ffn"])
+    if results.get("ffn"):
+        points = sorted((r["sparsity"], r["speedup"]) for r in results["ffn"])
         axes.plot(*zip(*points, strict=True), "-.", label="neuron-sparse FFN, dense gate")
-    for part in found.get("experts", []):
+    for part in results.get("experts", []):
         points = sorted((1 - r["measured"], r["speedup"]) for r in part["rows"])
         axes.plot(*zip(*points, strict=True), "--", marker="s", markersize=3, label=f"experts, {part['shape']} shape")
     line = [i / 100 for i in range(96)]
@@ -98,9 +98,9 @@ def plot(found: dict, file: Path) -> None:
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set(xlabel="sparsity", ylabel="speed-up over dense", yscale="log", ylim=(0.5, 20), xlim=(0, 1))
     axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
-    where = found["env"].get("gpu") or found["env"]["cpu"]
+    where = results["env"].get("gpu") or results["env"]["cpu"]
     axes.set_title(
-        f"{found['model']} shapes, random weights, {found['env']['hardware']['dtype']}, {where}", fontsize=10
+        f"{results['model']} shapes, random weights, {results['env']['hardware']['dtype']}, {where}", fontsize=10
     )
     axes.legend(fontsize=7)
     figure.tight_layout()

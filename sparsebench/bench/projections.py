@@ -32,7 +32,7 @@ def projections(config: Any) -> dict[str, tuple[int, int, str]]:
 
 def sparse_bodies(x, weights, thresholds, hardware) -> dict[str, Callable[[int], object]]:
     """Our kernels on one input x [n] (float32), by `name@sparsity`: as the fused step runs it, and as a product alone."""
-    device, found = x.device, {}
+    device, bodies = x.device, {}
     low = x.to(weights[0].dtype).view(1, 1, -1)
     backend = kernels.load(hardware.kernel_name)
     if hardware.kernel_name == "cuda_gather":
@@ -45,16 +45,16 @@ def sparse_bodies(x, weights, thresholds, hardware) -> dict[str, Callable[[int],
             key=lambda tuning: graph_time(lambda: [backend.accumulate(x, w, out, middle, tuning) for w in weights], 5),
         )
         for s, t in thresholds.items():
-            found[f"fused@{s}"] = lambda i, t=t: backend.accumulate(x, weights[i], out, t, best)
-            found[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(
+            bodies[f"fused@{s}"] = lambda i, t=t: backend.accumulate(x, weights[i], out, t, best)
+            bodies[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(
                 low, weights[i].t(), threshold=t, tuning=best
             )
     else:
         if hardware.kernel_name == "cpu_numba":
-            found |= numba_bodies(low, weights, thresholds, backend)
+            bodies |= numba_bodies(low, weights, thresholds, backend)
         for s, t in thresholds.items():
-            found[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(low, weights[i].t(), threshold=t)
-    return found
+            bodies[f"alone@{s}"] = lambda i, t=t: backend.input_sparse_linear(low, weights[i].t(), threshold=t)
+    return bodies
 
 
 def numba_bodies(low, weights, thresholds, backend) -> dict[str, Callable[[int], object]]:
@@ -75,8 +75,8 @@ def numba_bodies(low, weights, thresholds, backend) -> dict[str, Callable[[int],
     return {f"fused@{s}": body(float(t)) for s, t in thresholds.items()} if torch.get_num_threads() == 1 else {}
 
 
-def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((found.float().flatten() - reference).norm() / reference.norm())
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((result.float().flatten() - reference).norm() / reference.norm())
 
 
 def time_projections(config: Any, settings, bandwidth: float) -> list[dict]:
@@ -138,14 +138,14 @@ def check_error(kind: str, x, weight, threshold, reference, hardware) -> float:
 
 def crossing(row: dict, dense_us: float) -> dict[str, float | None]:
     """Break-even sparsity per kind of kernel, from its times at the smallest and the largest sparsity."""
-    found = {}
+    break_evens = {}
     for kind in {v["kind"] for v in row["sparse"].values()}:
         mine = sorted(
             (v["sparsity"], row["times"][k]["median_us"]) for k, v in row["sparse"].items() if v["kind"] == kind
         )
         (low, first), (high, last) = mine[0], mine[-1]
-        found[kind] = break_even(dense_us, first, last, high) if low == 0 else None
-    return found
+        break_evens[kind] = break_even(dense_us, first, last, high) if low == 0 else None
+    return break_evens
 
 
 def time_ffn(config: Any, settings, bandwidth: float) -> list[dict]:

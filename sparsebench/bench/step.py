@@ -93,8 +93,8 @@ def time_step(settings) -> list[dict]:
             decoder = engines.decoder(module, ids[:, :context], steps + 1, hardware, "fused")
             parity[s] = max(decoder.parity(ids[:, :1]).values())
             contenders[f"fused@{s}"] = contender(decoder, values)
-        found, _ = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
-        times = {name: summary([t / steps for t in each]) for name, each in zip(contenders, found, strict=True)}
+        samples, _ = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
+        times = {name: summary([t / steps for t in each]) for name, each in zip(contenders, samples, strict=True)}
         timed = {f"dense/{plain}": times[f"dense/{plain}"], "dense/fused": times["fused@0.0"]}
         best = min(timed, key=lambda name: timed[name]["median_ms"])
         for s in settings.sparsities:

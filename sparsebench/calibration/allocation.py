@@ -168,8 +168,8 @@ def search(block: Block, model: nn.Module, error: Callable[[Shares, Shares], flo
                 trial = {**sparsity, role: min(1.0, p + settings.step * reference / sizes[role])}
                 trials[role] = (error(trial, sparsity), trial)
         best = min(trials, key=lambda role: trials[role][0])
-        found, sparsity = trials[best]
+        block_error, sparsity = trials[best]
         effective = sum(sizes[r] * sparsity[r] for r in sizes) / total
         uniform = error(dict.fromkeys(sizes, effective), sparsity)
-        rows.append((effective, found, uniform, list(sparsity.values())))
+        rows.append((effective, block_error, uniform, list(sparsity.values())))
     return Table(list(sizes), *(torch.tensor(column) for column in zip(*rows, strict=True)))

@@ -105,8 +105,8 @@ class BlockError:
                     place = (batch, role, keys[role] if role in fixed else None)
                     limit = self.threshold(role, sparsity[role])
                     module.forward = functools.partial(self.product, forwards[role], limit, *place)
-                found = run_block(self.module, hidden, self.arguments)
-                difference = found[:, -self.tokens :] - output[:, -self.tokens :]
+                produced = run_block(self.module, hidden, self.arguments)
+                difference = produced[:, -self.tokens :] - output[:, -self.tokens :]
                 total += difference.float().square().sum()
         finally:
             for role, module in self.maps.items():

@@ -10,15 +10,15 @@ import difflib
 import itertools
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsebench.config.fields import ConfigError, build, unknown_key
@@ -28,16 +28,16 @@ CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
 
 
-def to_dict(config) -> dict:
+def to_dict(config: DictConfig) -> dict[str, Any]:
     """The composed configuration as plain Python (interpolations resolved), without Hydra's own node."""
     with open_dict(config):
         config = config.copy()
         config.pop("hydra", None)
         config.pop("experiment", None)
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
-def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | None = None) -> list[dict]:
+def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | None = None) -> list[dict[str, Any]]:
     """Every configuration that the command-line `overrides` describe: one, or with `sweep` one per combination.
 
     Raises ConfigError naming every unknown option of a group, unknown key and unreadable override at once.
@@ -65,7 +65,7 @@ def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | Non
             for combination in itertools.product(*groups):
                 unknown |= unknown_keys(list(combination), values)
             if unknown:  # say what else is wrong, as if the unknown keys had not been given
-                known = [c[0] for o, c in zip(parsed, choices, strict=True) if o.input_line not in unknown]
+                known = [c[0] for o, c in zip(parsed, choices, strict=True) if as_given(o) not in unknown]
                 problems += unknown.values()
                 with suppress(HydraException, OmegaConfBaseException):
                     build(to_dict(compose("config", overrides=known)), "", problems, Settings)
@@ -82,7 +82,7 @@ def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override()]
     try:
         params = compose(
-            "config", overrides=[o.input_line for o in chosen], return_hydra_config=True
+            "config", overrides=[as_given(o) for o in chosen], return_hydra_config=True
         ).hydra.sweeper.params
     except (HydraException, OmegaConfBaseException):
         return []  # an unknown experiment: said with the other problems
@@ -91,28 +91,34 @@ def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     return OverridesParser.create().parse_overrides(texts)
 
 
+def as_given(override: Override) -> str:
+    """An override as the command line has it."""
+    return str(override.input_line)
+
+
 def search_first(folder: str) -> None:
     """Let options of groups be found in `folder`, too, as Hydra's --config-dir does."""
-    repository = GlobalHydra.instance().config_loader().repository
-    path = GlobalHydra.instance().config_loader().get_search_path()
+    loader: Any = GlobalHydra.instance().config_loader()
+    path = loader.get_search_path()
     path.prepend("command-line", f"file://{Path(folder).resolve()}", SearchPathQuery(provider="schema"))
-    repository.initialize_sources(path)
+    loader.repository.initialize_sources(path)
 
 
 def is_group(override: Override) -> bool:
-    return "@" in override.input_line.partition("=")[0] or override.key_or_group in GROUPS
+    return "@" in as_given(override).partition("=")[0] or override.key_or_group in GROUPS
 
 
 def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[str]:
     """The single-run forms of one override. An interval (a sweeper's own) is represented by its lower end."""
     if not override.is_sweep_override():
-        return [override.input_line]
+        return [as_given(override)]
     if not sweep:
         problems.append(f"{override.input_line!r} lists several values: add -m to sweep over them")
         return []
     key = override.get_key_element()
-    if override.is_interval_sweep():
-        return [f"{key}={override.value().start}"]
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={value.start}"]
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -154,7 +160,7 @@ def unknown_keys(groups: list[str], values: list[Override]) -> dict[str, str]:
             if not isinstance(node, dict) or part not in node:
                 allowed = node if isinstance(node, dict) else ()
                 full = ".".join(parts[: depth + 1])
-                problems[override.input_line] = unknown_key(full, [k for k in allowed if k != "_target_"])
+                problems[as_given(override)] = unknown_key(full, [k for k in allowed if k != "_target_"])
                 break
             node = node[part]
     return problems

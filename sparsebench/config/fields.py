@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -54,7 +54,7 @@ def setting(
 NAME_PATTERN = {"pattern": r"[A-Za-z0-9][A-Za-z0-9._-]*", "pattern_text": "a name of letters, digits, '.', '_' and '-'"}
 
 
-def expected(hint: Any, meta: dict) -> str:
+def expected(hint: Any, meta: Mapping[str, Any]) -> str:
     """Words for what a field accepts, e.g. `a number in [0, 1)`, `one of none, half, p99, all`."""
     hints = [h for h in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)) if h is not NoneType]
     base = hints[0] if hints else hint
@@ -107,7 +107,12 @@ def convert(value: Any, hint: Any) -> Any:
     return value
 
 
-def in_bounds(value: Any, meta: dict) -> bool:
+def names_class(hint: Any) -> bool:
+    """Whether a field of this type holds the object that its own `_target_` names: a group, by its protocol."""
+    return hint is Any or getattr(hint, "_is_protocol", False)
+
+
+def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
     if isinstance(value, list):
         return all(in_bounds(v, meta) for v in value)
     if value is None:
@@ -118,11 +123,13 @@ def in_bounds(value: Any, meta: dict) -> bool:
         return False
     if meta.get("pattern") is not None and not re.fullmatch(meta["pattern"], str(value)):
         return False
-    checks = {"ge": lambda a, b: a >= b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b, "lt": lambda a, b: a < b}
+    checks: dict[str, Callable[[Any, Any], bool]] = {
+        "ge": lambda a, b: a >= b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b, "lt": lambda a, b: a < b,
+    }  # fmt: skip
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
 
 
-def build(node: dict, key: str, problems: list[str], cls: type | None = None) -> Any:
+def build(node: dict[str, Any], key: str, problems: list[str], cls: type[Any] | None = None) -> Any:
     """The object a config node describes, or None with lines added to `problems`.
 
     `cls` defaults to the class that `_target_` names; its dataclass fields are exactly the keys allowed.
@@ -141,7 +148,7 @@ def build(node: dict, key: str, problems: list[str], cls: type | None = None) ->
             return None
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    found = len(problems)
+    before = len(problems)
     for name in node:
         if name not in fields and name != "_target_":
             problems.append(unknown_key(f"{prefix}{name}", fields))
@@ -152,8 +159,8 @@ def build(node: dict, key: str, problems: list[str], cls: type | None = None) ->
             if spec.default is MISSING and spec.default_factory is MISSING:
                 problems.append(f"{full} is missing: it must be {expected(hint, meta)}")
             continue
-        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
-        if node[name] is not None and (nested or hint is Any):
+        nested: list[Any] = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        if node[name] is not None and (nested or names_class(hint)):
             values[name] = build(node[name], full, problems, nested[0] if nested else None)
             continue
         try:
@@ -163,7 +170,7 @@ def build(node: dict, key: str, problems: list[str], cls: type | None = None) ->
             continue
         if not in_bounds(values[name], meta):
             problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
-    if len(problems) > found:
+    if len(problems) > before:
         return None
     try:
         return cls(**values)
@@ -172,7 +179,7 @@ def build(node: dict, key: str, problems: list[str], cls: type | None = None) ->
         return None
 
 
-def unknown_key(full: str, allowed) -> str:
+def unknown_key(full: str, allowed: Iterable[str]) -> str:
     """The line for a key that does not exist, with the nearest allowed one first."""
     name = full.rpartition(".")[2]
     near = difflib.get_close_matches(name, list(allowed), n=1)

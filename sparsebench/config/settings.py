@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from sparsebench.config.fields import ConfigError, build, setting
 
@@ -95,6 +95,50 @@ class Sweeping:
     budget: float = setting(ge=1)
 
 
+class Part(Protocol):
+    """What the object of every group answers. Its class is named by `_target_` and lies above config, hence `Any` below."""
+
+    name: str
+
+    def problems(self, settings: Any) -> list[str]:
+        """Lines about settings that can't work together, as far as they show before a model is loaded."""
+
+
+class DatasetPart(Part, Protocol):
+    kind: str  # language, vision or classification
+
+    def load(self, seed: int) -> Any:
+        """The splits, a `data.base.Data`."""
+
+
+class ModelPart(Part, Protocol):
+    kind: str
+
+    def load(self, work: Any, data: Any) -> Any:
+        """The dense model, a `models.Loaded`."""
+
+
+class MethodPart(Part, Protocol):
+    """methods/base.py says what these do."""
+
+    kinds: ClassVar[tuple[str, ...]]
+    operating_point: ClassVar[tuple[str, ...]]
+
+    def fit(self, loaded: Any, data: Any, work: Any) -> Any: ...
+
+    def apply(self, module: Any, state: Any, work: Any) -> Any: ...
+
+
+class HardwarePart(Part, Protocol):
+    """hardware.py says what these do."""
+
+    estimate: bool
+
+    def prepare(self) -> None: ...
+
+    def read_back(self) -> dict[str, Any]: ...
+
+
 @dataclass(kw_only=True)
 class Settings:
     """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
@@ -103,10 +147,10 @@ class Settings:
     output_dir: str
     force: bool
     fail_fast: bool
-    dataset: Any
-    model: Any
-    method: Any
-    hardware: Any
+    dataset: DatasetPart
+    model: ModelPart
+    method: MethodPart
+    hardware: HardwarePart
     eval: Evaluation
     measure: Measurement
     sweep: Sweeping
@@ -117,13 +161,13 @@ class Settings:
 # Checking one node
 
 
-def build_settings(config: dict) -> Settings:
+def build_settings(config: dict[str, Any]) -> Settings:
     """The checked settings of one run.
 
     Raises ConfigError with every problem found: in each node, and in how the nodes fit together.
     """
     problems: list[str] = []
-    settings = build(config, "", problems, Settings)
+    settings: Settings = build(config, "", problems, Settings)
     if settings is not None:
         problems += mismatches(settings)
     if problems:

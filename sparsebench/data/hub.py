@@ -34,10 +34,10 @@ def model_problem(path: str, key: str) -> str | None:
             return f"{key} must be a folder with config.json and *.safetensors, got {path!r} without config.json"
         if not any(folder.glob("*.safetensors")):
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-            found = (
+            instead = (
                 f"{', '.join(pickles)} (pickle files are not opened: they can run code)" if pickles else "no weights"
             )
-            return f"{key} must be a folder with *.safetensors, got {path!r} with {found}"
+            return f"{key} must be a folder with *.safetensors, got {path!r} with {instead}"
         return None
     if folder.is_absolute() or path.startswith((".", "~")) or folder.exists():
         return f"{key} must be an existing folder or a Hub id, got {path!r}"

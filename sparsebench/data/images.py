@@ -258,19 +258,19 @@ def digits(settings: Images) -> tuple[Memory, None, list[str]]:
     """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels, shipped with the package."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.from_numpy((found.images * 255 / 16).round().astype(np.uint8))[:, None]
-    return Memory(images, torch.from_numpy(found.target.astype(np.int64))), None, [str(i) for i in range(10)]
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8))[:, None]
+    return Memory(images, torch.from_numpy(bunch.target.astype(np.int64))), None, [str(i) for i in range(10)]
 
 
 def idx_parts(folder: Path) -> dict[str, tuple[Path, Path]]:
     """The pairs (images, labels) of idx files in a folder by their prefix (train, t10k, or any other)."""
-    found = {}
+    pairs = {}
     for images in sorted(folder.glob("*-images*idx3-ubyte*")):
         labels = images.with_name(images.name.replace("-images", "-labels").replace("idx3", "idx1"))
         if labels.exists():
-            found[images.name.partition("-images")[0]] = (images, labels)
-    return found
+            pairs[images.name.partition("-images")[0]] = (images, labels)
+    return pairs
 
 
 def idx(settings: Images) -> tuple[Memory, Memory | None, list[str]]:
@@ -306,13 +306,13 @@ def torchvision_set(settings: Images) -> tuple[Memory, Memory, list[str]]:
     """A set of torchvision by its name, downloaded where missing (torchvision checks the files' MD5)."""
     root = Path(settings.path) if settings.path else CACHE
     cls = getattr(torchvision.datasets, settings.torchvision_name)
-    found = []
+    parts = []
     for train in (True, False):
         part = cls(str(root), train=train, download=not settings.present(root))
         pixels = torch.as_tensor(np.asarray(part.data))
         pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-        found.append(Memory(pixels, torch.as_tensor(np.asarray(part.targets), dtype=torch.int64)))
-    return (*found, [str(c) for c in part.classes])
+        parts.append(Memory(pixels, torch.as_tensor(np.asarray(part.targets), dtype=torch.int64)))
+    return (*parts, [str(c) for c in part.classes])
 
 
 def folders(settings: Images) -> tuple[Files, Files | None, list[str]]:

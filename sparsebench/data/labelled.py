@@ -83,15 +83,15 @@ def stratified(labels: torch.Tensor, shares: dict[str, float], seed: int = 0) ->
     labels int64 [N]; shares sum to 1, the last part takes the rest. Returned indices are sorted.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list] = {name: [] for name in shares}
+    pieces: dict[str, list] = {name: [] for name in shares}
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
         rows, at = rows[torch.randperm(len(rows), generator=generator)], 0
         for i, (name, share) in enumerate(shares.items()):
             end = len(rows) if i == len(shares) - 1 else at + round(share * len(rows))
-            found[name].append(rows[at:end])
+            pieces[name].append(rows[at:end])
             at = end
-    return {name: torch.cat(parts).sort().values for name, parts in found.items()}
+    return {name: torch.cat(parts).sort().values for name, parts in pieces.items()}
 
 
 def unique_rows(fingerprints: list[str], seen: set[str]) -> list[int]:

@@ -32,9 +32,9 @@ class TextSplit:
 
     def set_tokenizer(self, tokenizer: Any, start: int | None) -> None:
         """Token ids of every text; `start` stands before each (None: the tokenizer adds its own)."""
-        found = tokenizer(self.texts, add_special_tokens=start is None, truncation=False)["input_ids"]
+        token_ids = tokenizer(self.texts, add_special_tokens=start is None, truncation=False)["input_ids"]
         first = [] if start is None else [start]
-        self.tokens = [(first + ids)[: self.max_tokens] for ids in found]
+        self.tokens = [(first + ids)[: self.max_tokens] for ids in token_ids]
         self.pad = tokenizer.pad_token_id or 0
 
     def __len__(self) -> int:
@@ -156,15 +156,15 @@ class Texts:
         for document in documents:
             package = document.key.partition("/")[0]
             files[package] = files.get(package, 0) + 1
-        found = []
+        passages = []
         for document in documents:
             package = document.key.partition("/")[0]
             lines = [line for line in document.text.splitlines() if line.strip()]
             whole = len(lines) // self.passage * self.passage if files[package] >= 5 else 0
-            found += [
+            passages += [
                 ("\n".join(lines[i : i + self.passage]), package, document.key) for i in range(0, whole, self.passage)
             ]
-        return found
+        return passages
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(text, label, own group) of a file's rows."""

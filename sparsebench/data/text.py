@@ -147,11 +147,11 @@ class Text:
 
         Raises ValueError where a file is not text or a split stays empty.
         """
-        found = getattr(self, f"from_{self.source}")()
+        documents = getattr(self, f"from_{self.source}")()
         splits, seen, repeated = {}, set(), 0
         for name in SPLITS:
             unique = []
-            for document in found[name]:
+            for document in documents[name]:
                 if document.fingerprint in seen or not document.text.strip():
                     repeated += 1
                     continue
@@ -175,7 +175,7 @@ class Text:
     def from_pystdlib(self) -> dict[str, list[Document]]:
         """The running Python's standard library (or the one in `path`), tests left out; split by a hash of the path."""
         root = Path(self.path or sysconfig.get_path("stdlib"))
-        found: dict[str, list[Document]] = {name: [] for name in SPLITS}
+        documents: dict[str, list[Document]] = {name: [] for name in SPLITS}
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(f for f in folders if f not in TEST_FOLDERS)
             for name in sorted(n for n in names if n.endswith(".py")):
@@ -183,8 +183,8 @@ class Text:
                 key = file.relative_to(root).as_posix()
                 share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
                 split = "fit" if share < 90 else "dev" if share < 95 else "test"
-                found[split].append(Document(key, file.read_text(encoding="utf-8", errors="replace")))
-        return found
+                documents[split].append(Document(key, file.read_text(encoding="utf-8", errors="replace")))
+        return documents
 
     def from_wikitext(self) -> dict[str, list[Document]]:
         """WikiText articles. Where there is no training text (only valid and test), dev is the last tenth of valid."""
@@ -200,11 +200,11 @@ class Text:
             if missing:
                 raise ValueError(f"dataset.path={self.path} must hold {' and '.join(missing)}")
             texts = {n: read_text(f) for n, f in files.items() if f is not None}
-        found = {n: articles(t, n) for n, t in texts.items()}
-        if "fit" not in found:
-            cut = max(1, len(found["dev"]) * 9 // 10)
-            found["fit"], found["dev"] = found["dev"][:cut], found["dev"][cut:]
-        return found
+        documents = {n: articles(t, n) for n, t in texts.items()}
+        if "fit" not in documents:
+            cut = max(1, len(documents["dev"]) * 9 // 10)
+            documents["fit"], documents["dev"] = documents["dev"][:cut], documents["dev"][cut:]
+        return documents
 
     def from_hub(self) -> dict[str, list[Document]]:
         """A data set of the Hub (or the same rows in a local file): fit from `train`, dev and test from `validation`.
@@ -297,13 +297,13 @@ def chunks(text: str, size: int = 4096) -> list[str]:
     pieces = re.split(r"(?<=\n\n)", text)
     if len(pieces) < 30:
         pieces = text.splitlines(keepends=True)
-    found, current = [], ""
+    joined, current = [], ""
     for piece in pieces:
         current += piece
         if len(current) >= size:
-            found.append(current)
+            joined.append(current)
             current = ""
-    return found + [current] * bool(current.strip())
+    return joined + [current] * bool(current.strip())
 
 
 def articles(text: str, split: str) -> list[Document]:

@@ -43,15 +43,15 @@ def labels(rows: torch.Tensor, num_experts: int, grouping: Grouping, seed: int) 
     points = rows.detach().float().cpu().double().numpy()
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     centres = KMeans(num_experts, n_init=3, max_iter=100, random_state=seed).fit(points).cluster_centers_
-    found = None
+    assigned = None
     for _ in range(grouping.rounds):
         distance = np.repeat(cdist(points, centres), size, axis=1)
         _, columns = linear_sum_assignment(distance)
-        before, found = found, columns // size
-        if before is not None and np.array_equal(before, found):
+        before, assigned = assigned, columns // size
+        if before is not None and np.array_equal(before, assigned):
             break
-        centres = np.stack([points[found == e].mean(0) for e in range(num_experts)])
-    return torch.from_numpy(found.astype(np.int64))
+        centres = np.stack([points[assigned == e].mean(0) for e in range(num_experts)])
+    return torch.from_numpy(assigned.astype(np.int64))
 
 
 def order_of(label: torch.Tensor) -> torch.Tensor:
@@ -59,11 +59,11 @@ def order_of(label: torch.Tensor) -> torch.Tensor:
     return label.argsort(stable=True)
 
 
-def group(found: list[ExpertFFN], grouping: Grouping, seed: int, track: Callable[[dict], None]) -> dict:
+def group(expert_ffns: list[ExpertFFN], grouping: Grouping, seed: int, track: Callable[[dict], None]) -> dict:
     """Cluster and reorder every module's neurons; the orders by site (`order.<site>`)."""
     orders = {}
-    for i, ffn in enumerate(found):
+    for i, ffn in enumerate(expert_ffns):
         orders[f"order.{ffn.site}"] = order = order_of(labels(ffn.first, ffn.num_experts, grouping, seed + i))
         ffn.reorder(order)
-        track({"fit/clustered": i + 1, "fit/to_cluster": len(found)})
+        track({"fit/clustered": i + 1, "fit/to_cluster": len(expert_ffns)})
     return orders

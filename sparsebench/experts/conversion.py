@@ -1,8 +1,4 @@
-"""What MoEfication, D2DMoE and LTE share: balanced clustering, dense FFNs to expert FFNs, routers, data, states.
-
-Clustering: scikit-learn's k-means on neuron vectors of length 1, then exact assignments under equal sizes (scipy's
-linear_sum_assignment on every centre repeated m times, un-squared distances) in turn with new centres.
-"""
+"""Dense FFNs to expert FFNs and back from a state; what can be converted, and what a fit keeps (weights or orders, routers)."""
 
 from __future__ import annotations
 
@@ -64,12 +60,12 @@ def convert_one(module: nn.Module, block: Block, size: int, activation: str) -> 
     if f % size:
         raise ValueError(f"method.experts.size must divide the {f} neurons of an FFN, got {size}")
     dense = {f"{block.index}.{r}": m.weight.numel() for r, m in zip(roles, maps, strict=True)}
-    found = ExpertFFN(weights, activation, f // size, site=f"{block.index}.ffn", dense_macs=dense)
-    found.train(module.training)
-    replace(module, parents[0], found)
+    expert_ffn = ExpertFFN(weights, activation, f // size, site=f"{block.index}.ffn", dense_macs=dense)
+    expert_ffn.train(module.training)
+    replace(module, parents[0], expert_ffn)
     if split:
         replace(module, paths[1], nn.Identity())
-    return found
+    return expert_ffn
 
 
 def ffns(module: nn.Module) -> list[ExpertFFN]:
@@ -81,14 +77,14 @@ def ffns(module: nn.Module) -> list[ExpertFFN]:
 
 
 @contextmanager
-def watching(found: list[ExpertFFN], see: Callable) -> Iterator[None]:
+def watching(expert_ffns: list[ExpertFFN], see: Callable) -> Iterator[None]:
     """Call see(ffn, x, z, a, x1) in every dense and soft pass while the context lasts."""
-    for ffn in found:
+    for ffn in expert_ffns:
         ffn.watch = see
     try:
         yield
     finally:
-        for ffn in found:
+        for ffn in expert_ffns:
             ffn.watch = None
 
 
@@ -139,30 +135,30 @@ def history_facts(histories: dict[str, tuple[Any, Training, Any]]) -> dict:
 
 def problems(method: Any, settings: Any) -> list[str]:
     """Lines about settings that no expert method can serve, as far as they show before a model is loaded."""
-    found, model = [], settings.model
+    lines, model = [], settings.model
     if settings.eval.neurons.enabled:
-        found.append(f"eval.neurons.enabled must be false with method={method.name} (no single neurons), got true")
+        lines.append(f"eval.neurons.enabled must be false with method={method.name} (no single neurons), got true")
     width = None
     if model.kind == "vision":
         from sparsebench.models.vision import VIT
 
         if model.architecture not in VIT:
-            found.append(f"method={method.name} takes transformers, e.g. model=vit-tiny, got model={model.name}")
+            lines.append(f"method={method.name} takes transformers, e.g. model=vit-tiny, got model={model.name}")
         else:
             width = 4 * VIT[model.architecture]["hidden_size"]
     elif isinstance(getattr(model, "architecture", None), dict):
         width = model.architecture.get("intermediate_size")
     if width and width % method.experts.size:
-        found.append(f"method.experts.size must divide the {width} neurons of an FFN, got {method.experts.size}")
-    return found
+        lines.append(f"method.experts.size must divide the {width} neurons of an FFN, got {method.experts.size}")
+    return lines
 
 
 def linear_maps(module: nn.Module, roles: tuple[str, ...]) -> list[tuple[str, nn.Module, str]]:
     """(path, map, site name) of the maps with these roles in every block."""
-    found = []
+    maps = []
     for block in find_blocks(module):
         for role in roles:
             if role in block.sites and is_linear(module.get_submodule(block.sites[role].path)):
                 site = block.sites[role]
-                found.append((site.path, module.get_submodule(site.path), site.name))
-    return found
+                maps.append((site.path, module.get_submodule(site.path), site.name))
+    return maps

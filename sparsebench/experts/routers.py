@@ -21,14 +21,14 @@ def random_router(d: int, width: int | None, experts: int, generator: torch.Gene
     return Router(first, second, **kind)
 
 
-def fit_routers(module, found: list[ExpertFFN], label: Callable, loss: Callable, data, settings: Training, work):
+def fit_routers(module, expert_ffns: list[ExpertFFN], label: Callable, loss: Callable, data, settings: Training, work):
     """Train all routers together on dense activations of the frozen model (D2DMoE, stage 3; MoEfication).
 
     label(ffn, x1) gives targets [..., E]; loss(scores, targets) of the valid tokens of one module. Nothing but router
     weights is changed. Returns the history.
     """
     module.requires_grad_(False)
-    for ffn in found:
+    for ffn in expert_ffns:
         ffn.mode = "dense"
         ffn.router.requires_grad_(True)
     rows, _ = passes.rows_and_loss(data, settings)
@@ -42,13 +42,13 @@ def fit_routers(module, found: list[ExpertFFN], label: Callable, loss: Callable,
         with torch.no_grad():
             passes.forward(module, batch)
         mask, total = passes.valid(batch), 0.0
-        for ffn in found:
+        for ffn in expert_ffns:
             x, target = seen.pop(ffn.site)
             x, target = (x, target) if mask is None else (x[mask], target[mask])
             total = total + loss(ffn.router(x), target)
-        return total / len(found)
+        return total / len(expert_ffns)
 
-    with watching(found, see):
+    with watching(expert_ffns, see):
         history = train(
             module, rows, settings, folder=work.folder / "routers", seed=work.seed, loss=router_loss, track=work.log,
             label="fit/router",

@@ -59,11 +59,11 @@ def function(file: Path, name: str, device: int, shared_bytes: int, **defines: i
     """A kernel by name, allowed to use `shared_bytes` of shared memory."""
     from cuda.bindings import driver
 
-    found = checked(driver.cuModuleGetFunction(module(file, device, **defines), name.encode()))
+    handle = checked(driver.cuModuleGetFunction(module(file, device, **defines), name.encode()))
     if shared_bytes > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuFuncSetAttribute(found, attribute, shared_bytes))
-    return found
+        checked(driver.cuFuncSetAttribute(handle, attribute, shared_bytes))
+    return handle
 
 
 def launch(kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: list, overlap: bool) -> None:

@@ -184,8 +184,8 @@ def few_tokens(rows, chosen, function, first, first_bias, up, up_bias, last) -> 
             spread(lambda lo, hi: listed_dots(stored, x, index, values, lo, hi), count, 1)
         else:
             listed_dots(stored, x, index, values, 0, count)
-        found = torch.from_numpy(values)[:, :count]
-        return found if bias is None else found + bias[listed].float()
+        products = torch.from_numpy(values)[:, :count]
+        return products if bias is None else products + bias[listed].float()
 
     x1 = function(dots(first, first_bias))
     x1 = x1 if up is None else x1 * dots(up, up_bias)

@@ -42,7 +42,7 @@ def compact_kernel(
 ):  # fmt: skip
     """index[k], values[row, k] and count[0] for the channels that any row keeps; one program."""
     limit = tl.load(threshold)
-    found = 0
+    kept_so_far = 0
     for start in range(0, n, block):
         i = start + tl.arange(0, block)
         inside = i < n
@@ -52,14 +52,14 @@ def compact_kernel(
             value = tl.load(x + row * n + i, mask=inside, other=0.0).to(tl.float32)
             kept = (tl.abs(value) * factor > limit) != complement
             any_kept = any_kept | (kept & inside).to(tl.int32)
-        place = found + tl.cumsum(any_kept, 0) - any_kept
+        place = kept_so_far + tl.cumsum(any_kept, 0) - any_kept
         tl.store(index + place, i, mask=any_kept > 0)
         for row in tl.static_range(rows):
             value = tl.load(x + row * n + i, mask=inside, other=0.0).to(tl.float32)
             kept = (tl.abs(value) * factor > limit) != complement
             tl.store(values + row * n + place, tl.where(kept, value, 0.0), mask=any_kept > 0)
-        found += tl.sum(any_kept, 0)
-    tl.store(count, found)
+        kept_so_far += tl.sum(any_kept, 0)
+    tl.store(count, kept_so_far)
 
 
 @triton.jit

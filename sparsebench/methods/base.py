@@ -51,7 +51,7 @@ class Method:
     @property
     def prompt_policy(self) -> str:
         """Which tokens of a multi-token call are sparse (a field `prompt`)."""
-        return vars(self).get("prompt", "all")
+        return str(vars(self).get("prompt", "all"))
 
     def problems(self, settings: Settings) -> list[str]:
         """Lines about settings that can't work together, as far as they show before a model is loaded."""

@@ -56,12 +56,12 @@ class ActivationPenalty:
     alpha rises linearly over the first `ramp` of the steps. Padding counts nowhere.
     """
 
-    def __init__(self, module, found: list[ExpertFFN], name: str, alpha: float, steps: int, ramp: float):
+    def __init__(self, module, expert_ffns: list[ExpertFFN], name: str, alpha: float, steps: int, ramp: float):
         self.name, self.alpha, self.steps, self.ramp = name, alpha, steps, ramp
-        self.found, self.values, self.mask = found, {}, None
+        self.expert_ffns, self.values, self.mask = expert_ffns, {}, None
         self.zeros = self.elements = 0
         self.hook = module.register_forward_pre_hook(self.note_mask, with_kwargs=True)
-        for ffn in found:
+        for ffn in expert_ffns:
             ffn.watch = self.see
 
     def note_mask(self, module, args, kwargs) -> None:
@@ -83,13 +83,13 @@ class ActivationPenalty:
         return sum(torch.stack(g).mean() for g in groups if g)
 
     def stats(self) -> dict[str, float]:
-        found = {"zeros": self.zeros / max(1, self.elements)}
+        shares = {"zeros": self.zeros / max(1, self.elements)}
         self.zeros = self.elements = 0
-        return found
+        return shares
 
     def remove(self) -> None:
         self.hook.remove()
-        for ffn in self.found:
+        for ffn in self.expert_ffns:
             ffn.watch = None
 
 
@@ -129,16 +129,16 @@ class D2DMoE(Method):
             )
 
     def problems(self, settings: Any) -> list[str]:
-        found = conversion.problems(self, settings)
+        problems = conversion.problems(self, settings)
         if self.projections and settings.model.kind != "vision":
-            found.append(
+            problems.append(
                 f"method.projections must be [] for models of kind {settings.model.kind}, got {self.projections}"
             )
-        return found
+        return problems
 
     def students(self, module: nn.Module, generator: torch.Generator) -> dict[str, ExpertFFN]:
         """A two-layer MLP for each projection, by path, initialised like nn.Linear."""
-        found, name = {}, self.activation or conversion.activation_of(module)
+        by_path, name = {}, self.activation or conversion.activation_of(module)
         for path, linear, site in conversion.linear_maps(module, tuple(self.projections)):
             n, d = linear.weight.shape
             # the specified h, brought to a multiple of the number of experts
@@ -152,8 +152,8 @@ class D2DMoE(Method):
                        "last_bias": uniform(n, fan=h)}  # fmt: skip
             weights = {k: v.to(linear.weight) for k, v in weights.items()}
             dense = {site: linear.weight.numel()}
-            found[path] = ExpertFFN(weights, name, self.projection_experts, site=site, dense_macs=dense)
-        return found
+            by_path[path] = ExpertFFN(weights, name, self.projection_experts, site=site, dense_macs=dense)
+        return by_path
 
     def distilled(self, module: nn.Module, students: dict[str, ExpertFFN], data, work: Work):
         """Train the students on the base model's inputs to its projections' outputs; (history, settings, rows)."""
@@ -201,11 +201,11 @@ class D2DMoE(Method):
             histories["distil"] = self.distilled(module, students, data, work)
         for path, student in students.items():
             replace(module, path, student)
-        found = conversion.convert(module, self.experts.size, self.activation, blocks) + list(students.values())
+        expert_ffns = conversion.convert(module, self.experts.size, self.activation, blocks) + list(students.values())
         module.requires_grad_(True)
         if self.train is not None:
             rows, loss = passes.rows_and_loss(data, self.train)
-            penalty = ActivationPenalty(module, found, self.regulariser, self.alpha, self.train.steps, self.ramp)
+            penalty = ActivationPenalty(module, expert_ffns, self.regulariser, self.alpha, self.train.steps, self.ramp)
             history = train(
                 module, rows, self.train, folder=work.folder / "sparsify", seed=work.seed, loss=loss, penalty=penalty,
                 track=work.log, label="fit/sparsify",
@@ -213,12 +213,12 @@ class D2DMoE(Method):
             penalty.remove()
             histories["sparsify"] = (history, self.train, rows)
         module.eval()
-        orders = clustering.group(found, self.experts, work.seed, work.log)
-        for ffn in found:
+        orders = clustering.group(expert_ffns, self.experts, work.seed, work.log)
+        for ffn in expert_ffns:
             d = ffn.first.shape[1]
             ffn.router = routers.random_router(d, self.router_width, ffn.num_experts, generator, **ROUTER)
             ffn.router.to(ffn.first.device)
-        history = routers.fit_routers(module, found, ExpertFFN.norms, F.mse_loss, data, self.router, work)
+        history = routers.fit_routers(module, expert_ffns, ExpertFFN.norms, F.mse_loss, data, self.router, work)
         histories["router"] = (history, self.router, passes.rows_and_loss(data, self.router)[0])
         info = conversion.history_facts(histories)
         return conversion.state_of(module, loaded.module, orders, bool(self.train or students), info)

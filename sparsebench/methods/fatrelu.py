@@ -71,7 +71,7 @@ def search(
 
     budget: accuracy that may be lost, in [0, 1]; upper: largest threshold tried; tolerance: where bisection ends.
     """
-    maps, found, start = list(maps_of(module)), {}, accuracy()
+    maps, thresholds, start = list(maps_of(module)), {}, accuracy()
     for index, layer in enumerate(maps):
         floor = start - budget * (index + 1) / len(maps)
 
@@ -88,6 +88,6 @@ def search(
                 passed = middle
             else:
                 failed = middle
-        layer.threshold = found[layer.site] = passed
+        layer.threshold = thresholds[layer.site] = passed
         progress({"fit/fatrelu_maps_done": index + 1, "fit/fatrelu_maps": len(maps)})
-    return found
+    return thresholds

@@ -69,12 +69,12 @@ class Larosa(Method):
             r: 1 - self.tilt if block.sites[r].group in rotated_norm.GROUPS else 1 + self.tilt for r in block.sites
         }
         unit = self.sparsity * sum(sizes.values()) / sum(sizes[r] * weights[r] for r in sizes)
-        found = {role: unit * weight for role, weight in weights.items()}
-        if max(found.values()) >= 1:
+        shares = {role: unit * weight for role, weight in weights.items()}
+        if max(shares.values()) >= 1:
             raise ValueError(
-                f"method.tilt={self.tilt} at sparsity={self.sparsity} asks for {max(found.values()):.2f} of a map"
+                f"method.tilt={self.tilt} at sparsity={self.sparsity} asks for {max(shares.values()):.2f} of a map"
             )
-        return found
+        return shares
 
     def apply(self, module, state: State, work: Work):
         """Rotate, then keep the largest inputs of every token; at sparsity 0 there is nothing to rotate for."""

@@ -33,8 +33,8 @@ def separability(gates: torch.Tensor, tau: float, epsilon: float) -> torch.Tenso
 class RouterPenalty:
     """eta L_eff + lambda L_sep over layers, experts and valid tokens of the last pass: a Penalty of train.py."""
 
-    def __init__(self, module, found: list[ExpertFFN], eta: float, lam: float, tau: float, epsilon: float):
-        self.found, self.eta, self.lam, self.tau, self.epsilon = found, eta, lam, tau, epsilon
+    def __init__(self, module, expert_ffns: list[ExpertFFN], eta: float, lam: float, tau: float, epsilon: float):
+        self.expert_ffns, self.eta, self.lam, self.tau, self.epsilon = expert_ffns, eta, lam, tau, epsilon
         self.mask, self.last = None, {}
         self.hook = module.register_forward_pre_hook(self.note_mask, with_kwargs=True)
 
@@ -47,14 +47,14 @@ class RouterPenalty:
 
     def terms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(L_eff, L_sep), means over the modules."""
-        gates = [f.soft_scores if self.mask is None else f.soft_scores[self.mask] for f in self.found]
+        gates = [f.soft_scores if self.mask is None else f.soft_scores[self.mask] for f in self.expert_ffns]
         eff = torch.stack([efficiency(g) for g in gates]).mean()
         return eff, torch.stack([separability(g, self.tau, self.epsilon) for g in gates]).mean()
 
     def value(self) -> torch.Tensor:
         eff, sep = self.terms()
         self.last = {"efficiency": float(eff.detach()), "separability": float(sep.detach())}
-        for ffn in self.found:
+        for ffn in self.expert_ffns:
             self.last |= {f"selected/{ffn.site}": float((ffn.soft_scores > self.tau).float().mean())}
             ffn.soft_scores = None
         return self.eta * eff + self.lam * sep
@@ -111,10 +111,10 @@ class LTE(Method):
                 for stage, settings in (("soft", self.train), ("hard", self.adapt))
             }
             return State(finetune.weights(module, loaded.module), conversion.history_facts(histories))
-        found = conversion.convert(module, self.experts.size, None)
-        orders = clustering.group(found, self.experts, work.seed, work.log)
+        expert_ffns = conversion.convert(module, self.experts.size, None)
+        orders = clustering.group(expert_ffns, self.experts, work.seed, work.log)
         generator = torch.Generator().manual_seed(work.seed)
-        for ffn in found:
+        for ffn in expert_ffns:
             ffn.router = routers.random_router(
                 ffn.first.shape[1], None, ffn.num_experts, generator, std=self.router_std
             ).to(ffn.first.device)
@@ -122,9 +122,9 @@ class LTE(Method):
         if self.train is None:
             return conversion.state_of(module, loaded.module, orders, False, {"kind": "none", "tokens": 0})
         before, _ = self.sides(module, data)
-        for ffn in found:
+        for ffn in expert_ffns:
             ffn.mode = "soft"
-        penalty = RouterPenalty(module, found, self.eta, self.lam, self.tau, self.epsilon)
+        penalty = RouterPenalty(module, expert_ffns, self.eta, self.lam, self.tau, self.epsilon)
         histories = {"soft": self.trained("soft", module, self.train, data, work, penalty)}
         penalty.remove()
         limit, extra = self.probe_sequences, {"epsilon": self.epsilon}
@@ -158,8 +158,8 @@ class LTE(Method):
             for batch in passes.probe(data, self.probe_sequences, next(module.parameters()).device):
                 mask = passes.valid(batch)
                 passes.forward(module, batch)
-        found = torch.cat(sides)
-        return found, close / len(found)
+        all_sides = torch.cat(sides)
+        return all_sides, close / len(all_sides)
 
     def apply(self, module, state: State, work: Work):
         """Trained weights, hard routing; the dense control is the model with its weights."""

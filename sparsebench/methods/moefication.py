@@ -66,7 +66,7 @@ class MoEfication(Method):
     def fit(self, loaded, data, work: Work) -> State:
         """ReLU fine-tune (where `train`), clustering, routers by BCE on scaled activation sums."""
         module, histories = finetune.trainable(loaded.module), {}
-        found = conversion.convert(module, self.experts.size, self.activation)
+        expert_ffns = conversion.convert(module, self.experts.size, self.activation)
         module.requires_grad_(True)
         if self.train is not None:
             rows, loss = passes.rows_and_loss(data, self.train)
@@ -75,14 +75,14 @@ class MoEfication(Method):
                 label="fit/relu",
             )  # fmt: skip
             histories["relu"] = (history, self.train, rows)
-        orders = clustering.group(found, self.experts, work.seed, work.log)
+        orders = clustering.group(expert_ffns, self.experts, work.seed, work.log)
         generator = torch.Generator().manual_seed(work.seed)
-        for ffn in found:
+        for ffn in expert_ffns:
             d = ffn.first.shape[1]
             small = routers.random_router(d, self.router_width, ffn.num_experts, generator, **self.kind_of_router())
             ffn.router = (cluster_router(ffn) if self.variant == "original" else small).to(ffn.first.device)
         history = routers.fit_routers(
-            module, found, activation_labels, F.binary_cross_entropy_with_logits, data, self.router, work
+            module, expert_ffns, activation_labels, F.binary_cross_entropy_with_logits, data, self.router, work
         )
         histories["router"] = (history, self.router, passes.rows_and_loss(data, self.router)[0])
         info = conversion.history_facts(histories)

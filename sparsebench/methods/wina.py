@@ -107,7 +107,7 @@ def column_norms(weight: torch.Tensor) -> torch.Tensor:
 
 def bases_of(module: torch.nn.Module, blocks: list[Block]) -> dict[tuple[int, str], torch.Tensor]:
     """Q by (layer, group), float32 [n, n]: right singular vectors of W_k and W_gate after the norms are folded."""
-    found = {}
+    bases = {}
     for block in blocks:
         for group, roles in BASIS_OF.items():
             role = next((r for r in roles if r in block.sites), None)
@@ -116,8 +116,8 @@ def bases_of(module: torch.nn.Module, blocks: list[Block]) -> dict[tuple[int, st
                     f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}"
                 )
             weight = rotated_norm.folded(module, block, role)
-            found[block.index, group] = rotated_norm.principal_basis(weight.T @ weight).float().cpu()
-    return found
+            bases[block.index, group] = rotated_norm.principal_basis(weight.T @ weight).float().cpu()
+    return bases
 
 
 def lossless(scales: dict[str, torch.Tensor], blocks: list[Block]) -> dict[str, float]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,15 @@ from typing import Any
 import torch
 import transformers
 
-from sparsebench import ranks
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.config.identity import digest
 from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded
-from sparsebench.records import files, machine
+from sparsebench.records import machine
 from sparsebench.sites import find_blocks
-from sparsebench.training.from_scratch import byte_bpe
-from sparsebench.training.loop import Training, classification_loss, train
+from sparsebench.training import from_scratch
+from sparsebench.training.loop import Training, classification_loss
 from sparsebench.training.work import Work
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +68,7 @@ class Encoder:
                 None,
             )
         else:
-            tokenizer = byte_bpe(data.fit.texts, self.architecture["vocab_size"])
+            tokenizer = from_scratch.byte_bpe(data.fit.texts, self.architecture["vocab_size"])
             start, origin, dev = tokenizer.bos_token_id, "random weights", None
         data.set_tokenizer(tokenizer, start)
         if self.weights != "pretrained":
@@ -105,26 +99,15 @@ class Encoder:
             "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": machine.machine(),
             "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
         }  # fmt: skip
-        folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with ranks.locked(folder.with_suffix(".lock")):
-            if ranks.agreed((folder / "training.json").exists()):
-                return folder
-            log.info("training %s from scratch into %s", self.name, folder)
-            module.to(work.hardware.torch_device)
-            checkpoints, partial = folder.with_suffix(".checkpoints"), folder.with_suffix(".partial")
-            history = train(
-                module, data.fit, self.train, folder=checkpoints, seed=work.seed, loss=classification_loss,
-                track=work.log, label=f"train/{self.name}",
-            )  # fmt: skip
+
+        def judge(module, history) -> dict[str, Any]:
             metrics, _ = quality.classification_quality(module, data.dev, None, 64)
-            if ranks.first():
-                shutil.rmtree(partial, ignore_errors=True)
-                module.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-                facts = {**shape, "dev": {k: metrics[k] for k in ("accuracy", "nll")}, "history": history.rows}
-                files.write_atomic(partial / "training.json", json.dumps(files.plain(facts), indent=1).encode())
-                partial.rename(folder)
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            ranks.agreed(True)
-        return folder
+            return {"dev": {k: metrics[k] for k in ("accuracy", "nll")}}
+
+        def save(module, folder: Path) -> None:
+            module.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        return from_scratch.trained(
+            self, shape, work, lambda: (module, data.fit), judge, save, loss=classification_loss
+        )

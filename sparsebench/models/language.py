@@ -13,7 +13,9 @@ import transformers
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
+from sparsebench.measure import quality
 from sparsebench.models import Loaded
+from sparsebench.records import machine
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training
@@ -87,7 +89,7 @@ class CausalLM:
         """The model on the target's device in its dtype; `data` gets its tokenizer. Raises ValueError where its structure is unknown."""
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
-            location = str(from_scratch.trained(self, config, work, data))
+            location = str(self.trained(config, work, data))
         if self.weights == "random":
             torch.manual_seed(work.seed)
             with torch.device(hardware.torch_device):
@@ -122,3 +124,40 @@ class CausalLM:
         if data is not None:
             data.set_tokenizer(tokenizer)
         return Loaded(module, tokenizer, info)
+
+    def trained(self, config: transformers.PretrainedConfig, work: Work, data) -> Path:
+        """The folder of this model and its tokenizer trained on data.fit with work.seed; trained first where missing."""
+        shape = {
+            "architecture": self.architecture,
+            "num_layers": self.num_layers,
+            "train": vars(self.train),
+            "data": data.fit.describe()["fingerprint"],
+            "sequence_length": data.fit.sequence_length,
+            "seed": work.seed,
+        }
+
+        def begin() -> tuple[torch.nn.Module, torch.Tensor]:
+            tokenizer = from_scratch.byte_bpe((d.text for d in data.fit.documents), config.vocab_size)
+            config.bos_token_id = config.eos_token_id = tokenizer.bos_token_id
+            data.set_tokenizer(tokenizer)
+            torch.manual_seed(work.seed)
+            module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return module, data.fit.sequences()
+
+        def judge(module, history) -> dict[str, Any]:
+            splits = (data.dev, data.test)
+            return {
+                "tokens": history.steps * self.train.batch_size * data.fit.sequence_length,
+                "tokens_in_fit": data.fit.sequences().numel(),
+                "dataset": data.describe(),
+                "quality": {s.name: quality.perplexity(module, s.sequences(), work.batch_size) for s in splits},
+                "precision": "bfloat16 weights as saved; quality measured in float32 before rounding",
+                "machine": machine.describe(work.hardware.torch_device.type),
+                "seconds_of_last_process": history.seconds,
+            }
+
+        def save(module, folder: Path) -> None:
+            module.to(torch.bfloat16).save_pretrained(folder)
+            data.fit.tokenizer.save_pretrained(folder)
+
+        return from_scratch.trained(self, shape, work, begin, judge, save)

@@ -7,7 +7,6 @@ torchvision where its server answers, from a file, from training here, or are ra
 from __future__ import annotations
 
 import json
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +16,17 @@ import safetensors.torch
 import torch
 import torchvision
 import transformers
-from filelock import FileLock
 from torch import nn
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.config.identity import digest
 from sparsebench.data import hub
 from sparsebench.measure import quality, shape_bias
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate, maps_of
 from sparsebench.records import files, machine
-from sparsebench.training.loop import Training, classification_loss, train
+from sparsebench.training import from_scratch
+from sparsebench.training.loop import Training, classification_loss
 from sparsebench.training.work import Work
-
-log = logging.getLogger(__name__)
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "googlenet", "densenet121")
 VIT = {  # hidden size, blocks, heads, patch; vit_b_16's shapes are torchvision's
@@ -178,22 +174,18 @@ class Vision:
             "seed": work.seed,
             "machine": machine.machine(),
         }
-        folder = work.output_dir / "models" / f"{self.name}-{digest(shape)[:10]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if (folder / "training.json").exists():
-                return folder
-            log.info("training %s from scratch into %s", self.name, folder)
-            history = train(
-                module, data.fit, self.train, folder=folder / "checkpoints", seed=work.seed, loss=classification_loss,
-                track=work.log, label=f"train/{self.name}",
-            )  # fmt: skip
+
+        def judge(module, history) -> dict[str, Any]:
             metrics, _ = quality.classification_quality(module, data.dev, None, work.batch_size)
-            facts = {**shape, "dev": {k: metrics[k] for k in ("accuracy", "nll", "ece")}, "history": history.rows}
+            return {"dev": {k: metrics[k] for k in ("accuracy", "nll", "ece")}}
+
+        def save(module, folder: Path) -> None:
             content = safetensors.torch.save({k: v.cpu().contiguous() for k, v in module.state_dict().items()})
             files.write_atomic(folder / "model.safetensors", content)
-            files.write_atomic(folder / "training.json", json.dumps(files.plain(facts), indent=1).encode())
-        return folder
+
+        return from_scratch.trained(
+            self, shape, work, lambda: (module, data.fit), judge, save, loss=classification_loss
+        )
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

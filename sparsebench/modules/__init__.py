@@ -1,1 +1,1 @@
-"""The sparse modules every method produces: `input_sparse` (more follow the same shape: site, counter, costs)."""
+"""The sparse modules that methods put into a model; `base` is their contract: site, counter, costs, the kernel that runs."""

@@ -227,15 +227,15 @@ class ExpertFFN(SparseModule):
 
         An oracle costs nothing here: it is a bound, not a way to run.
         """
-        found, element = {}, self.first.element_size()
+        costs, element = {}, self.first.element_size()
         router = self.router.num_products if self.mode == "hard" and self.routing == "trained" else 0
         width = self.router.first.element_size() if router else 0
         for site, mine in self.covers.items():
             share, dense = 1 - measured[site].sparsity_of_sparse_tokens, self.dense_macs[site]
             traffic = share * mine * element + router * width
-            found[site] = Cost(dense, share * mine, router, dense * element, traffic)
+            costs[site] = Cost(dense, share * mine, router, dense * element, traffic)
             router = 0
-        return found
+        return costs
 
     def extra_repr(self) -> str:
         return f"{self.site}, {self.num_experts} experts of {self.size}, {self.mode}, {self.rule}, {self.routing}"

@@ -67,11 +67,11 @@ class GateSparseFFN(SparseModule):
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of up and down for one decoded token; the gate stays dense."""
-        element, found = self.down.element_size(), {}
+        element, costs = self.down.element_size(), {}
         for site, count in self.covers.items():
             kept = (1 - measured[site].sparsity_of_sparse_tokens) * count
-            found[site] = Cost(count, kept, 0, count * element, kept * element)
-        return found
+            costs[site] = Cost(count, kept, 0, count * element, kept * element)
+        return costs
 
     def extra_repr(self) -> str:
         return f"{self.site}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"

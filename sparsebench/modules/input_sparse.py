@@ -122,11 +122,11 @@ class InputSparseLinear(SparseModule, LinearMap):
         a selection.
         """
         m, n = self.weight.shape
-        found = measured[self.site]
-        kept = (1 - found.sparsity_of_sparse_tokens) * m * n
+        site = measured[self.site]
+        kept = (1 - site.sparsity_of_sparse_tokens) * m * n
         factors, element = self.rank * (m + n), self.weight.element_size()
         extra = factors + n * (self.scale is not None) + n * (self.top_k is not None)
-        both = kept if found.kept_nonzeros is None else found.kept_nonzeros
+        both = kept if site.kept_nonzeros is None else site.kept_nonzeros
         return {self.site: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
 
     def extra_repr(self) -> str:

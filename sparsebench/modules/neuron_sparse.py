@@ -164,14 +164,14 @@ class NeuronSparseFFN(SparseModule):
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of one decoded token, dense and as measured (a predictor states those of its gate map)."""
-        found = {}
+        costs = {}
         for role, path in self.names.items():
             m, n = shape(getattr(self, path))
             element = getattr(self, path).weight.element_size()
             site = f"{self.layer}.{role}"
             share = 1 - measured[site].sparsity_of_sparse_tokens if role in self.skipped_roles else 1.0
-            found[site] = Cost(m * n, share * m * n, 0, m * n * element, share * m * n * element)
-        return found
+            costs[site] = Cost(m * n, share * m * n, 0, m * n * element, share * m * n * element)
+        return costs
 
     def extra_repr(self) -> str:
         return f"{self.site}, up_activation={self.up_activation}, kernel={self.kernel_name}"

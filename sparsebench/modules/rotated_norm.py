@@ -44,10 +44,10 @@ class RotatedNorm(SparseModule):
 
 def norms(model: nn.Module, block: Block) -> dict[str, str]:
     """Paths of the two RMSNorms of a block by the group they feed. Raises ValueError where there aren't just two."""
-    found = [n for n, m in model.get_submodule(block.path).named_children() if hasattr(m, "variance_epsilon")]
-    if len(found) != 2:
-        raise ValueError(f"method: a rotation needs blocks with two RMSNorms, got {len(found)} in {block.path}")
-    return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, found, strict=True)}
+    names = [n for n, m in model.get_submodule(block.path).named_children() if hasattr(m, "variance_epsilon")]
+    if len(names) != 2:
+        raise ValueError(f"method: a rotation needs blocks with two RMSNorms, got {len(names)} in {block.path}")
+    return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, names, strict=True)}
 
 
 def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:

@@ -85,5 +85,5 @@ class X1Penalty:
         """x1_zero per layer and their plain mean, since last asked."""
         shares = {layer: int(self.zeros[layer]) / self.seen[layer] for layer in sorted(self.seen)}
         self.zeros, self.seen = {}, {}
-        found = {f"x1_zero/{layer}": share for layer, share in shares.items()}
-        return found | {"x1_zero": sum(shares.values()) / len(shares)}
+        metrics = {f"x1_zero/{layer}": share for layer, share in shares.items()}
+        return metrics | {"x1_zero": sum(shares.values()) / len(shares)}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,16 +44,16 @@ def gpu_names() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in COMPUTING:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def machine() -> dict:
+def machine() -> dict[str, Any]:
     """Device names and package versions. No torch import."""
     return {"cpu": cpu_name(), "gpus": gpu_names(), "versions": versions()}
 
@@ -71,11 +72,11 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def describe(device: str) -> dict:
+def describe(device: str) -> dict[str, Any]:
     """Everything about this process that a reader needs to judge its timings."""
     import torch
 
-    found = {
+    account = {
         **machine(),
         "platform": platform.platform(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -91,7 +92,7 @@ def describe(device: str) -> dict:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        found |= {
+        account |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "driver": pynvml.nvmlSystemGetDriverVersion(),
@@ -101,4 +102,4 @@ def describe(device: str) -> dict:
             "other_processes": max(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1, 0),
         }
         pynvml.nvmlShutdown()
-    return found
+    return account

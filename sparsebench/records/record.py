@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparsebench.records.files import plain, scrub, write_atomic
 
@@ -21,23 +22,25 @@ class Record:
 
     config_hash: str
     name: str
-    config: dict
+    config: dict[str, Any]
     status: str = "running"  # finished | failed | interrupted, once written
-    error: dict | None = None  # {type, message, traceback}
+    error: dict[str, Any] | None = None  # {type, message, traceback}
     started_at: str = ""  # ISO 8601, UTC
     seconds: float = 0.0
-    env: dict | None = None
-    model: dict | None = None
-    dataset: dict | None = None
-    fit: dict | None = None
-    quality: dict | None = None
-    sparsity: dict | None = None
-    macs: dict | None = None
-    bytes: dict | None = None
-    latency: dict | None = None
-    estimate: dict | None = None  # of a target that is not here; never mixed with latency, which is measured
-    memory: dict | None = None
-    extra: dict = field(default_factory=dict)  # a method's own findings (search history, training curves, ...)
+    env: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    dataset: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
+    macs: dict[str, Any] | None = None
+    bytes: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
+    estimate: dict[str, Any] | None = None  # of a target that is not here; never mixed with latency, which is measured
+    memory: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # a method's own findings (search history, training curves, ...)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -46,7 +49,7 @@ def write(record: Record, path: Path) -> None:
     write_atomic(path, scrub(json.dumps(plain(asdict(record)), indent=1, allow_nan=False)).encode())
 
 
-def read(path: Path) -> dict | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The record at `path`, or None where there is none or where it can't be one (truncated, foreign, other version)."""
     try:
         content = json.loads(path.read_text())

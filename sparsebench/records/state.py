@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import save
 
 from sparsebench import ranks
 from sparsebench.config.identity import digest, local_files
+from sparsebench.config.settings import Settings
 from sparsebench.records import files
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class State:
     """tensors: contiguous, on the CPU. info: JSON-ready facts (also shown in the record under `fit`)."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    info: dict = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def write(state: State, path: Path) -> None:
@@ -68,7 +70,7 @@ def keep(path: Path, folder: Path) -> None:
     partial.unlink(missing_ok=True)  # replacing a link to the same file leaves both
 
 
-def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict]:
+def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict[str, Any]]:
     """The state at `path`, fitted and written first where need be; one process fits, others wait for it.
 
     Returns the state and {seconds, cached}.
@@ -78,6 +80,8 @@ def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict]:
         state = read(path) if ranks.first() else None
         if ranks.agreed(state is not None):
             state = state or read(path)
+            if state is None:
+                raise OSError(f"{path}: a state that another process has read can't be read here")
             return state, {"seconds": state.info.get("fit_seconds", 0.0), "cached": True}
         start = time.perf_counter()
         state = fit()
@@ -87,7 +91,7 @@ def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict]:
     return state, {"seconds": state.info["fit_seconds"], "cached": False}
 
 
-def key(settings, configuration: dict, machine: dict) -> str:
+def key(settings: Settings, configuration: dict[str, Any], machine: dict[str, Any]) -> str:
     """Hash of what shapes a fit: all but evaluation, measuring, kernel and the method's operating point."""
     method = {k: v for k, v in configuration["method"].items() if k not in settings.method.operating_point}
     hardware = settings.hardware.read_back()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,7 @@ def ratio(dense: float | None, sparse: float | None) -> str:
     return f"{sparse / dense:.3f}x" if dense and sparse is not None else "-"
 
 
-def headline(found: dict, path: Path) -> str:
+def headline(found: dict[str, Any], path: Path) -> str:
     """One line of JSON for scripts: the main figures of a record and where it lies."""
     quality, latency = found.get("quality") or {}, found.get("latency") or {}
     name = "accuracy" if "accuracy" in quality else "perplexity"
@@ -45,7 +46,7 @@ def headline(found: dict, path: Path) -> str:
     return json.dumps(content)
 
 
-def show(found: dict, path: Path) -> None:
+def show(found: dict[str, Any], path: Path) -> None:
     """Print a record: its table (or why it failed), where it lies, and the line of JSON."""
     console = Console(highlight=False, soft_wrap=True)
     if found["status"] != "finished":
@@ -58,11 +59,12 @@ def show(found: dict, path: Path) -> None:
     print(headline(found, path), flush=True)
 
 
-def table(found: dict) -> Table:
+def table(found: dict[str, Any]) -> Table:
     """The run's figures, dense beside sparse."""
     grid = Table(title=found["name"], title_justify="left")
-    for name, justify in (("", "left"), ("dense", "right"), ("sparse", "right"), ("sparse / dense", "right")):
-        grid.add_column(name, justify=justify)
+    grid.add_column("")
+    for name in ("dense", "sparse", "sparse / dense"):
+        grid.add_column(name, justify="right")
     for name, metric in found["quality"].items():
         if name == "nll":
             continue
@@ -102,7 +104,7 @@ def table(found: dict) -> Table:
     return grid
 
 
-def sparsity_rows(grid: Table, measured: dict) -> None:
+def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
     """Measured sparsity, model-wide and by role; with a baseline of its own (activation maps), both and the change."""
     base = measured.get("baseline")
     roles, base_roles = by_role(measured["per_site"]), by_role(base["per_site"]) if base else {}
@@ -125,7 +127,7 @@ def gain(before: float, after: float) -> str:
     return f"{100 * (after - before):+.2f} points{relative}"
 
 
-def latency_rows(grid: Table, latency: dict) -> None:
+def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
     """Dense and sparse times: decode and prefill of a language model, whole forward passes of a classifier."""
     for part in ("decode", "prefill"):
         if part not in latency:
@@ -151,9 +153,9 @@ def latency_rows(grid: Table, latency: dict) -> None:
         grid.add_row(label, f"{dense:.3f}", f"{sparse:.3f}", claim)
 
 
-def by_role(per_site: dict) -> dict[str, tuple[float, int]]:
+def by_role(per_site: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Per kind of site: (sparsity over its sites by their weight, number of sites)."""
-    groups: dict[str, list] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for name, site in per_site.items():
         groups.setdefault(site.get("role", name.rpartition(".")[2]), []).append(site)
     return {

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsebench.records.files import plain, scrub
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -18,26 +22,26 @@ log = logging.getLogger(__name__)
 class NullTracker:
     """The same calls, no effect."""
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         pass
 
-    def finish(self, record: dict) -> None:
+    def finish(self, record: dict[str, Any]) -> None:
         pass
 
 
 class WandbTracker:
     """Logs config at the start, rows of history as they come, and the whole record as the summary."""
 
-    def __init__(self, run, artifact: Path | None = None):
+    def __init__(self, run: wandb.Run, artifact: Path | None = None):
         self.run, self.artifact = run, artifact
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         try:
             self.run.log(row)
         except Exception as error:
             log.warning("W&B: %s", error)
 
-    def finish(self, record: dict) -> None:
+    def finish(self, record: dict[str, Any]) -> None:
         import wandb
 
         try:
@@ -50,43 +54,43 @@ class WandbTracker:
             self.run.log({"per_site": table})
             self.run.summary.update(summary(record))
             if self.artifact is not None and record["status"] == "finished":
-                self.run.log_artifact(self.files(record))
+                self.run.log_artifact(self.files(self.artifact, record))
             self.run.finish(exit_code=0 if record["status"] == "finished" else 1)
         except Exception as error:
             log.warning("W&B: %s", error)
 
-    def files(self, record: dict):
+    def files(self, folder: Path, record: dict[str, Any]) -> wandb.Artifact:
         """The run's folder as a W&B artifact: what `sparsebench.load` needs."""
         import wandb
 
         artifact = wandb.Artifact(f"run-{record['config_hash'][:10]}", type="sparse-model")
-        for file in (self.artifact / "result.json", self.artifact / "state.safetensors"):
+        for file in (folder / "result.json", folder / "state.safetensors"):
             if file.exists():
                 artifact.add_file(str(file))
         return artifact
 
 
-def summary(record: dict) -> dict:
+def summary(record: dict[str, Any]) -> dict[str, Any]:
     """All figures of a record, flat, without raw samples and per-site values (they have a table); FLOPs beside MACs."""
-    found: dict = {}
+    figures: dict[str, Any] = {}
 
-    def walk(prefix: str, value) -> None:
+    def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 if key not in ("samples_ms", "per_site", "config", "env"):
                     walk(f"{prefix}/{key}" if prefix else key, inner)
         elif isinstance(value, (int, float, str, bool)):
-            found[prefix] = value
+            figures[prefix] = value
 
     walk("", record)
     for name in ("dense", "sparse", "overhead"):
-        if f"macs/{name}" in found:
-            found[f"flops/{name}"] = 2 * found[f"macs/{name}"]
-    return found
+        if f"macs/{name}" in figures:
+            figures[f"flops/{name}"] = 2 * figures[f"macs/{name}"]
+    return figures
 
 
 def start(
-    settings: dict, name: str, folder: Path, configuration: dict, run_id: str | None = None
+    settings: dict[str, Any], name: str, folder: Path, configuration: dict[str, Any], run_id: str | None = None
 ) -> NullTracker | WandbTracker:
     """A tracker for one run, with W&B's files inside the run's `folder`. Falls back to offline, then to none.
 
@@ -96,7 +100,7 @@ def start(
         return NullTracker()
     import wandb
 
-    modes = ["online", "offline"] if settings["mode"] == "online" else ["offline"]
+    modes: list[Literal["online", "offline"]] = ["online", "offline"] if settings["mode"] == "online" else ["offline"]
     for mode in modes:
         try:
             run = wandb.init(

@@ -1,1 +1,1 @@
-"""Training: the loop, fine-tuning for methods, models from scratch."""
+"""Training: the `loop`, `finetune` for methods, `from_scratch` for every kind of model, the `work` context both get."""

@@ -41,10 +41,10 @@ def load_weights(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Put a state's `weights.*` into a model of the same structure. Raises ValueError where one is missing or odd."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            found = tensors.get(f"weights.{name}")
-            if found is None or found.shape != parameter.shape:
+            saved = tensors.get(f"weights.{name}")
+            if saved is None or saved.shape != parameter.shape:
                 raise ValueError(f"the trained state does not fit the model at {name}")
-            parameter.copy_(found)
+            parameter.copy_(saved)
 
 
 def facts(history: History, settings: Training, windows: torch.Tensor) -> dict:

@@ -1,5 +1,7 @@
-"""Language models trained from scratch on a data set's fit split, tokenizer included: where no hub can be reached, and
-how the shipped llama-tiny was made. The result is an ordinary transformers folder with `training.json` beside it.
+"""Models trained from scratch on a data set's fit split: where no hub can be reached, and how the shipped llama-tiny was made.
+
+One way for every kind of model: a folder named after all that decides the result, one process that trains while others
+wait, checkpoints, `training.json` beside the weights. What differs (rows, loss, quality, files) the model hands in.
 """
 
 from __future__ import annotations
@@ -7,17 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 
 from sparsebench import ranks
 from sparsebench.config.identity import digest
-from sparsebench.measure.quality import perplexity
-from sparsebench.records import files, machine
-from sparsebench.training.loop import train
+from sparsebench.records import files
+from sparsebench.training.loop import History, next_token_loss, train
 from sparsebench.training.work import Work
 
 log = logging.getLogger(__name__)
@@ -36,59 +40,41 @@ def byte_bpe(texts, vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
-def trained(model, architecture: transformers.PretrainedConfig, work: Work, data) -> Path:
-    """The folder of a model trained by `model.train` on data.fit with work.seed; trained first where it is missing.
+def trained(
+    model,
+    shape: dict[str, Any],
+    work: Work,
+    begin: Callable[[], tuple[nn.Module, Any]],
+    judge: Callable[[nn.Module, History], dict[str, Any]],
+    save: Callable[[nn.Module, Path], None],
+    loss: Callable[[nn.Module, Any], torch.Tensor] = next_token_loss,
+) -> Path:
+    """The folder of a model trained by `model.train` with work.seed; trained first where it is missing.
 
-    A kill at any moment loses at most the steps since the last checkpoint.
+    shape: all that decides the result; its digest names the folder. begin: the module with random weights, float32, and
+    the rows to train on. judge: facts about the trained module, for `training.json`. save: its files, into a folder.
+    One process of several saves; a kill at any moment loses at most the steps since the last checkpoint.
     """
-    shape = {
-        "architecture": model.architecture,
-        "num_layers": model.num_layers,
-        "train": vars(model.train),
-        "data": data.fit.describe()["fingerprint"],
-        "sequence_length": data.fit.sequence_length,
-        "seed": work.seed,
-    }
     folder = work.output_dir / "models" / f"{model.name}-{digest(shape)[:10]}"
+    lock, checkpoints, partial = (folder.with_name(folder.name + end) for end in (".lock", ".checkpoints", ".partial"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with ranks.locked(folder.with_suffix(".lock")):
+    with ranks.locked(lock):
         if ranks.agreed((folder / "training.json").exists()):
             return folder
         log.info("training %s from scratch into %s", model.name, folder)
-        tokenizer = byte_bpe((d.text for d in data.fit.documents), architecture.vocab_size)
-        architecture.bos_token_id = architecture.eos_token_id = tokenizer.bos_token_id
-        data.set_tokenizer(tokenizer)
-        torch.manual_seed(work.seed)
-        module = transformers.AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+        module, rows = begin()
         module.to(work.hardware.torch_device)
-        rows = data.fit.sequences()
-        checkpoints = folder.with_suffix(".checkpoints")
         history = train(
-            module, rows, model.train, folder=checkpoints, seed=work.seed, track=work.log, label=f"train/{model.name}"
-        )
-        quality = {
-            split.name: perplexity(module, split.sequences(), work.batch_size) for split in (data.dev, data.test)
-        }
-        if not ranks.first():
-            ranks.agreed(True)  # the first one has saved
-            return folder
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        module.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        facts = {
-            **shape,
-            "tokens": history.steps * model.train.batch_size * data.fit.sequence_length,
-            "tokens_in_fit": rows.numel(),
-            "dataset": data.describe(),
-            "quality": quality,
-            "precision": "bfloat16 weights as saved; quality measured in float32 before rounding",
-            "machine": machine.describe(work.hardware.torch_device.type),
-            "seconds_of_last_process": history.seconds,
-            "history": history.rows,
-        }
-        files.write_atomic(partial / "training.json", json.dumps(files.plain(facts), indent=1).encode())
-        partial.rename(folder)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        ranks.agreed(True)
+            module, rows, model.train, folder=checkpoints, seed=work.seed, loss=loss, track=work.log,
+            label=f"train/{model.name}",
+        )  # fmt: skip
+        facts = {**shape, **judge(module, history), "history": history.rows}
+        if ranks.first():
+            shutil.rmtree(partial, ignore_errors=True)
+            save(module, partial)
+            files.write_atomic(partial / "training.json", json.dumps(files.plain(facts), indent=1).encode())
+            shutil.rmtree(folder, ignore_errors=True)  # without `training.json` it is what a crash left
+            partial.rename(folder)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        ranks.agreed(True)  # the first one has saved
     return folder

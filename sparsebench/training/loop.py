@@ -122,13 +122,13 @@ class Order:
         self.rows, self.seed, self.epoch, self.permutation = rows, seed, -1, torch.empty(0)
 
     def __call__(self, start: int, count: int) -> torch.Tensor:
-        found = []
+        rows = []
         for position in range(start, start + count):
             epoch, place = divmod(position, self.rows)
             if epoch != self.epoch:
                 self.epoch, self.permutation = epoch, order(self.rows, self.seed, epoch)
-            found.append(int(self.permutation[place]))
-        return torch.tensor(found)
+            rows.append(int(self.permutation[place]))
+        return torch.tensor(rows)
 
 
 def optimiser(module: nn.Module, settings: Training) -> torch.optim.Optimizer:

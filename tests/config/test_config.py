@@ -5,9 +5,9 @@ import importlib
 from pathlib import Path
 
 import pytest
-import sparsebench.conf
 import yaml
 
+import sparsebench.conf
 from sparsebench import config
 from sparsebench.config.compose import GROUPS, compose_all
 from sparsebench.config.identity import digest, identity_of

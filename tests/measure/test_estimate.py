@@ -71,7 +71,7 @@ def test_rates_of_this_machine_are_plausible():
 def test_every_target_can_be_estimated_anywhere(name, monkeypatch):
     monkeypatch.setattr(machine, "gpu_names", list)
     settings = config.build_settings(compose_all([f"hardware={name}", "hardware.estimate=true"])[0])
-    assert settings.hardware.found_device == "cpu"
+    assert settings.hardware.present_device == "cpu"
 
 
 def test_what_can_not_be_estimated_is_said(monkeypatch):

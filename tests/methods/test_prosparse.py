@@ -4,10 +4,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-import sparsebench.conf
 import torch
 import yaml
 
+import sparsebench.conf
 from sparsebench import config
 from sparsebench.config.compose import compose_all
 from sparsebench.measure import sparsity

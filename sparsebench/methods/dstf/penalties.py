@@ -76,24 +76,24 @@ class MapPenalty:
 
     def terms(self) -> dict[str, torch.Tensor]:
         """w_l R(A_l) / N by site, of the last forward pass."""
-        found = {}
+        terms = {}
         for site, a in self.maps.items():
             size = a.shape[0] if self.norm == "per_sample_sum" else a.numel()
-            found[site] = (self.weights[site] if self.weights else 1.0) * self.function(a) / size
-        return found
+            terms[site] = (self.weights[site] if self.weights else 1.0) * self.function(a) / size
+        return terms
 
     def value(self) -> torch.Tensor:
-        found = torch.stack(list(self.terms().values())).sum()
+        total = torch.stack(list(self.terms().values())).sum()
         self.maps = {}
-        return found
+        return total
 
     def stats(self) -> dict[str, float]:
         """Share of zeros, and of units that no image switched on, since last asked (such a unit has no gradient)."""
         dead = sum(int((~fired).sum()) for fired in self.active.values())
         units = sum(fired.numel() for fired in self.active.values())
-        found = {"map_zeros": self.zeros / max(1, self.elements), "dead_units": dead / max(1, units)}
+        shares = {"map_zeros": self.zeros / max(1, self.elements), "dead_units": dead / max(1, units)}
         self.active, self.zeros, self.elements = {}, 0, 0
-        return found
+        return shares
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -108,13 +108,13 @@ class DuoGPT(Method):
             with changed(module, block, rules):
                 for roles in groups(block):
                     width = weight_of(module.get_submodule(block.sites[roles[0]].path)).shape[1]
-                    found = pruning.Statistics.empty(width, work.hardware.torch_device)
+                    statistics = pruning.Statistics.empty(width, work.hardware.torch_device)
                     path = block.sites[roles[0]].path.removeprefix(f"{block.path}.")
                     for x, y in zip(dense, sparse, strict=True):
-                        found.add(seen(layer, path, y, named), seen(original, path, x, named))
+                        statistics.add(seen(layer, path, y, named), seen(original, path, x, named))
                     for role in roles:
                         weight = weight_of(module.get_submodule(block.sites[role].path))
-                        weight.copy_(pruning.prune(weight, found, self.rule))
+                        weight.copy_(pruning.prune(weight, statistics, self.rule))
                 sparse = [run_block(layer, y, named) for y in sparse]
             dense = [run_block(original, x, named) for x in dense]
             drift = sum(float((x - y).square().sum()) for x, y in zip(dense, sparse, strict=True))
@@ -138,10 +138,10 @@ class DuoGPT(Method):
 
 def groups(block: Block) -> list[list[str]]:
     """Roles that read one tensor, in the order in which a block computes them."""
-    found: dict[str, list[str]] = {}
+    roles_of: dict[str, list[str]] = {}
     for role, site in block.sites.items():
-        found.setdefault(site.group, []).append(role)
-    return list(found.values())
+        roles_of.setdefault(site.group, []).append(role)
+    return list(roles_of.values())
 
 
 class Seen(Exception):
@@ -150,10 +150,10 @@ class Seen(Exception):
 
 def seen(layer: nn.Module, path: str, hidden: torch.Tensor, arguments: tuple) -> torch.Tensor:
     """The input of a map inside a block, after every hook registered before on that map."""
-    found = []
+    inputs = []
 
     def see(_, args):
-        found.append(args[0])
+        inputs.append(args[0])
         raise Seen
 
     hook = layer.get_submodule(path).register_forward_pre_hook(see)
@@ -163,4 +163,4 @@ def seen(layer: nn.Module, path: str, hidden: torch.Tensor, arguments: tuple) ->
         pass
     finally:
         hook.remove()
-    return found[0]
+    return inputs[0]

@@ -123,7 +123,7 @@ def train_one(x: torch.Tensor, active: torch.Tensor, settings: Settings, seed: i
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     weight = float(active[:cut].float().mean()) + 0.005
-    best, best_found, stale = None, {"recall": -1.0}, 0
+    best, best_measured, stale = None, {"recall": -1.0}, 0
     for epoch in range(settings.epochs):
         for part in torch.randperm(cut, generator=generator).split(settings.batch_size):
             target = active[part].float()
@@ -133,22 +133,22 @@ def train_one(x: torch.Tensor, active: torch.Tensor, settings: Settings, seed: i
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        found = measures(predictor, x[cut:], active[cut:]) | {"epoch": epoch}
+        measured = measures(predictor, x[cut:], active[cut:]) | {"epoch": epoch}
         stale += 1
-        if found["recall"] > best_found["recall"]:
-            best, best_found, stale = copy.deepcopy(predictor), found, 0
-        if best_found["recall"] > settings.target_recall or stale >= settings.patience:
+        if measured["recall"] > best_measured["recall"]:
+            best, best_measured, stale = copy.deepcopy(predictor), measured, 0
+        if best_measured["recall"] > settings.target_recall or stale >= settings.patience:
             break
-    return best.requires_grad_(False), best_found
+    return best.requires_grad_(False), best_measured
 
 
 def fit(module: nn.Module, data, settings: Settings, work) -> tuple[dict[str, torch.Tensor], dict]:
     """(state tensors `predictor.<layer>.*`, measures per layer and their plain means over layers) on data.fit."""
     blocks = find_blocks(module)
     length = data.fit.sequence_length
-    found = pairs(module, blocks, data.fit.sequences(max(1, settings.tokens // length)), work.batch_size)
+    pairs_by_layer = pairs(module, blocks, data.fit.sequences(max(1, settings.tokens // length)), work.batch_size)
     tensors, per_layer = {}, {}
-    for layer, (x, active) in found.items():
+    for layer, (x, active) in pairs_by_layer.items():
         device = next(module.parameters()).device
         one, per_layer[layer] = train_one(x.to(device), active.to(device), settings, work.seed + layer)
         tensors |= {f"predictor.{layer}.{name}": p.detach() for name, p in one.named_parameters()}

@@ -43,9 +43,9 @@ def cached(weight: torch.Tensor, folder: Path) -> tuple[torch.Tensor, torch.Tens
     path = folder / f"{fingerprint(weight)}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        found = state.read(path)
-        if found is None:
+        saved = state.read(path)
+        if saved is None:
             a, b = factors(weight, largest_rank(*weight.shape))
-            found = State({"a": a.to(weight.dtype).cpu(), "b": b.to(weight.dtype).cpu()})
-            state.write(found, path)
-    return found.tensors["a"], found.tensors["b"]
+            saved = State({"a": a.to(weight.dtype).cpu(), "b": b.to(weight.dtype).cpu()})
+            state.write(saved, path)
+    return saved.tensors["a"], saved.tensors["b"]

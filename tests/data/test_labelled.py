@@ -1,4 +1,4 @@
-"""Figures of a classifier against counts by hand, splits of labelled examples, their place in the training loop."""
+"""Labelled examples: splits, figures of a classifier against counts by hand, their place in the training loop."""
 
 import math
 
