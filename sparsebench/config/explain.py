@@ -22,6 +22,11 @@ from sparsebench.config.fields import expected
 
 GROUPS = ("dataset", "model", "method", "hardware", "train", "experiment")
 OWN_NODES = {"defaults", "hydra", "_target_"}  # Hydra's, not settings
+OWNERS = {  # of the files that name no class themselves
+    "config": "sparsebench.config.settings.Settings",
+    "bench": "sparsebench.bench.Bench",
+    "train": "sparsebench.training.loop.Training",
+}
 FREE_NODES = {"architecture"}  # passed on as they are: their keys are those of transformers' configuration classes
 
 
@@ -123,18 +128,23 @@ def heading(lines: list[str]) -> str:
 
 
 def filled(found: list[Entry]) -> Iterator[Entry]:
-    """The entries; where a file is silent about a key, with what another option of its group says about it."""
-    said: dict[str, str] = {}
+    """The entries; where a file is silent about a key, with what another option of the same class says about it."""
+    said: dict[tuple[str, str], str] = {}
     for entry in found:
-        if entry.meaning and "." in entry.key and not entry.option.startswith("experiment="):
-            said.setdefault(entry.key, entry.meaning)
+        if entry.meaning:
+            said.setdefault((target(entry.option), entry.key), entry.meaning)
     for entry in found:
-        meaning = entry.meaning
-        if not meaning and entry.key.count(".") == 1 and entry.key.endswith(".name"):
+        meaning = entry.meaning or said.get((target(entry.option), entry.key), "")
+        if not meaning and entry.key.endswith(".name"):
             meaning = "how records, tables and folders call it"
-        if not meaning and not entry.option.startswith("experiment="):
-            meaning = said.get(entry.key, "")
         yield replace(entry, meaning=meaning)
+
+
+@functools.cache
+def target(option: str) -> str:
+    """The dotted path of the class that an option names; the option itself where it names none."""
+    file = folder() / f"{option.replace('=', '/', 1)}.yaml"
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("_target_") or option
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,24 +183,22 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def owner(entry: Entry) -> Any:
     """The dataclass whose fields are the keys of the entry's option; None for an experiment."""
-    group, _, option = entry.option.partition("=")
-    if group == "config":
-        target = "sparsebench.config.settings.Settings"
-    elif group == "bench":
-        target = "sparsebench.bench.Bench"
-    elif group == "train":
-        target = "sparsebench.training.loop.Training"
-    elif group == "experiment":
+    group = entry.option.partition("=")[0]
+    if group == "experiment":
         return None
-    else:
-        content = yaml.safe_load((folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-        target = content["_target_"]
-    module, _, name = target.rpartition(".")
+    module, _, name = OWNERS.get(group, target(entry.option)).rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking one up
+
+
+def chosen(primary: str) -> dict[str, str]:
+    """group -> option that a primary file (config, bench) chooses where the user chooses none."""
+    content = yaml.safe_load((folder() / f"{primary}.yaml").read_text(encoding="utf-8"))
+    pairs = [pair for each in content["defaults"] if isinstance(each, dict) for pair in each.items()]
+    return {group: option for group, option in pairs if group in GROUPS}
 
 
 def matching(query: str, known: tuple[Entry, ...] | None = None) -> list[Entry]:
