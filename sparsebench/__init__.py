@@ -2,6 +2,8 @@
 
 import os
 
+__version__ = "0.1.0"
+
 # torch's CPU allocator then asks for large pages: weights are read faster, dense and sparse alike. Read when torch loads.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -9,52 +9,94 @@ Exit codes: 0 finished; 1 a run failed (in a sweep: any run failed or was not re
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import hydra
 from filelock import FileLock
-from hydra._internal.utils import get_args_parser
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sparsebench import config, ranks, sweep
-from sparsebench.config.compose import CONFIG_MODULE, compose_all, to_dict
+from sparsebench.config.arguments import read
+from sparsebench.config.compose import CONFIG_MODULE, Plan, plan, to_dict
 from sparsebench.config.identity import identity_of
 from sparsebench.records import files, machine, record
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+FAILED_BESIDE = "result.failed.json"  # a forced run that failed, beside the finished record of before
 
 
 def main() -> None:
     """Entry point of the console script."""
-    set_up_logging()
-    arguments = get_args_parser().parse_args()
-    asks_only = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    planned: list[dict] = []
-    if not asks_only:
+    sys.exit(guarded(command))
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """The exit code of a command's body, with everything it printed delivered, or one line on why it could not be."""
+    if sys.stdout is None:
+        complain("standard output is closed")
+        return WRONG
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook took its place
+            stream.reconfigure(errors="backslashreplace")
+    try:
         try:
-            planned = compose_all(arguments.overrides, arguments.multirun, arguments.config_dir)
-            for configuration in planned:
-                check(configuration)
+            code = body()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else FAILED if end.code else OK
         except config.ConfigError as error:
             for line in error.problems:
                 complain(line)
-            sys.exit(WRONG)
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
+            code = WRONG
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader went away, as `| head` does
+        code = FAILED
+    except OSError as error:
+        complain(f"standard output: {error}")
+        code = FAILED
+    else:
+        return code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said about it at exit
+    return code
+
+
+def command() -> int:
+    """The body of `sparsebench`. Returns the exit code."""
+    arguments = read("sparsebench", sys.argv[1:])
+    if arguments.info is None:  # which Hydra prints by logging
+        set_up_logging()
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")
-    if planned and arguments.multirun:
-        sys.exit(many(app, planned, arguments.overrides))
+    if arguments.hydra_help or arguments.shell_completion:
+        app(job)()
+        return OK
+    try:
+        planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
+        if arguments.cfg or arguments.info:
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                app(job)()
+            sys.stdout.write(printed.getvalue())
+            return OK
+        for configuration in planned.configurations:
+            check(configuration)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if arguments.multirun:
+        return many(app, planned, arguments.overrides)
     codes: list[int] = []
     app(lambda composed: codes.append(task(to_dict(composed))))()
-    sys.exit(max(codes, default=OK))
+    return max(codes, default=OK)
 
 
 def complain(line: str) -> None:
@@ -71,21 +113,24 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def many(app, planned: list[dict], overrides: list[str]) -> int:
+def many(app, planned: Plan, overrides: list[str]) -> int:
     """A sweep: all jobs through Hydra's launcher and sweeper, then the table of outcomes. Returns the exit code.
 
     Of several processes (torchrun) the first one keeps the sweep's folder and tells how it went; the others follow.
     """
+    # Hydra would refuse a key that not every combination has: `job` takes it away again where it is not known
+    sys.argv[1:] = [f"++{each}" if each in planned.partial else each for each in sys.argv[1:]]
     if not ranks.first():
         app(job)()
         return OK
+    output_dir = planned.configurations[0]["output_dir"]
     try:
-        folder = sweep.new_folder(planned[0]["output_dir"], overrides)
+        folder = sweep.new_folder(output_dir, overrides)
     except OSError as error:
-        complain(f"output_dir={planned[0]['output_dir']}: {error}")
+        complain(f"output_dir={output_dir}: {error}")
         return FAILED
     chosen_later = any(o.startswith("hydra/sweeper=") for o in overrides)  # by a sweeper other than Hydra's own
-    paths = [] if chosen_later else [location(each)[0] / "result.json" for each in planned]
+    paths = [] if chosen_later else [location(each)[0] / "result.json" for each in planned.configurations]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     sys.argv.append(f"hydra.sweep.dir='{quoted}'")
     log.info("sweep of %s runs in %s", len(paths) or "chosen", folder)
@@ -100,7 +145,9 @@ def many(app, planned: list[dict], overrides: list[str]) -> int:
 def job(composed) -> float:
     """One job of a sweep, in whatever process the launcher gave it. Returns what a sweeper maximises."""
     set_up_logging()
-    configuration, hydra_config = to_dict(composed), HydraConfig.get()
+    hydra_config = HydraConfig.get()
+    os.chdir(hydra_config.runtime.cwd)  # hydra.job.chdir would move what relative paths mean
+    configuration = without_foreign(to_dict(composed), list(hydra_config.overrides.task))
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
@@ -118,7 +165,7 @@ def job(composed) -> float:
         return sweep.FAILED_OBJECTIVE
     log.info("[%d] %s", number, " ".join(overrides))
     before = finished(configuration)
-    found = before or obtain(configuration)
+    found, path = (before, path) if before else obtain(configuration)
     if found is None:  # no record can be written
         sweep.note(folder, number, overrides, path, None, "failed")
         return sweep.FAILED_OBJECTIVE
@@ -129,6 +176,27 @@ def job(composed) -> float:
     if found["status"] == "interrupted":
         raise KeyboardInterrupt
     return sweep.objective(found, configuration["sweep"]["budget"])
+
+
+def without_foreign(configuration: dict, overrides: list[str]) -> dict:
+    """A job's configuration without the keys that `many` added and its options don't have; says so.
+
+    Planning has refused keys that no combination knows, so what is taken away here applies elsewhere in the sweep.
+    """
+    added = [override for override in overrides if override.startswith("++")]
+    if not added:
+        return configuration
+    base = to_dict(compose("config", overrides=[o for o in overrides if not o.startswith(("++", "hydra."))]))
+    for override in added:
+        *sections, leaf = override[2:].partition("=")[0].split(".")
+        known, node = base, configuration
+        for section in sections:
+            known, node = (known.get(section) or {}), node[section]
+        if leaf not in known:
+            node.pop(leaf, None)
+            name = base[sections[0]].get("name") if sections and isinstance(base.get(sections[0]), dict) else None
+            log.info("%s=%s has no %s: %s does not apply", sections[0] if sections else "", name, leaf, override[2:])
+    return configuration
 
 
 def check(configuration: dict) -> None:
@@ -154,32 +222,37 @@ def finished(configuration: dict) -> dict | None:
 
 def task(configuration: dict) -> int:
     """One run: answer from its record, or do it in a child process, and show it. Returns the exit code."""
+    if HydraConfig.initialized():
+        os.chdir(HydraConfig.get().runtime.cwd)  # hydra.job.chdir would move what relative paths mean
     if not ranks.first():
         folder, identity = location(configuration)
         return follow(configuration, folder / f"rank-{ranks.rank()}", identity)
-    found = obtain(configuration)
+    found, path = obtain(configuration)
     if found is None:
         return FAILED
     from sparsebench.records import terminal
 
-    terminal.show(found, location(configuration)[0] / "result.json")
+    terminal.show(found, path)
     return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
 
 
-def obtain(configuration: dict) -> dict | None:
-    """The record of one run, made in a child process where there is none; None where output_dir can't be written."""
+def obtain(configuration: dict) -> tuple[dict | None, Path]:
+    """(record of one run, its file), made in a child process where there is none; None where it can't be written."""
     folder, identity = location(configuration)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            found = finished(configuration)
-            if found is None:
-                return isolated(configuration, folder, identity)
-    except OSError as error:
-        complain(f"output_dir={configuration['output_dir']}: {error}")
-        return None
+    path = folder / "result.json"
+    found = finished(configuration)  # before the lock, which a read-only disk would refuse
+    if found is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                found = finished(configuration)
+                if found is None:
+                    return isolated(configuration, folder, identity)
+        except OSError as error:
+            complain(f"output_dir={configuration['output_dir']}: {error}")
+            return None, path
     log.info("finished before; force=true runs it again")
-    return found
+    return found, path
 
 
 def follow(configuration: dict, folder: Path, identity: str) -> int:
@@ -187,19 +260,27 @@ def follow(configuration: dict, folder: Path, identity: str) -> int:
     if finished(configuration) is not None:
         return OK
     folder.mkdir(parents=True, exist_ok=True)
-    found = isolated(configuration | {"wandb": configuration["wandb"] | {"mode": "disabled"}}, folder, identity)
+    found, _ = isolated(configuration | {"wandb": configuration["wandb"] | {"mode": "disabled"}}, folder, identity)
     if found["status"] == "finished":
         (folder / "result.json").unlink()
         return OK
     return FAILED
 
 
-def isolated(configuration: dict, folder: Path, identity: str) -> dict:
-    """Run in a forked child and return the record it left, or one made here if it died without."""
+def file_for(folder: Path, status: str) -> Path:
+    """Where the record of a run goes: a finished one is only ever replaced by a finished one."""
+    before = record.read(folder / "result.json")
+    kept = before is not None and before["status"] == "finished" and status != "finished"
+    return folder / (FAILED_BESIDE if kept else "result.json")
+
+
+def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Path]:
+    """Run in a forked child and return the record it left, or one made here if it died without, and its file."""
     from sparsebench import runner  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
 
-    path = folder / "result.json"
-    path.unlink(missing_ok=True)
+    (folder / FAILED_BESIDE).unlink(missing_ok=True)
+    if file_for(folder, "failed").name == "result.json":  # no finished record stands there
+        (folder / "result.json").unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=child_main, args=(configuration, folder, identity), name="sparsebench-run")
     child.start()
@@ -212,9 +293,10 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
         if child.is_alive():
             child.kill()
             child.join()
+    code = child.exitcode
+    path = folder / "result.json" if code == OK else file_for(folder, status)
     found = record.read(path)
     if found is None:
-        code = child.exitcode
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         message = f"the run's process ended without a record: {signalled}{hint}"
@@ -223,7 +305,9 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
         record.write(failed, path)
         found = record.read(path)
-    return found
+    if path.name == FAILED_BESIDE:
+        log.info("the finished record of before stays; this run's is %s", path)
+    return found, path
 
 
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
@@ -233,7 +317,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
 
     die_with_parent()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
-    handler = logging.FileHandler(folder / "run.log", mode="w")
+    handler = logging.FileHandler(folder / "run.log", mode="w", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     handler.addFilter(scrubbing)
     logging.getLogger().addHandler(handler)
@@ -250,10 +334,11 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
         found.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
         logging.getLogger("sparsebench.runner").debug("failed", exc_info=True)
-        with open(folder / "run.log", "a") as file:
+        with open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(files.scrub(traceback.format_exc()))
-    record.write(found, folder / "result.json")
-    tracker.finish(record.read(folder / "result.json"))
+    path = file_for(folder, found.status)
+    record.write(found, path)
+    tracker.finish(record.read(path))
     logging.shutdown()
     os._exit(code)
 

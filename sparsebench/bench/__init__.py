@@ -78,19 +78,29 @@ def run(settings: Bench, configuration: dict) -> Path:
         log.info("timing %s", part)
         results[part] = parts[part]()
         files.write_atomic(folder / "result.json", json.dumps(files.plain(results), indent=1).encode())
-    (folder / "table.md").write_text(table(results))
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
     plot(results, folder / "speedup.png")
     return folder
 
 
 def main() -> None:
     """Entry point of the console script."""
+    from sparsebench.cli import guarded
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sys.exit(guarded(command))
+
+
+def command() -> int:
+    """The body of `sparsebench-bench`. Returns the exit code; raises ConfigError for what can't be timed."""
     import hydra
 
     from sparsebench import config as checks
-    from sparsebench.config import compose
+    from sparsebench.config import arguments, compose
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    given = arguments.read("sparsebench-bench", sys.argv[1:])
+    if not (given.hydra_help or given.shell_completion):
+        compose.compose_all(given.overrides, given.multirun, given.config_dir, name="bench")
 
     def task(composed) -> None:
         configuration = compose.to_dict(composed)
@@ -99,11 +109,11 @@ def main() -> None:
         settings = checks.build(configuration, "", problems, Bench)
         problems += settings.problems() if settings is not None else []
         if problems:
-            for line in problems:
-                print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+            raise checks.ConfigError(problems)
         folder = run(settings, configuration)
-        print((folder / "table.md").read_text())
+        print((folder / "table.md").read_text(encoding="utf-8"))
         print(json.dumps({"record": str(folder / "result.json"), "plot": str(folder / "speedup.png")}))
 
-    hydra.main(version_base="1.3", config_path=f"pkg://{compose.CONFIG_MODULE}", config_name="bench")(task)()
+    app = hydra.main(version_base="1.3", config_path=f"pkg://{compose.CONFIG_MODULE}", config_name="bench")
+    app(task)()
+    return 0

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import shlex
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
@@ -26,6 +30,11 @@ from sparsebench.config.settings import Settings
 
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
+PLUGINS = {  # Hydra's groups whose options come with packages of their own: option -> our extra that installs it
+    "hydra/launcher": {"joblib": "launchers", "submitit_local": "launchers", "submitit_slurm": "launchers",
+                       "ray": "ray", "ray_aws": "ray"},
+    "hydra/sweeper": {"optuna": "sweep"},
+}  # fmt: skip
 
 
 def to_dict(config: DictConfig) -> dict[str, Any]:
@@ -37,44 +46,107 @@ def to_dict(config: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
-def compose_all(overrides: list[str], sweep: bool = False, config_dir: str | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for.
+
+    partial: overrides (as typed) of keys that only some of the swept options have; they apply where the key exists.
+    """
+
+    configurations: list[dict[str, Any]]
+    partial: frozenset[str]
+
+
+def compose_all(
+    overrides: list[str], sweep: bool = False, config_dir: str | None = None, name: str = "config"
+) -> list[dict[str, Any]]:
     """Every configuration that the command-line `overrides` describe: one, or with `sweep` one per combination.
 
     Raises ConfigError naming every unknown option of a group, unknown key and unreadable override at once.
     """
-    problems: list[str] = []
-    parsed: list[Override] = []
-    for text in overrides:
-        try:
-            parsed += OverridesParser.create().parse_overrides([text])
-        except HydraException:
-            problems.append(f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m")
+    return plan(overrides, sweep, config_dir, name).configurations
+
+
+def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = None, name: str = "config") -> Plan:
+    """As `compose_all`, with what the command has to know about the overrides. name: the primary YAML of conf/."""
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
+    problems: list[str] = []
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         if config_dir:
             search_first(config_dir)
+        parsed = parse(overrides, problems)
         parsed += swept_by_experiment(parsed) if sweep else []
         choices = [alternatives(override, sweep, problems) for override in parsed]
-        groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
-        values = [o for o in parsed if not is_group(o)]
         problems += unknown_options(parsed, choices)
-        if not problems:
-            unknown: dict[str, str] = {}
-            for combination in itertools.product(*groups):
-                unknown |= unknown_keys(list(combination), values)
-            if unknown:  # say what else is wrong, as if the unknown keys had not been given
-                known = [c[0] for o, c in zip(parsed, choices, strict=True) if as_given(o) not in unknown]
-                problems += unknown.values()
-                with suppress(HydraException, OmegaConfBaseException):
-                    build(to_dict(compose("config", overrides=known)), "", problems, Settings)
         if problems:
             raise ConfigError(problems)
+        groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
+        values = [o for o in parsed if not is_group(o)]
+        typed = set(overrides)
+        unknown = [unknown_keys(list(combination), values, name) for combination in itertools.product(*groups)]
+        nowhere = set.intersection(*map(set, unknown)) | {
+            line for each in unknown for line in each if line not in typed
+        }
+        if nowhere:
+            problems += [line for key, line in merged(unknown).items() if key in nowhere]
+            known = [c[0] for o, c in zip(parsed, choices, strict=True) if o.input_line not in nowhere]
+            with suppress(HydraException, OmegaConfBaseException):  # what else is wrong, as if those were not given
+                build(to_dict(compose(name, overrides=known)), "", problems, Settings if name == "config" else None)
+            raise ConfigError(problems)
         try:
-            return [to_dict(compose("config", overrides=list(c))) for c in itertools.product(*choices)]
+            return Plan(list(combinations(parsed, choices, unknown, name)), frozenset(merged(unknown)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def merged(unknown: list[dict[str, str]]) -> dict[str, str]:
+    """All of them in one."""
+    return {key: line for each in unknown for key, line in each.items()}
+
+
+def combinations(
+    parsed: list[Override], choices: list[list[str]], unknown: list[dict[str, str]], name: str
+) -> Iterator[dict[str, Any]]:
+    """The configuration of every combination, each without the overrides of keys that it does not have.
+
+    unknown: of each combination of the groups alone, in the order of their product.
+    """
+    groups = [i for i, override in enumerate(parsed) if is_group(override)]
+    absent = dict(zip(itertools.product(*(choices[i] for i in groups)), unknown, strict=True))
+    for combination in itertools.product(*choices):
+        dropped = absent[tuple(combination[i] for i in groups)]
+        used = [c for o, c in zip(parsed, combination, strict=True) if o.input_line not in dropped]
+        yield to_dict(compose(name, overrides=used))
+
+
+def parse(overrides: list[str], problems: list[str]) -> list[Override]:
+    """The overrides that can be read; a line in `problems` about each that can't, with the right spelling."""
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    readable: list[Override] = []
+    for text in overrides:
+        try:
+            (override,) = parser.parse_overrides([text])
+        except HydraException:
+            problems.append(unreadable(text, parser))
+            continue
+        if override.is_add() and is_group(override):
+            problems.append(f"{text!r}: a group is chosen without '+': {text.lstrip('+')}")
+        else:
+            readable.append(override)
+    return readable
+
+
+def unreadable(text: str, parser: OverridesParser) -> str:
+    """The line about an override that can't be read: how its value is quoted where that is all it lacks."""
+    key, given, value = text.partition("=")
+    quoted = key + '="' + value.replace('"', '\\"') + '"'
+    with suppress(HydraException):
+        if given and value:
+            parser.parse_overrides([quoted])
+            return f"{text!r} can't be read: quote the value, for Hydra and for the shell: {shlex.quote(quoted)}"
+    return f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m"
 
 
 def swept_by_experiment(parsed: list[Override]) -> list[Override]:
@@ -113,40 +185,64 @@ def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[s
     if not override.is_sweep_override():
         return [as_given(override)]
     if not sweep:
-        problems.append(f"{override.input_line!r} lists several values: add -m to sweep over them")
+        line = f"{as_given(override)!r} lists several values: add -m to sweep over them"
+        key, _, value = as_given(override).partition("=")
+        if "/" in value:  # a path with a comma
+            quoted = f'{key}="{value}"'
+            line += f", or quote what is one value: {shlex.quote(quoted)}"
+        problems.append(line)
         return []
     key = override.get_key_element()
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [f"{key}={value.start}"]
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    values = list(override.sweep_string_iterator())
+    if not values:
+        problems.append(f"{as_given(override)!r} matches nothing: {allowed_options(override.key_or_group)}")
+    return [f"{key}={value}" for value in values]
+
+
+def options_of(group: str) -> list[str]:
+    """All options of a group, those in folders as folder/name."""
+    loader = GlobalHydra.instance().config_loader()
+    inner = loader.get_group_options(group, ObjectType.GROUP)
+    names = loader.get_group_options(group, ObjectType.CONFIG)
+    return sorted(names) + [f"{folder}/{name}" for folder in sorted(inner) for name in options_of(f"{group}/{folder}")]
+
+
+def allowed_options(group: str) -> str:
+    return f"{group} must be one of {', '.join(options_of(group))}"
 
 
 def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[str]:
-    loader = GlobalHydra.instance().config_loader()
+    """Lines about options that their group does not have, and about plugins of Hydra that are not installed."""
     problems = []
     for override, options in zip(parsed, choices, strict=True):
-        if not is_group(override):
-            continue
         group = override.key_or_group.split("@")[0]
-        known = loader.get_group_options(group)
+        if not is_group(override) and group not in PLUGINS:
+            continue
+        known = options_of(group)
         for option in options:
-            name = option.partition("=")[2]
-            if name not in known and name not in ("null", "") and not loader.get_group_options(f"{group}/{name}"):
-                if "/" in name and name.rpartition("/")[2] in loader.get_group_options(
-                    f"{group}/{name.rpartition('/')[0]}"
-                ):
-                    continue
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                problems.append(f"{group} must be one of {', '.join(sorted(known))}{hint}, got {name!r}")
+            name = option.partition("=")[2].strip("\"'")
+            if name in known or name in ("null", ""):
+                continue
+            extra = PLUGINS.get(group, {}).get(name)
+            if extra:
+                problems.append(f"{group}={name} is not installed: pip install 'sparsebench[{extra}]'")
+                continue
+            leaves = {each.rpartition("/")[2]: each for each in reversed(known)}
+            near = difflib.get_close_matches(name, known, n=1) or [
+                leaves[each] for each in difflib.get_close_matches(name.rpartition("/")[2], list(leaves), n=1)
+            ]
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            problems.append(f"{allowed_options(group)}{hint}, got {name!r}")
     return problems
 
 
-def unknown_keys(groups: list[str], values: list[Override]) -> dict[str, str]:
+def unknown_keys(groups: list[str], values: list[Override], name: str = "config") -> dict[str, str]:
     """override -> the line about its key, for keys that the configuration chosen by `groups` does not have."""
     try:
-        config = to_dict(compose("config", overrides=groups))
+        config = to_dict(compose(name, overrides=groups))
     except (HydraException, OmegaConfBaseException) as error:
         return {"": " ".join(str(error).split())}
     problems = {}
@@ -160,7 +256,7 @@ def unknown_keys(groups: list[str], values: list[Override]) -> dict[str, str]:
             if not isinstance(node, dict) or part not in node:
                 allowed = node if isinstance(node, dict) else ()
                 full = ".".join(parts[: depth + 1])
-                problems[as_given(override)] = unknown_key(full, [k for k in allowed if k != "_target_"])
+                problems[as_given(override)] = unknown_key(full, [k for k in allowed if k != "_target_"], config, key)
                 break
             node = node[part]
     return problems

@@ -129,11 +129,19 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
 
 
-def build(node: dict[str, Any], key: str, problems: list[str], cls: type[Any] | None = None) -> Any:
+def build(
+    node: dict[str, Any],
+    key: str,
+    problems: list[str],
+    cls: type[Any] | None = None,
+    root: dict[str, Any] | None = None,
+) -> Any:
     """The object a config node describes, or None with lines added to `problems`.
 
     `cls` defaults to the class that `_target_` names; its dataclass fields are exactly the keys allowed.
+    root: the whole configuration, to say where a misplaced key belongs.
     """
+    root = node if root is None else root
     prefix = f"{key}." if key else ""
     if not isinstance(node, dict):
         problems.append(f"{key} must be a mapping of settings, got {node!r}")
@@ -151,7 +159,7 @@ def build(node: dict[str, Any], key: str, problems: list[str], cls: type[Any] | 
     before = len(problems)
     for name in node:
         if name not in fields and name != "_target_":
-            problems.append(unknown_key(f"{prefix}{name}", fields))
+            problems.append(unknown_key(f"{prefix}{name}", fields, root))
     values = {}
     for name, spec in fields.items():
         full, hint, meta = f"{prefix}{name}", hints[name], spec.metadata
@@ -161,7 +169,7 @@ def build(node: dict[str, Any], key: str, problems: list[str], cls: type[Any] | 
             continue
         nested: list[Any] = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
         if node[name] is not None and (nested or names_class(hint)):
-            values[name] = build(node[name], full, problems, nested[0] if nested else None)
+            values[name] = build(node[name], full, problems, nested[0] if nested else None, root)
             continue
         try:
             values[name] = convert(node[name], hint)
@@ -179,9 +187,37 @@ def build(node: dict[str, Any], key: str, problems: list[str], cls: type[Any] | 
         return None
 
 
-def unknown_key(full: str, allowed: Iterable[str]) -> str:
-    """The line for a key that does not exist, with the nearest allowed one first."""
-    name = full.rpartition(".")[2]
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{full} is not a known key{hint}; allowed: {', '.join(sorted(allowed))}"
+def unknown_key(full: str, allowed: Iterable[str], root: dict[str, Any], typed: str | None = None) -> str:
+    """The line for a key that does not exist: the keys of that name elsewhere in `root`, or the nearest allowed one.
+
+    full: the part of the key up to where it leaves the configuration; typed: all of it.
+    """
+    typed, allowed = typed or full, sorted(allowed)
+    leaf = typed.rpartition(".")[2]
+    others = [key for key in leaves(root) if key != typed]
+    same = [key for key in others if key.rpartition(".")[2] == leaf]
+    if same:
+        best = max(shared(key, typed) for key in same)
+        near = [key for key in same if shared(key, typed) == best]
+        shortest = min(key.count(".") for key in near)
+        near = [key for key in near if key.count(".") == shortest]
+    else:
+        near = difflib.get_close_matches(full.rpartition(".")[2], allowed, n=1)
+        names = {key.rpartition(".")[2]: key for key in reversed(others)}
+        near = near or [names[n] for n in difflib.get_close_matches(leaf, list(names), n=1)]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"{typed if same else full} is not a known key{hint}; allowed: {', '.join(allowed)}"
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of all values and sections of a configuration."""
+    keys: list[str] = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}"] + (leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [])
+    return keys
+
+
+def shared(a: str, b: str) -> int:
+    """How many parts two dotted keys begin with in common."""
+    pairs = zip(a.split("."), b.split("."), strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(a.count("."), b.count(".")) + 1)

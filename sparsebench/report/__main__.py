@@ -1,4 +1,4 @@
-"""The command `sparsebench-report` (also `python -m sparsebench.comparison`).
+"""The command `sparsebench-report` (also `python -m sparsebench.report`).
 
 Exit codes: 0 written; 1 nothing to report or the folder can't be written; 2 wrong arguments.
 """
@@ -10,12 +10,16 @@ import json
 import sys
 from pathlib import Path
 
+from sparsebench import __version__
+
 
 def main() -> None:
     """Entry point of the console script."""
     parser = argparse.ArgumentParser(
-        prog="sparsebench-report", description="Many records on one page: HTML, Markdown, CSV, PNG."
-    )
+        prog="sparsebench-report", description="Many records on one page: HTML, Markdown, CSV, PNG.",
+        epilog="e.g. sparsebench-report outputs. Records are made by sparsebench, kernel timings by sparsebench-bench.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"sparsebench-report {__version__}")
     parser.add_argument("paths", nargs="+", type=Path, help="folders with records, or result.json files")
     parser.add_argument("--output", type=Path, help="folder for the report; default: report/ in the first folder given")
     parser.add_argument("--title", default="sparsebench report")

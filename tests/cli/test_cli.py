@@ -151,6 +151,44 @@ def test_another_sparsity_fits_nothing_again(finished):
     assert record_of(process, folder)["fit"]["cached"] is True
 
 
+def test_a_finished_record_stays_when_a_forced_run_is_killed(finished, tmp_path):
+    """The old record answers until a new finished one replaces it; the failed one is kept beside it, and said."""
+    folder, given, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    process = subprocess.Popen(
+        [COMMAND, *given, "force=true"],
+        cwd=tmp_path / "copy",
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "evaluating" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the finished record of before stays" in err
+    said = tmp_path / "copy" / json.loads(out.strip().splitlines()[-1])["record"]
+    assert said.name == "result.failed.json" and json.loads(said.read_text())["status"] == "failed"
+    assert json.loads(said.with_name("result.json").read_text())["status"] == "finished"
+
+
+def test_a_sweep_over_dense_and_another_with_a_key_that_dense_lacks(finished, tmp_path):
+    """What was finished before answers; dense drops the key with one line; chdir moves nothing."""
+    folder, given, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    process = subprocess.run(
+        [COMMAND, "-m", *given, "method=dense,teal", "method.sparsity=0.5", "hydra.job.chdir=true"],
+        cwd=tmp_path / "copy", capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("method=dense has no sparsity: method.sparsity=0.5 does not apply") == 1
+    summary = json.loads(process.stdout.strip().splitlines()[-1])
+    assert summary["outcomes"] == {"finished": 1, "finished before": 1}
+    assert len(list((tmp_path / "copy").rglob("result.json"))) == 2
+
+
 def failing(sparsebench, tmp_path, *given, code=1):
     process = sparsebench(*given)
     assert process.returncode == code, (process.stdout, process.stderr)

@@ -81,7 +81,9 @@ def test_all_problems_are_said_together():
     with pytest.raises(config.ConfigError) as error:
         compose_all(["method.sparsty=0.5", "evaluate.batch_size=3", "seed=3"])
     assert error.value.problems[0].startswith("method.sparsty is not a known key (did you mean sparsity?); allowed: ")
-    assert error.value.problems[1].startswith("evaluate is not a known key (did you mean eval?)")
+    assert error.value.problems[1].startswith(
+        "evaluate.batch_size is not a known key (did you mean eval.text.batch_size"
+    )
     with pytest.raises(config.ConfigError) as error:
         config.build_settings(
             compose_all(["method.sparsity=1.5", "seed=-1", "hardware.threads=two", "eval.text.batch_size=0.5"])[0]

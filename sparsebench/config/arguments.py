@@ -1,0 +1,154 @@
+"""The options of the commands beside overrides: --help, --version, --explain, and what is wrong with them in one line.
+
+No torch: each of these answers at once. Only `--explain` of a group's key reads the class that checks it, for its
+allowed values, and not before the rest is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from sparsebench import __version__
+from sparsebench.config import explain
+from sparsebench.config.fields import ConfigError
+
+COMMANDS = {
+    "sparsebench": "one run, or with -m a sweep: quality, sparsity, MACs, bytes and wall clock, dense beside sparse",
+    "sparsebench-bench": "kernels and decode steps of one model's shapes, timed with random weights",
+    "sparsebench-report": "many records on one page: sparsebench-report outputs",
+}
+HEAD = {
+    "sparsebench": """\
+sparsebench - activation sparsity, measured - one run joins quality, sparsity, MACs, bytes and wall clock
+
+  sparsebench                                     # TEAL on the built-in model and data
+  sparsebench method=teal model=llama2-7b         # any group can be chosen by name
+  sparsebench -m method.sparsity=0.25,0.5,0.65    # a sweep; finished runs are not repeated
+""",
+    "sparsebench-bench": """\
+sparsebench-bench - what sparsity does to the clock, for the shapes of one model with random weights
+
+Times each projection, the FFN block and the whole decode step, dense and sparse in one process, in turn. Inputs are
+made sparse exactly; weights rotate over copies past the last cache, so that they come from memory. Writes a record,
+a table and a plot into `output`.
+
+  sparsebench-bench model=llama2-7b hardware=h100
+  sparsebench-bench model=llama-tiny hardware=cpu parts=[projections] sparsities=[0.5,0.9]
+""",
+}
+TAIL = """\
+sparsebench --explain KEY   what a key means, its default and allowed values: --explain method.sparsity
+sparsebench --explain GROUP=OPTION   all keys of one option: --explain method=teal
+sparsebench --cfg job       the resolved configuration; --info searchpath, --hydra-help: Hydra's own
+"""
+PRIMARY = {"sparsebench": "config", "sparsebench-bench": "bench"}
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    """Hydra's own options, with this program's version, `--explain`, and errors as ConfigError."""
+    arguments = get_args_parser()
+    arguments.prog = command
+    version = next(action for action in arguments._actions if action.dest == "version")
+    setattr(version, "version", f"{command} {__version__}")  # noqa: B010  (argparse types it nowhere)
+    arguments.add_argument("--explain", metavar="KEY")
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError([f"{message} (see {command} --help)"])
+
+    setattr(arguments, "error", error)  # noqa: B010
+    return arguments
+
+
+def read(command: str, given: list[str]) -> argparse.Namespace:
+    """The arguments of a command; --help, --version and --explain are answered here and end the process.
+
+    Raises ConfigError for what is no option, with the right spelling of a key given with dashes.
+    """
+    arguments, unknown = parser(command).parse_known_args(given)
+    problems = []
+    for text in unknown:
+        key = text.lstrip("-")
+        hint = f"keys are given without dashes: {key}" if "=" in key else f"see {command} --help"
+        problems.append(f"{text!r} is no option: {hint}")
+    if problems:
+        raise ConfigError(problems)
+    if arguments.help:
+        print(overview(command, arguments.overrides))
+        sys.exit(0)
+    if arguments.explain is not None:
+        print(explained(arguments.explain))
+        sys.exit(0)
+    return arguments
+
+
+def overview(command: str, overrides: list[str]) -> str:
+    """What --help prints: the commands, the groups with their options, every key of the chosen options."""
+    primary = PRIMARY[command]
+    known = explain.entries()
+    chosen = explain.chosen(primary) | dict(o.split("=", 1) for o in overrides if o.count("=") == 1)
+    parts = [HEAD[command], "== Commands =="]
+    parts += [f"  {name:20}{text}" for name, text in COMMANDS.items()]
+    groups = [g for g in explain.GROUPS if g in chosen or (primary == "config" and g == "experiment")]
+    parts += ["", "== Groups: choose an option by group=option =="]
+    for group in groups:
+        names = [e.option.partition("=")[2] for e in known if e.key == group and e.option.startswith(f"{group}=")]
+        parts += [wrapped(f"  {group + ':':12}", ", ".join(names))]
+    parts += ["", "== Keys: override any as key=value =="]
+    parts += [line(e) for e in known if e.option == primary]
+    for group in groups:
+        option = f"{group}={chosen.get(group)}"
+        mine = [e for e in known if e.option == option and group != "experiment"]
+        parts += ["", f"-- {option}: {mine[0].meaning}"] + [line(e) for e in mine[1:]] if mine else []
+    return "\n".join([*parts, "", TAIL])
+
+
+def line(entry: explain.Entry) -> str:
+    """A key with its default and meaning, wrapped."""
+    name = f"{entry.key}:" if isinstance(entry.default, dict) else f"{entry.key}={shown(entry.default)}"
+    return wrapped(f"  {name:38} ", entry.meaning)
+
+
+def wrapped(label: str, text: str) -> str:
+    indent = " " * (min(len(label), 41))
+    return textwrap.fill(text or " ", 120, initial_indent=label, subsequent_indent=indent).rstrip()
+
+
+def shown(value: object) -> str:
+    """A default as it is typed."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ",".join(map(shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def explained(query: str) -> str:
+    """What --explain prints about a key (whole, or its end) or an option. ConfigError where there is none such."""
+    entries = explain.matching(query)
+    if not entries:
+        near = explain.nearest(query)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ConfigError([f"{query} is not a known key or option{hint}; sparsebench --help lists them"])
+    if "=" in query:
+        return "\n".join([f"{query}: {entries[0].meaning}", *(line(e) for e in entries[1:])])
+    parts: list[str] = []
+    for key in dict.fromkeys(e.key for e in entries):
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for entry in (e for e in entries if e.key == key):
+            facts = (
+                entry.meaning,
+                "" if isinstance(entry.default, dict) else shown(entry.default),
+                explain.describe(entry).allowed,
+            )
+            alike.setdefault(facts, []).append(entry.option)
+        parts.append(key)
+        for (meaning, default, values), where in alike.items():
+            parts.append(wrapped("  ", meaning))
+            parts += [f"    default: {default}"] if default else []
+            parts += [wrapped("    allowed: ", values)] if values else []
+            parts += [wrapped("    in: ", ", ".join(where))] if where not in (["config"],) else []
+        parts += [line(e) for e in explain.entries() if e.key.startswith(f"{key}.") and e.option == entries[0].option]
+    return "\n".join(parts)

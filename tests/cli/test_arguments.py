@@ -1,0 +1,158 @@
+"""The quick answers of the three commands, and what they say to a key or an option that is none."""
+
+import subprocess
+
+import pytest
+
+import sparsebench as package
+from sparsebench import config
+from sparsebench.cli import FAILED_BESIDE, file_for
+from sparsebench.config.compose import compose_all, plan
+from tests.helpers import COMMAND
+
+THREE = ("sparsebench", "sparsebench-bench", "sparsebench-report")
+
+
+def call(name, *given, **kwargs):
+    return subprocess.run(
+        [COMMAND.with_name(name), *given], capture_output=True, text=True, timeout=120, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_version(name, tmp_path):
+    process = call(name, "--version", cwd=tmp_path)
+    assert (process.returncode, process.stdout.strip()) == (0, f"{name} {package.__version__}")
+
+
+def test_help_names_commands_groups_and_every_key(sparsebench):
+    text = sparsebench("--help").stdout
+    assert all(name in text for name in THREE) and "sparsebench --explain KEY" in text
+    assert "paper/teal" in text and "eval.text.test_sequences=128" in text and "held-out windows scored" in text
+    assert "method.sparsity=0.5" in text and "of each block's weights" in text
+    assert (
+        "method.sparsity"
+        not in sparsebench("--help", "method=dense").stdout.split("== Keys")[1].split("sparsebench --explain")[0]
+    )
+
+
+def test_bench_describes_itself(tmp_path):
+    text = call("sparsebench-bench", "--help", cwd=tmp_path).stdout
+    assert "random weights" in text and "sparsebench-bench model=" in text
+    assert "samples=30" in text and "timed repetitions kept" in text and "eval.text" not in text
+
+
+@pytest.mark.parametrize(
+    ("query", "pieces"),
+    [
+        (
+            "eval.text.test_sequences",
+            ["held-out windows scored", "default: 128", "allowed: a whole number > 0 or null"],
+        ),
+        ("test_sequences", ["eval.text.test_sequences", "default: 128"]),
+        ("method=teal", ["TEAL (arXiv 2408.14690)", "method.greedy.stop=0.9"]),
+    ],
+)
+def test_explain(query, pieces, sparsebench):
+    process = sparsebench("--explain", query)
+    assert process.returncode == 0 and all(piece in process.stdout for piece in pieces), process.stdout
+
+
+def test_explain_of_an_unknown_key_names_the_nearest(sparsebench):
+    process = sparsebench("--explain", "method.sparsty")
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+    assert "did you mean method.sparsity?" in process.stderr
+
+
+@pytest.mark.parametrize("given", [["--help"], ["--explain", "method=teal"], ["--explain", "eval.text.batch_size"]])
+def test_torch_stays_out_of_help_and_explain(given):
+    script = (
+        f"import sys; sys.argv = ['sparsebench', *{given!r}]\n"
+        "from sparsebench import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    assert call("python", "-c", script).stderr.strip() == "False"
+
+
+def test_info_prints(sparsebench):
+    assert "Config search path" in sparsebench("--info", "searchpath").stdout
+
+
+# arguments -> pieces of the line expected
+SPELLING = {
+    "old key of eval": (["eval.test_sequences=4"], "eval.test_sequences is not a known key (did you mean eval.text.test_sequences?)"),
+    "old list of eval": (["eval.tasks=[piqa]"], "did you mean eval.lm_eval.tasks?"),
+    "a leaf alone": (["sparsity=0.5"], "did you mean method.sparsity?"),
+    "a leaf misspelt": (["sparsty=0.5"], "did you mean method.sparsity?"),
+    "plus before a group": (["+experiment=prosparse"], "a group is chosen without '+': experiment=prosparse"),
+    "experiments in folders": (["experiment=tael"], "paper/teal, paper/teal_speed", "did you mean paper/teal?"),
+    "equals sign": (["dataset.path=/a=b"], """quote the value, for Hydra and for the shell: 'dataset.path="/a=b"'"""),
+    "hash": (["dataset.path=/a#b"], """'dataset.path="/a#b"'"""),
+    "brackets": (["dataset.path=/a(b)[c]"], """'dataset.path="/a(b)[c]"'"""),
+    "comma in a path": (["dataset.path=/a,b"], "add -m", """'dataset.path="/a,b"'"""),
+    "glob without a match": (["-m", "method=glob(zz*)"], "matches nothing", "teal_rotated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLING)
+def test_the_right_spelling_is_shown(name):
+    given, *pieces = SPELLING[name]
+    with pytest.raises(config.ConfigError) as error:
+        compose_all([g for g in given if g != "-m"], sweep="-m" in given)
+    (line,) = error.value.problems
+    assert all(piece in line for piece in pieces), line
+
+
+def test_dashes_before_a_key(sparsebench):
+    process = sparsebench("--method=teal")
+    assert process.returncode == 2
+    assert process.stderr == "error: '--method=teal' is no option: keys are given without dashes: method=teal\n"
+
+
+def test_a_misplaced_key_in_a_file_of_ones_own_is_told_its_place(sparsebench, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\neval:\n  test_sequences: 4\n")
+    process = sparsebench("--config-dir", "own", "experiment=mine")
+    assert process.returncode == 2 and "did you mean eval.text.test_sequences?" in process.stderr
+
+
+def test_a_plugin_that_is_not_installed_names_its_extra(monkeypatch):
+    from sparsebench.config import compose
+
+    options = compose.options_of
+    monkeypatch.setattr(compose, "options_of", lambda g: ["basic"] if g == "hydra/launcher" else options(g))
+    with pytest.raises(config.ConfigError) as error:
+        compose_all(["hydra/launcher=joblib"], sweep=True)
+    assert error.value.problems == ["hydra/launcher=joblib is not installed: pip install 'sparsebench[launchers]'"]
+
+
+def test_keys_that_only_some_swept_methods_have_apply_there():
+    found = plan(["method=dense,teal", "method.sparsity=0.25,0.5"], sweep=True)
+    assert [c["method"].get("sparsity") for c in found.configurations] == [None, None, 0.25, 0.5]
+    assert found.partial == {"method.sparsity=0.25,0.5"}
+    with pytest.raises(config.ConfigError):
+        compose_all(["method=dense,fatrelu", "method.sparsity=0.5"], sweep=True)
+    assert len(compose_all(["method=glob(teal*)"], sweep=True)) == 2
+
+
+def test_full_and_closed_standard_output(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [COMMAND, "--cfg", "job"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+        )
+    assert process.returncode == 1 and process.stderr == "error: standard output: [Errno 28] No space left on device\n"
+    process = subprocess.run(
+        ["sh", "-c", f"{COMMAND} --cfg job >&-"], stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+    )
+    assert process.returncode == 2 and process.stderr == "error: standard output is closed\n"
+
+
+def test_a_failed_record_never_takes_the_place_of_a_finished_one(tmp_path):
+    kept = tmp_path / "result.json"
+    assert file_for(tmp_path, "failed") == kept
+    kept.write_text('{"schema_version": 1, "status": "failed"}')
+    assert file_for(tmp_path, "failed") == kept
+    kept.write_text('{"schema_version": 1, "status": "finished"}')
+    assert file_for(tmp_path, "finished") == kept
+    assert file_for(tmp_path, "interrupted") == tmp_path / FAILED_BESIDE
