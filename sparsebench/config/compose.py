@@ -186,9 +186,9 @@ def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[s
         return [as_given(override)]
     if not sweep:
         line = f"{as_given(override)!r} lists several values: add -m to sweep over them"
-        key, _, value = as_given(override).partition("=")
-        if "/" in value:  # a path with a comma
-            quoted = f'{key}="{value}"'
+        key, _, text = as_given(override).partition("=")
+        if "/" in text:  # a path with a comma
+            quoted = f'{key}="{text}"'
             line += f", or quote what is one value: {shlex.quote(quoted)}"
         problems.append(line)
         return []

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, cast, get_args, get_origin, get_type_hints, Union
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -55,11 +55,11 @@ def folder() -> Path:
 @functools.cache
 def entries() -> tuple[Entry, ...]:
     """Every key of config.yaml, bench.yaml and every option of every group, in the order of the files."""
-    found = [*of_file("config"), *of_file("bench")]
+    listed = [*of_file("config"), *of_file("bench")]
     for group in GROUPS:
         for file in sorted((folder() / group).rglob("*.yaml")):
-            found += of_file(file.relative_to(folder()).with_suffix("").as_posix())
-    return tuple(filled(found))
+            listed += of_file(file.relative_to(folder()).with_suffix("").as_posix())
+    return tuple(filled(listed))
 
 
 def of_file(name: str) -> list[Entry]:
@@ -69,18 +69,18 @@ def of_file(name: str) -> list[Entry]:
     label = f"{group}={option}" if option else group
     prefix = "" if group in ("config", "bench", "experiment") else f"{group}."
     content = yaml.safe_load(text) or {}
-    found: dict[str, Entry] = {}
+    by_key: dict[str, Entry] = {}
     for block, source in training_blocks(content.get("defaults") or []).items():
         for entry in of_file(f"train/{source}"):
             if entry.key != "train":
                 key = f"{prefix}{block}.{entry.key.partition('.')[2]}"
-                found[key] = replace(entry, key=key, option=label)
+                by_key[key] = replace(entry, key=key, option=label)
     lines = text.splitlines()
     for key, default, meaning in walk(cast(yaml.MappingNode, yaml.compose(text)), content, lines, prefix):
-        before = found.get(key)
-        found[key] = Entry(key, label, default, meaning or (before.meaning if before else ""), file=f"{name}.yaml")
+        before = by_key.get(key)
+        by_key[key] = Entry(key, label, default, meaning or (before.meaning if before else ""), file=f"{name}.yaml")
     own = [Entry(group, label, option, heading(lines), file=f"{name}.yaml")] if option else []
-    return own + list(found.values())
+    return own + list(by_key.values())
 
 
 def training_blocks(defaults: list[Any]) -> dict[str, str]:
@@ -129,13 +129,13 @@ def heading(lines: list[str]) -> str:
     return " ".join(parts)
 
 
-def filled(found: list[Entry]) -> Iterator[Entry]:
+def filled(listed: list[Entry]) -> Iterator[Entry]:
     """The entries; where a file is silent about a key, with what another option of the same class says about it."""
     said: dict[tuple[str, str], str] = {}
-    for entry in found:
+    for entry in listed:
         if entry.meaning:
             said.setdefault((target(entry.option), entry.key), entry.meaning)
-    for entry in found:
+    for entry in listed:
         meaning = entry.meaning or said.get((target(entry.option), entry.key), "")
         if not meaning and entry.key.endswith(".name"):
             meaning = "how records, tables and folders call it"
