@@ -57,9 +57,9 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     from sparsebench.records import state
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-    found = record.read(file)
+    found, reason = record.look(file)
     if found is None or found["status"] != "finished":
-        raise ValueError(f"{file} is no record of a finished run")
+        raise ValueError(f"{file} is no record of a finished run: {reason or found['status']}")
     configuration = found["config"]
     check_trusted(configuration, trust_remote_code)
     problems: list[str] = []

@@ -79,7 +79,7 @@ def run(settings: Bench, configuration: dict) -> Path:
         found[part] = parts[part]()
         files.write_atomic(folder / "result.json", json.dumps(files.plain(found), indent=1).encode())
     (folder / "table.md").write_text(table(found))
-    plot(found, folder / "speedup.png")
+    (folder / "speedup.png").write_bytes(plot(found))
     return folder
 
 
