@@ -106,7 +106,7 @@ def test_load_refuses_what_it_should(finished, tmp_path):
 
 
 def test_a_target_that_is_absent_loads_on_this_machine(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsebench.env.gpu_names", list)
+    monkeypatch.setattr("sparsebench.records.machine.gpu_names", list)
     target = changed(finished[1], tmp_path / "d", hardware__device="cuda", hardware__requires="H200")
     assert next(sparsebench.load(target).parameters()).device.type == "cpu"
 
