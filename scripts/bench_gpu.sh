@@ -2,11 +2,11 @@
 # Checks and times everything that needs a GPU, in one call: the tests marked gpu, then the benchmark in fp16 and bf16 at
 # the shapes of Llama-2-7B, Llama-3-8B's step (grouped queries), the expert kernels, one whole run on random weights, time and
 # memory of the longer calibrations, and the latency of the other input-sparse methods.
-#   PYTHON  interpreter with sparsebench's dependencies     OUT  where records go (default outputs/reference/h200)
+#   PYTHON  interpreter with sparsebench's dependencies     OUT  where records go (default outputs/bench/h200)
 #   HISTOGRAMS  folder of published TEAL histograms (optional: inputs follow them instead of a normal distribution)
 set -u
 python=${PYTHON:-python3}
-out=${OUT:-outputs/reference/h200}
+out=${OUT:-outputs/bench/h200}
 target=${HARDWARE:-h200}
 inputs=${HISTOGRAMS:+histograms=$HISTOGRAMS}
 mkdir -p "$out"

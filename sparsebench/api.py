@@ -64,9 +64,9 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     from sparsebench.records import state
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-    content = record.read(file)
+    content, reason = record.look(file)
     if content is None or content["status"] != "finished":
-        raise ValueError(f"{file} is no record of a finished run")
+        raise ValueError(f"{file} is no record of a finished run: {reason or (content or {}).get('status')}")
     configuration = content["config"]
     check_trusted(configuration, trust_remote_code)
     problems: list[str] = []

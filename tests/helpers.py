@@ -23,6 +23,7 @@ from sparsebench.measure import macs, quality, sparsity
 from sparsebench.methods.base import Work
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate
+from sparsebench.records import record
 from sparsebench.training.loop import Training
 
 COMMAND = Path(sys.executable).with_name("sparsebench")
@@ -236,7 +237,8 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
     }  # fmt: skip
     decode = {"dense": {"median_ms": 1.0}, "sparse": {"median_ms": 1 / (speedup or 1)}, "context": 128}
     found = {
-        "schema_version": 1, "status": "finished", "error": None, "started_at": "2026-01-01T00:00:00+00:00", "seconds": 9.0,
+        "schema_version": record.SCHEMA_VERSION, "status": "finished", "error": None,
+        "started_at": "2026-01-01T00:00:00+00:00", "seconds": 9.0,
         "config_hash": "", "name": f"llama-tiny/{method}", "config": settings, "extra": {}, "fit": {"seconds": 1.0},
         "env": {"cpu": "Test CPU", "hardware": {"device": "cpu", "dtype": "float32", "threads": 1}, "threads": 1},
         "model": {"source": "builtin"}, "dataset": {"test": {"fingerprint": "f" * 64}},
@@ -256,6 +258,25 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
     found.update(changes)
     found["config_hash"] = digest([settings, found["env"], found["quality"], found["status"]])
     return found
+
+
+def made_bench(**changes) -> dict:
+    """A record of sparsebench-bench with the neuron-sparse FFN and the step of one context."""
+
+    def pair(dense, sparse):
+        return {"dense": {"median_us": dense}, "sparse": {"median_us": sparse}, "speedup": dense / sparse}
+
+    step = {"context": 128, "dense": "dense/fused", "dense_engines": {"dense/fused": {"median_ms": 4.0}},
+            "dense_tokens_per_s": 250.0}  # fmt: skip
+    return {
+        "schema_version": 1, "kind": "bench", "model": "llama-tiny", "weights": "random", "config": {"seed": 0},
+        "input": "normal distribution", "read_bandwidth_gbs": 10.0,
+        "env": {"cpu": "Test CPU", "threads": 1, "argv": ["__main__.py", "parts=[ffn, step]"], "git_commit": "c" * 40 + "+",
+                "versions": {"torch": "2.0"}, "hardware": {"device": "cpu", "dtype": "float32", "threads": 1}},
+        "ffn": [{"sparsity": 0.5, "of_read_bandwidth": 0.8, **pair(80.0, 40.0)}],
+        "step": [{**step, "sparsity": 0.5, "tokens_per_s": 400.0, "speedup": 1.6}],
+        **changes,
+    }  # fmt: skip
 
 
 def failed(message="out of memory", trace="Traceback ...") -> dict:

@@ -79,7 +79,7 @@ def run(settings: Bench, configuration: dict) -> Path:
         results[part] = parts[part]()
         files.write_atomic(folder / "result.json", json.dumps(files.plain(results), indent=1).encode())
     (folder / "table.md").write_text(table(results), encoding="utf-8")
-    plot(results, folder / "speedup.png")
+    (folder / "speedup.png").write_bytes(plot(results))
     return folder
 
 

@@ -118,20 +118,3 @@ def tau_for(scores: torch.Tensor, share: float) -> torch.Tensor:
         return torch.full((), -1.0 if kept else 1.0, device=scores.device)
     neighbours = scores.sort(descending=True).values[kept - 1 : kept + 1]
     return neighbours.double().mean().sigmoid().float()
-
-
-def table(parts: list[dict]) -> list[str]:
-    """The part's lines of Markdown."""
-    lines = ["", "## Expert FFN, router inside the clock", ""]
-    for part in parts:
-        dense = part["times"][part["dense"]]["median_us"]
-        lines += [f"**{part['shape']}**: {part['tokens']} token(s), d = {part['d']}, {part['experts']} experts of "
-                  f"{part['size']}, {part['kernel']}; dense {dense:.1f} us ({part['dense']}).", "",
-                  "| executed | us | speed-up over dense | of proportional | relative error |", "|---|---|---|---|---|"]  # fmt: skip
-        lines += [
-            f"| {r['measured']:.1%} | {r['median_us']:.1f} | {r['speedup']:.2f}x | {r['proportional']:.0%} "
-            f"| {r['relative_error']:.1e} |"
-            for r in part["rows"]
-        ]
-        lines.append("")
-    return lines

@@ -1,10 +1,8 @@
-"""Tables and the plot of a benchmark record."""
+"""Tables and the plot of a benchmark record. No torch here: the report shows old records with it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from sparsebench.bench import experts
+import io
 
 
 def table(results: dict) -> str:
@@ -57,16 +55,33 @@ def table(results: dict) -> str:
             lines += ["", f"Dense engines at context {context}: " + ", ".join(
                 f"{name.partition('/')[2]} {1e3 / times['median_ms']:.1f} tokens/s" for name, times in engines.items()) + "."]  # fmt: skip
     if "experts" in results:
-        lines += experts.table(results["experts"])
+        lines += expert_lines(results["experts"])
     return "\n".join(lines) + "\n"
+
+
+def expert_lines(parts: list[dict]) -> list[str]:
+    """The lines of Markdown about expert FFNs."""
+    lines = ["", "## Expert FFN, router inside the clock", ""]
+    for part in parts:
+        dense = part["times"][part["dense"]]["median_us"]
+        lines += [f"**{part['shape']}**: {part['tokens']} token(s), d = {part['d']}, {part['experts']} experts of "
+                  f"{part['size']}, {part['kernel']}; dense {dense:.1f} us ({part['dense']}).", "",
+                  "| executed | us | speed-up over dense | of proportional | relative error |", "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"| {r['measured']:.1%} | {r['median_us']:.1f} | {r['speedup']:.2f}x | {r['proportional']:.0%} "
+            f"| {r['relative_error']:.1e} |"
+            for r in part["rows"]
+        ]
+        lines.append("")
+    return lines
 
 
 def breaks(break_evens: dict) -> str:
     return ", ".join(f"{kind} {'never' if at is None else f'{at:.0%}'}" for kind, at in sorted(break_evens.items()))
 
 
-def plot(results: dict, file: Path) -> None:
-    """Speed-up against sparsity, with the bytes roofline 1 / (1 - s) drawn in."""
+def plot(results: dict) -> bytes:
+    """Speed-up against sparsity, with the bytes roofline 1 / (1 - s) drawn in, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,5 +119,7 @@ def plot(results: dict, file: Path) -> None:
     )
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
     pyplot.close(figure)
+    return file.getvalue()

@@ -51,10 +51,22 @@ def write(record: Record, path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any] | None:
     """The record at `path`, or None where there is none or where it can't be one (truncated, foreign, other version)."""
+    return look(path)[0]
+
+
+def look(path: Path) -> tuple[dict | None, str | None]:
+    """(the record at `path`, None), or (None, why it can't be used)."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        return None
-    return content if content.get("status") in ("finished", "failed", "interrupted") else None
+        return None, "not a record"
+    reason = refusal(content, SCHEMA_VERSION)
+    return (None, reason) if reason else (content, None)
+
+
+def refusal(content: Any, oldest: int = 1) -> str | None:
+    """Why `content` is not the record of a run whose schema is between `oldest` and today's; None where it is one."""
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or content.get("status") not in ("finished", "failed", "interrupted"):
+        return "not a record"
+    return None if oldest <= version <= SCHEMA_VERSION else f"schema {version}, this version reads {SCHEMA_VERSION}"

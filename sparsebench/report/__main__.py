@@ -1,6 +1,6 @@
 """The command `sparsebench-report` (also `python -m sparsebench.report`).
 
-Exit codes: 0 written; 1 nothing to report or the folder can't be written; 2 wrong arguments.
+Exit codes: 0 written; 1 nothing to report or the folder can't be written; 2 wrong arguments, or a file that is no archive.
 """
 
 from __future__ import annotations
@@ -12,38 +12,72 @@ from pathlib import Path
 
 from sparsebench import __version__
 
+FAILED, WRONG = 1, 2
+
 
 def main() -> None:
     """Entry point of the console script."""
-    parser = argparse.ArgumentParser(
-        prog="sparsebench-report", description="Many records on one page: HTML, Markdown, CSV, PNG.",
-        epilog="e.g. sparsebench-report outputs. Records are made by sparsebench, kernel timings by sparsebench-bench.",
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"sparsebench-report {__version__}")
-    parser.add_argument("paths", nargs="+", type=Path, help="folders with records, or result.json files")
-    parser.add_argument("--output", type=Path, help="folder for the report; default: report/ in the first folder given")
-    parser.add_argument("--title", default="sparsebench report")
-    parser.add_argument("--wandb", action="store_true", help="also send the records and the report to Weights & Biases")
-    parser.add_argument("--project", default="sparsebench", help="W&B project (with --wandb)")
-    arguments = parser.parse_args()
+    arguments, parser = parse()
     missing = [str(p) for p in arguments.paths if not p.exists()]
     if missing:
         parser.error(f"no such file or folder: {', '.join(missing)}")
 
+    from sparsebench.records.archive import ArchiveError
+
+    try:
+        if arguments.archive is not None:
+            summary = archived(arguments.paths, arguments.archive)
+        elif arguments.extract is not None:
+            summary = extracted(arguments.paths, arguments.extract[0], Path(arguments.extract[1]))
+        else:
+            summary = reported(arguments)
+    except ArchiveError as error:
+        stop(str(error), WRONG)
+    print(json.dumps(summary))
+
+
+def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(
+        prog="sparsebench-report",
+        description="Many records on one page (HTML, Markdown, CSV, PNG) or in one archive.",
+        epilog="e.g. sparsebench-report outputs. Records are made by sparsebench, kernel timings by sparsebench-bench.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparsebench-report {__version__}")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, help="archives (.parquet), folders with records, result.json files"
+    )
+    parser.add_argument("--output", type=Path, help="folder for the report; default: report/ in the first folder given")
+    parser.add_argument("--title", default="sparsebench report")
+    parser.add_argument("--wandb", action="store_true", help="also send the records and the report to Weights & Biases")
+    parser.add_argument("--project", default="sparsebench", help="W&B project (with --wandb)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--archive", type=Path, metavar="FILE", help="no report: write all records into one archive")
+    instead.add_argument("--extract", nargs=2, metavar=("HASH", "FOLDER"),
+                         help="no report: write the records whose hash begins so as FOLDER/<hash>/result.json")  # fmt: skip
+    return parser.parse_args(), parser
+
+
+def stop(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def reported(arguments: argparse.Namespace) -> dict:
+    """Write the report; returns the line of JSON."""
     from sparsebench.report import page
     from sparsebench.report.rows import collect
 
     found = collect(arguments.paths)
     if not len(found):
-        print(f"error: no records below {', '.join(map(str, arguments.paths))}", file=sys.stderr)
-        sys.exit(1)
+        for path, reason in found.unreadable:
+            print(f"{path}: {reason}", file=sys.stderr)
+        stop(f"no records below {', '.join(map(str, arguments.paths))}", FAILED)
     first = arguments.paths[0]
     folder = arguments.output or (first if first.is_dir() else first.parent) / "report"
     try:
         written = page.write(found, folder, arguments.title)
     except OSError as error:
-        print(f"error: {folder} can't be written: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(f"{folder} can't be written: {error}", FAILED)
     uploaded = None
     if arguments.wandb:
         from sparsebench.report import upload
@@ -53,9 +87,59 @@ def main() -> None:
         f"{len(found.finished)} finished, {len(found.failed)} failed, {len(found.unreadable)} unreadable",
         file=sys.stderr,
     )
-    summary = {"report": str(folder / "report.html"), "finished": len(found.finished), "failed": len(found.failed),
-               "unreadable": len(found.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
-    print(json.dumps(summary))
+    return {"report": str(folder / "report.html"), "finished": len(found.finished), "failed": len(found.failed),
+            "unreadable": len(found.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
+
+
+def readable(paths: list[Path]) -> list[dict]:
+    """All records below `paths`, copies included; what can't be read is said on stderr."""
+    from sparsebench.records import record
+    from sparsebench.report.rows import contents, is_bench
+
+    found = []
+    for where, content in contents(paths):
+        reason = None if is_bench(content) else record.refusal(content)
+        if reason:
+            print(f"{where} was left out: {reason}", file=sys.stderr)
+        else:
+            found.append(content)
+    if not found:
+        stop(f"no records below {', '.join(map(str, paths))}", FAILED)
+    return found
+
+
+def archived(paths: list[Path], file: Path) -> dict:
+    """Write the records below `paths` as one archive."""
+    from sparsebench.records import archive
+
+    if file.suffix != archive.SUFFIX:
+        stop(f"--archive {file}: the name of an archive ends in {archive.SUFFIX}", WRONG)
+    found = readable(paths)
+    try:
+        archive.write(file, found)
+    except OSError as error:
+        stop(f"{file} can't be written: {error}", FAILED)
+    return {"archive": str(file), "records": len(archive.read(file)), "bytes": file.stat().st_size}
+
+
+def extracted(paths: list[Path], prefix: str, folder: Path) -> dict:
+    """Write records whose hash begins with `prefix` as files again; records of one hash are numbered."""
+    from sparsebench.records import archive, files
+
+    found = [each for each in readable(paths) if archive.key(each).startswith(prefix)]
+    if not found:
+        stop(f"--extract {prefix}: no record has such a hash", FAILED)
+    written: list[str] = []
+    for each in found:
+        name = archive.key(each)[:10]
+        taken = sum(Path(file).parent.name.split("-")[0] == name for file in written)
+        path = folder / (f"{name}-{taken + 1}" if taken else name) / "result.json"
+        try:
+            files.write_atomic(path, json.dumps(each, indent=1).encode())
+        except OSError as error:
+            stop(f"{path} can't be written: {error}", FAILED)
+        written.append(str(path))
+    return {"records": written}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from sparsebench.records import files
+from sparsebench.bench import output as bench
+from sparsebench.records import files, record
 from sparsebench.report import plots, published, tables
 from sparsebench.report.rows import Collection, Group, groups
 from sparsebench.report.tables import Table
@@ -145,8 +146,8 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
         for _, content in found.failed:
             if (content.get("error") or {}).get("traceback"):
                 page.details(content["name"], content["error"]["traceback"])
-        for path in found.unreadable:
-            page.text(f"{path} can't be read as a record and was left out.", "bad")
+        for path, reason in found.unreadable:
+            page.text(f"{path} was left out: {reason}.", "bad")
         page.close()
     for i, (path, content) in enumerate(found.benches):
         one_bench(page, path, content, i)
@@ -165,6 +166,11 @@ def head(page: Page, found: Collection, parts: list[Group], title: str) -> None:
     page.html.append(f'<ul class="facts">{shown}</ul>')
     page.html.append("<nav>" + "".join(f'<a href="#{a}">{escape(t)}</a>' for a, t in links) + "</nav>")
     page.markdown.append(f"# {title}\n\n" + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".\n")
+    for version, count in sorted(found.schemas.items()):
+        if version != record.SCHEMA_VERSION:
+            page.text(
+                f"{count} record(s) are of schema {version}; this version writes {record.SCHEMA_VERSION}.", "soft"
+            )
     if found.repeated:
         page.text(f"{found.repeated} record(s) were found twice (copied folders); each run counts once.", "soft")
 
@@ -194,16 +200,20 @@ def one_group(page: Page, group: Group, number: int, look: dict) -> None:
 
 
 def one_bench(page: Page, path: Path, content: dict, number: int) -> None:
-    """A benchmark as it was written: its plot and its table, which lie beside the record."""
-    page.open(f"bench-{number}", f"Benchmark: {content.get('model')}")
+    """A benchmark: its plot and its table, as sparsebench-bench makes them."""
+    page.open(f"bench-{number}", f"Benchmark: {content['model']}")
     page.text(str(path), "soft")
-    plot, table = path.with_name("speedup.png"), path.with_name("table.md")
-    if plot.exists():
-        source = base64.b64encode(plot.read_bytes()).decode()
-        page.html.append(f'<figure><img alt="speed-up over sparsity" src="data:image/png;base64,{source}"></figure>')
-    if table.exists():
-        page.details("Table", table.read_text())
-        page.markdown.append(table.read_text().replace("# ", "### "))
+    name = f"bench-{number + 1}.png"
+    try:
+        table, page.pictures[name] = bench.table(content), bench.plot(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        page.text(f"This is not a whole record of a benchmark ({type(error).__name__}: {error}).", "bad")
+        page.close()
+        return
+    source = base64.b64encode(page.pictures[name]).decode()
+    page.html.append(f'<figure><img alt="speed-up over sparsity" src="data:image/png;base64,{source}"></figure>')
+    page.details("Table", table)
+    page.markdown.append(f"![speed-up over sparsity]({name})\n\n" + table.replace("# ", "### "))
     page.close()
 
 

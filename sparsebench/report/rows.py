@@ -1,5 +1,8 @@
 """Records to rows that can be compared: what stands in a table, which rows may be ranked together, who is on the front.
 
+Records come from result.json files and from archives (records/archive.py). Those of older schema versions are shown,
+with their configuration under today's names.
+
 Two rows share a group only if they scored the same model on the same test text by the same protocol; rows that measured
 no sparsity at all (method=dense) join every group of theirs, whatever the prompt policy. Times are compared only
 between rows of one machine, dtype, thread count and context.
@@ -9,15 +12,21 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records import record
+from sparsebench.records import archive, record
 from sparsebench.sweep import main_metric
 
+SCHEMA_1_EVAL = {  # the part of `eval` that a key of schema 1 belongs to now
+    **dict.fromkeys(("test_sequences", "dev_sequences", "batch_size"), "text"),
+    **dict.fromkeys(("test_examples", "examples_per_batch", "cue_conflict"), "classifier"),
+    **dict.fromkeys(("tasks", "task_limit", "task_path"), "lm_eval"),
+}
 FFN_ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
 
 
@@ -81,55 +90,98 @@ class Collection:
     finished: list[Row] = field(default_factory=list)
     failed: list[tuple[Path, dict]] = field(default_factory=list)
     benches: list[tuple[Path, dict]] = field(default_factory=list)
-    unreadable: list[Path] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)  # and why
     repeated: int = 0
 
     def __len__(self) -> int:
         return len(self.finished) + len(self.failed) + len(self.benches)
 
+    @property
+    def schemas(self) -> Counter:
+        """How many runs there are of each schema version."""
+        contents = [*(r.found for r in self.finished), *(content for _, content in self.failed)]
+        return Counter(content["schema_version"] for content in contents)
+
+
+def contents(paths: Iterable[Path]) -> list[tuple[Path, Any]]:
+    """(where it stands, JSON content) of every record below `paths`; the content of what can't be read is None.
+
+    paths: archives, result.json files, folders with either. A file named as `paths` that is no archive though its name
+    ends so raises ArchiveError; inside a folder it may be anybody's (a data set) and is left out.
+    """
+    found: dict[Path, list[tuple[Path, Any]]] = {}
+    for path in paths:
+        named = [path] if path.is_file() else sorted([*path.rglob("result.json"), *path.rglob(f"*{archive.SUFFIX}")])
+        for file in named:
+            if file.suffix == archive.SUFFIX:
+                try:
+                    inside = archive.read(file)
+                except archive.ArchiveError:
+                    if file == path:
+                        raise
+                    continue
+                found[file.resolve()] = [(Path(f"{file}#{archive.key(each)[:10]}"), each) for each in inside]
+            else:
+                found[file.resolve()] = [(file, parsed(file))]
+    return [each for inside in found.values() for each in inside]
+
+
+def parsed(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
 
 def collect(paths: Iterable[Path]) -> Collection:
-    """All records below `paths` (files or folders). One run found twice (copied folders) counts once, the later one."""
-    files = {
-        f.resolve(): f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("result.json")))
-    }
+    """All records below `paths`. One run found twice (copied folders) counts once, the later one."""
     found, latest = Collection(), {}
-    for file in files.values():
-        content = record.read(file)
-        if content is None:
-            bench = read_bench(file)
-            if bench is None:
-                found.unreadable.append(file)
-            else:
-                found.benches.append((file, bench))
+    for where, content in contents(paths):
+        if is_bench(content):
+            found.benches.append((where, content))
             continue
-        key = content["config_hash"]
+        reason = record.refusal(content)
+        if reason:
+            found.unreadable.append((where, reason))
+            continue
+        key = archive.key(content)
         if key in latest:
             found.repeated += 1
         if key not in latest or rank(content) > rank(latest[key][1]):
-            latest[key] = (file, content)
-    for file, content in latest.values():
-        if content["status"] == "finished":
-            found.finished.append(make_row(file, content))
-        else:
-            found.failed.append((file, content))
+            latest[key] = (where, content)
+    for where, content in latest.values():
+        if content["status"] != "finished":
+            found.failed.append((where, content))
+            continue
+        try:
+            found.finished.append(make_row(where, content))
+        except (KeyError, TypeError, AttributeError) as error:
+            found.unreadable.append((where, f"not a whole record ({type(error).__name__}: {error})"))
     return found
 
 
 def rank(content: dict) -> tuple[bool, str]:
-    return content["status"] == "finished", content["started_at"]
+    return content["status"] == "finished", str(content.get("started_at"))
 
 
-def read_bench(file: Path) -> dict | None:
-    """A record of sparsebench-bench, or None."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and content.get("kind") == "bench" else None
+def is_bench(content: Any) -> bool:
+    """Whether this is a record of sparsebench-bench."""
+    return isinstance(content, dict) and content.get("kind") == "bench" and {"model", "env"} <= content.keys()
+
+
+def todays(config: dict) -> dict:
+    """The configuration of a record under the names that keys have now: `eval.batch_size` is `eval.text.batch_size`."""
+    moved: dict[str, Any] = {}
+    for key, value in (config.get("eval") or {}).items():
+        if key in SCHEMA_1_EVAL:
+            moved.setdefault(SCHEMA_1_EVAL[key], {})[key] = value
+        else:
+            moved[key] = value
+    return {**config, "eval": moved} if moved else config
 
 
 def make_row(path: Path, found: dict) -> Row:
+    found = {**found, "config": todays(found["config"])}
     quality, costs, traffic = (found.get(k) or {} for k in ("quality", "macs", "bytes"))
     name = main_metric(quality)
     row = Row(path, found, method=found["config"]["method"]["name"], metric=name, machine=machine(found))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sparsebench.bench import experts
+from sparsebench.bench import experts, output
 from tests.helpers import built
 
 
@@ -61,4 +61,4 @@ def test_expert_times_are_of_the_share_that_was_asked_for(monkeypatch, tmp_path)
             assert row["speedup"] == pytest.approx(
                 found["times"][found["dense"]]["median_us"] / found["times"][f"experts@{row['executed']}"]["median_us"]
             )
-        assert "Expert FFN" in "\n".join(experts.table([found]))
+        assert "Expert FFN" in "\n".join(output.expert_lines([found]))

@@ -6,6 +6,7 @@ import os
 import jsonschema
 import pytest
 
+import sparsebench
 from sparsebench.records import record
 from sparsebench.records.record import Record
 
@@ -36,6 +37,18 @@ def test_nan_becomes_null(tmp_path):
 def test_what_is_no_record_reads_as_none(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     assert record.read(tmp_path / "r.json") is None
+
+
+def test_why_a_record_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SCHEMA_VERSION", 2)
+    file = tmp_path / "result.json"
+    for version, reason in ((1, "schema 1, this version reads 2"), (3, "schema 3, this version reads 2"), (2, None)):
+        file.write_text(json.dumps({"schema_version": version, "status": "finished"}))
+        assert record.look(file)[1] == reason and (record.read(file) is None) == (version != 2)
+        if reason:
+            with pytest.raises(ValueError, match=f"is no record of a finished run: {reason}"):
+                sparsebench.load(tmp_path)
+    assert record.look(tmp_path / "nowhere") == (None, "not a record")
 
 
 def test_a_failing_write_leaves_the_old_record(tmp_path, monkeypatch):

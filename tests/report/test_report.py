@@ -9,14 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from sparsebench.config.identity import digest
-from sparsebench.records import record
+from sparsebench.records import archive, record
 from sparsebench.report import page, plots, published, rows, tables
-from tests.helpers import failed, laid, made
+from tests.helpers import failed, laid, made, made_bench
+
+ROOT = Path(__file__).parents[2]
 
 
 def vision(accuracy=0.95, method="dstf") -> dict:
@@ -240,8 +246,7 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     laid(tmp_path / "a", made(), made(sparsity=0.25, perplexity=10.5), failed())
     laid(tmp_path / "b", vision())
     (tmp_path / "b" / "bench").mkdir()
-    (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m"}))
-    (tmp_path / "b" / "bench" / "table.md").write_text("# m <b>\n| 50% | 1.8x |\n")
+    (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps(made_bench(model="m <b>")))
     command = [sys.executable, "-m", "sparsebench.report"]
     process = subprocess.run([*command, "a", "b", "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -251,12 +256,109 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     assert {"report.html", "report.md", "report.csv"} <= names and set(last["plots"]) <= names
     assert all((tmp_path / "out" / n).read_bytes().startswith(b"\x89PNG") for n in last["plots"])
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "Benchmark: m" in html and "| 50% | 1.8x |" in html and "<b>\n" not in html
+    assert "Benchmark: m &lt;b&gt;" in html and "| 50% | 40.0 | 2.00x | 80% |" in html and "<b>\n" not in html
+    assert "bench-1.png" in last["plots"]
     again = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "no such file or folder: nowhere" in again.stderr
     (tmp_path / "empty").mkdir()
     nothing = subprocess.run([*command, "empty"], cwd=tmp_path, capture_output=True, text=True)
     assert nothing.returncode == 1 and nothing.stderr.strip() == "error: no records below empty"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archives, older schemas, damaged files
+
+
+def command(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sparsebench.report", *arguments], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_the_command_writes_an_archive_reports_it_and_gives_its_records_back(tmp_path):
+    records = [made(), made(sparsity=0.25), failed()]
+    laid(tmp_path / "runs", *records)
+    archived = command(tmp_path, "runs", "--archive", "mine.parquet")
+    assert archived.returncode == 0, archived.stderr
+    assert json.loads(archived.stdout)["records"] == 3
+    hash_of_one = records[1]["config_hash"]
+    extracted = command(tmp_path, "mine.parquet", "--extract", hash_of_one[:8], "out")
+    (file,) = json.loads(extracted.stdout)["records"]
+    assert json.loads((tmp_path / file).read_text()) == records[1]
+    unknown = command(tmp_path, "mine.parquet", "--extract", "ffffffffff", "out")
+    assert unknown.returncode == 1 and "no record has such a hash" in unknown.stderr
+    wrong_name = command(tmp_path, "runs", "--archive", "mine.zip")
+    assert wrong_name.returncode == 2 and "ends in .parquet" in wrong_name.stderr
+
+
+def test_archives_and_folders_mix_and_a_run_in_both_counts_once(tmp_path):
+    archive.write(tmp_path / "a.parquet", [made(), made(sparsity=0.25), made_bench()])
+    folder = laid(tmp_path / "runs", made(), made(sparsity=0.65))
+    found = rows.collect([tmp_path / "a.parquet", folder])
+    assert (len(found.finished), found.repeated, len(found.benches)) == (3, 1, 1)
+    assert found.finished[0].path.name.startswith("a.parquet#")
+    assert len(rows.collect([tmp_path]).finished) == 3  # archives inside a folder are found
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", b"{}"])
+def test_a_damaged_archive_is_one_line_and_exit_code_2(tmp_path, content):
+    (tmp_path / "bad.parquet").write_bytes(content)
+    process = command(tmp_path, "bad.parquet")
+    assert process.returncode == 2 and process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1 and "bad.parquet can't be read as an archive" in process.stderr
+
+
+def test_anybodys_parquet_inside_a_folder_is_left_alone(tmp_path):
+    pq.write_table(pa.table({"text": ["a data set"]}), tmp_path / "data.parquet")
+    found = rows.collect([laid(tmp_path, made())])
+    assert len(found.finished) == 1 and not found.unreadable
+
+
+def test_records_of_older_schemas_are_shown_and_of_newer_ones_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SCHEMA_VERSION", 2)
+    old, new, future = made(), made(sparsity=0.25), made(sparsity=0.65)
+    old["schema_version"], new["schema_version"], future["schema_version"] = 1, 2, 3
+    folder = laid(tmp_path, old, new, future)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "result.json").write_text("[]")
+    found, _, html, _ = reported(folder)
+    assert len(found.finished) == 2
+    assert [reason for _, reason in found.unreadable] == ["schema 3, this version reads 2", "not a record"]
+    assert "1 record(s) are of schema 1; this version writes 2." in html
+    assert record.look(tmp_path / "m0" / "method" / "hash" / "result.json") == (None, "schema 1, this version reads 2")
+
+
+def test_old_names_below_eval_do_not_tell_rows_apart(tmp_path):
+    """Schema 1 wrote eval.batch_size where eval.text.batch_size stands now."""
+    old, new = made(seed=0), made(seed=1)
+    old["config"]["eval"] = {"test_sequences": 4, "batch_size": 8, "tasks": [], "neurons": {"enabled": False}}
+    new["config"]["eval"] = {
+        "text": {"test_sequences": 4, "batch_size": 8}, "lm_eval": {"tasks": []}, "neurons": {"enabled": False},
+    }  # fmt: skip
+    (group,) = rows.groups(rows.collect([laid(tmp_path, old, new)]).finished)
+    assert [r.label for r in group.rows] == ["teal seed=0", "teal seed=1"]
+    assert len(rows.repeats(group.rows)) == 1
+
+
+def test_every_key_below_eval_has_its_old_place(tmp_path):
+    evaluation = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["eval"]
+    for key, part in rows.SCHEMA_1_EVAL.items():
+        assert key in evaluation[part], key
+
+
+def test_a_record_that_is_not_whole_stops_nothing(tmp_path):
+    cut = made(sparsity=0.25)
+    del cut["config"]["method"]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m", "env": {}}))
+    found, _, html, _ = reported(laid(tmp_path, made(), cut))
+    assert len(found.finished) == 1 and "not a whole record" in found.unreadable[0][1]
+    assert "not a whole record of a benchmark" in html
+
+
+def test_help_is_light():
+    code = "import sys; import sparsebench.report.__main__; print([m for m in ('torch', 'pyarrow', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -328,4 +430,4 @@ def test_zeros_of_neurons_are_compared_where_they_were_measured(tmp_path):
 
 def test_recalled_figures_are_unverified():
     entry = next(e for e in published.figures() if e["model"] == "mistral-7b" and e["method"] == "teal")
-    assert entry["recalled"] == [0.25, 0.5, 0.65] and record.SCHEMA_VERSION == 1
+    assert entry["recalled"] == [0.25, 0.5, 0.65]
