@@ -1,0 +1,206 @@
+"""What every key of the configuration means, read from the comments of the YAML files: one `Entry` per key and option.
+
+Options of one class share the meaning of their keys: it stands in the file that comments most of them. What another
+file says behind a key is a note on its own value. Keys of training blocks come from conf/train/. Nothing here imports
+torch, except for what is allowed: bounds stand in the classes, which are imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import yaml
+
+from sparsebench.config.fields import expected
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11
+
+GROUPS = ("train", "dataset", "model", "method", "hardware")
+CLASSES = {  # of files that name none by `_target_`
+    "": "sparsebench.config.settings.Settings",
+    "bench": "sparsebench.bench.Bench",
+    "train": "sparsebench.training.loop.Training",
+}
+NOT_KEYS = ("defaults", "hydra", "_target_")  # Hydra's own
+NAME = "the option's name in records, tables and the run's folder"  # of every group
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the configuration, as one option sets it."""
+
+    key: str  # as on the command line, e.g. `method.sparsity`
+    default: Any
+    meaning: str
+    allowed: str  # in words; "" where not asked for, and for mappings
+    group: str  # train, dataset, model, method, hardware; "" = config.yaml, "bench" = bench.yaml
+    option: str  # "" for config.yaml and bench.yaml
+    note: str = ""  # what this option's file says of its own value
+    own: bool = True  # False: the value stands in conf/train/ and the option leaves it alone
+
+
+@dataclass(frozen=True)
+class Line:
+    """One key of a file, before it has a place in the configuration."""
+
+    key: str
+    value: Any
+    comment: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice of a group: a YAML file."""
+
+    group: str
+    name: str
+    about: str  # its first comment
+    target: str  # its class
+    blocks: dict[str, str]  # key -> option of conf/train/ that it starts from
+    lines: list[Line]
+
+
+def conf() -> Traversable:
+    """The folder of YAML files, in a checkout and in an installed wheel alike."""
+    return files("sparsebench.conf")
+
+
+def lines_of(text: str) -> list[Line]:
+    """Every key of a YAML document in order, nested ones dotted, with the comment that stands behind it on its line."""
+    rows = text.splitlines()
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[Line]:
+        for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not prefix and name.value in NOT_KEYS:
+                continue
+            mark = value.end_mark if value.end_mark.line == name.end_mark.line else name.end_mark
+            comment = rows[mark.line][mark.column :].partition("#")[2].strip()
+            yield Line(prefix + name.value, yaml.safe_load(yaml.serialize(value)), comment)
+            if not (isinstance(value, yaml.MappingNode) and value.flow_style):
+                yield from walk(value, f"{prefix}{name.value}.")
+
+    return list(walk(yaml.compose(text), ""))
+
+
+def options(group: str) -> list[Option]:
+    """The options of a group by name, those in folders as folder/name."""
+
+    def walk(folder: Traversable, prefix: str) -> Iterator[Option]:
+        for child in sorted(folder.iterdir(), key=lambda c: c.name):
+            if child.name.endswith(".yaml"):
+                yield option(group, prefix + child.name.removesuffix(".yaml"), child.read_text(encoding="utf-8"))
+            elif child.is_dir() and not child.name.startswith("_"):
+                yield from walk(child, f"{prefix}{child.name}/")
+
+    return list(walk(conf() / group, ""))
+
+
+def option(group: str, name: str, text: str) -> Option:
+    """What one YAML file says."""
+    content = yaml.safe_load(text)
+    about = first_comment(text)
+    blocks = {
+        str(key).partition("@")[2]: str(value)
+        for entry in content.get("defaults", ())
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+        if str(key).startswith("/train@")
+    }
+    return Option(group, name, about, content.get("_target_", CLASSES.get(group, "")), blocks, lines_of(text))
+
+
+def first_comment(text: str) -> str:
+    """The comment that a file starts with, up to the first line that ends a sentence."""
+    found: list[str] = []
+    for row in text.splitlines():
+        if row.startswith("# ") and not row.startswith("# @"):
+            found.append(row[1:].strip())
+        if found and (not row.startswith("#") or row.endswith((".", ":"))):
+            break
+    return " ".join(found)
+
+
+def entries(allowed: bool = False) -> list[Entry]:
+    """Every key of config.yaml, of bench.yaml and of every option of every group but `experiment`.
+
+    allowed: also say what each key accepts, which imports the classes (and torch).
+    """
+    training = {o.name: o for o in options("train")}
+    found: list[Entry] = []
+    for group, file in (("", "config.yaml"), ("bench", "bench.yaml")):
+        found += of_class([option(group, "", (conf() / file).read_text(encoding="utf-8"))], training, allowed)
+    for group in GROUPS:
+        known = options(group)
+        for target in dict.fromkeys(o.target for o in known):
+            found += of_class([o for o in known if o.target == target], training, allowed)
+    return found
+
+
+def canonical(same: list[Option]) -> Option:
+    """Of options of one class, the one whose file says what the keys mean: the one with most comments."""
+    return max(same, key=lambda o: sum(bool(line.comment) for line in o.lines))
+
+
+def of_class(same: list[Option], training: dict[str, Option], allowed: bool) -> list[Entry]:
+    """The entries of all options of one class."""
+    words = bounds(class_of(same[0].target)) if allowed else {}
+    meanings = {line.key: line.comment for line in canonical(same).lines}
+    found = []
+    for each in same:
+        prefix = f"{each.group}." if each.group in GROUPS else ""
+        trained = {
+            f"{block}.{line.key}": line for block, start in each.blocks.items() for line in training[start].lines
+        }
+        comments = meanings | {key: line.comment for key, line in trained.items()}
+        comments |= {"name": NAME} if each.group in GROUPS[1:] else {}
+        given = {line.key: line for line in each.lines}
+        nothing = tuple(f"{key}." for key, line in given.items() if line.value is None)  # blocks set to null
+        rows = [(line, True) for line in each.lines]
+        rows += [
+            (Line(key, line.value, ""), False)
+            for key, line in trained.items()
+            if key not in given and not (nothing and key.startswith(nothing))
+        ]
+        for line, own in rows:
+            meaning = comments.get(line.key) or parent(line.key, comments) or line.comment
+            note = line.comment if line.comment != meaning else ""
+            key = prefix + line.key
+            found.append(Entry(key, line.value, meaning, words.get(line.key, ""), each.group, each.name, note, own))
+    return found
+
+
+def parent(key: str, comments: dict[str, str]) -> str:
+    """The comment of the mapping that a key stands in, e.g. of `architecture` for `architecture.hidden_size`."""
+    return comments.get(key.rpartition(".")[0], "")
+
+
+def class_of(target: str) -> type:
+    """The class at a dotted path."""
+    module, _, name = target.rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def bounds(cls: type, prefix: str = "") -> dict[str, str]:
+    """key -> what it accepts, in words, for the fields of a dataclass and of the dataclasses in it."""
+    found: dict[str, str] = {}
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        if nested and isinstance(nested[0], type):
+            found |= bounds(nested[0], f"{prefix}{field.name}.")
+        elif field.init and hint is not Any:
+            found[prefix + field.name] = expected(hint, dict(field.metadata))
+    return found
+
+
+def find(key: str, allowed: bool = True) -> list[Entry]:
+    """The entries of a key and of all keys below it: `method.sparsity`, `eval`, `eval.text`."""
+    return [e for e in entries(allowed) if e.key == key or e.key.startswith(f"{key}.")]
