@@ -1,6 +1,6 @@
 """The record of one run: fixed keys, written atomically, never read half-written.
 
-`record.schema.json` beside this file is the contract (JSON Schema); the README explains each key in words.
+`record.schema.json` beside this file is the contract (JSON Schema); docs/concepts.md explains each key in words.
 """
 
 from __future__ import annotations
