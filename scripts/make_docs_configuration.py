@@ -19,9 +19,9 @@ Every setting is a key of a YAML file in `conf/`. A key is set on the command li
 as `group=option`:
 
 ```
-sparsebench model=llama-tiny method=teal method.sparsity=0.65 eval.text.test_sequences=32
-sparsebench -m method=teal,wina method.sparsity=0.25,0.5     # every combination
-sparsebench --cfg job                                        # what would run, in full
+sparsebench method=teal method.sparsity=0.65 eval.text.test_sequences=32
+sparsebench -m method=teal,wina method.sparsity=0.25,0.5   # every combination
+sparsebench --cfg job                                      # what would run, in full
 ```
 
 `null` means none. `[choice]` marks a value that is ours where the source leaves it open, `(unverified)` one that could
