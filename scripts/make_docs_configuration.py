@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the comments of conf/**/*.yaml and the bounds of the classes. `make docs` runs it."""
+"""Writes docs/configuration.md from the comments in conf/ and the bounds of the classes; part of `make docs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and docs/ say is what the program does: examples run, keys and options are named, pages are up to date."""
+"""What README and docs/ say is what the program does: examples run, options are named, pages are up to date."""
 
 import importlib
 import importlib.util
