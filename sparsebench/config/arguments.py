@@ -93,17 +93,16 @@ def overview(command: str, overrides: list[str]) -> str:
     chosen = explain.chosen(primary) | dict(o.split("=", 1) for o in overrides if o.count("=") == 1)
     parts = [HEAD[command], "== Commands =="]
     parts += [f"  {name:20}{text}" for name, text in COMMANDS.items()]
-    groups = [g for g in explain.GROUPS if g in chosen or (primary == "config" and g == "experiment")]
+    groups = [g for g in (*explain.GROUPS, "experiment") if g in chosen or (primary == "config" and g == "experiment")]
+    options = {group: {o.name: o for o in explain.options(group)} for group in groups}
     parts += ["", "== Groups: choose an option by group=option =="]
-    for group in groups:
-        names = [e.option.partition("=")[2] for e in known if e.key == group and e.option.startswith(f"{group}=")]
-        parts += [wrapped(f"  {group + ':':12}", ", ".join(names))]
+    parts += [wrapped(f"  {group + ':':12}", ", ".join(options[group])) for group in groups]
     parts += ["", "== Keys: override any as key=value =="]
-    parts += [line(e) for e in known if e.option == primary]
+    parts += [line(e) for e in known if e.group == ("bench" if primary == "bench" else "")]
     for group in groups:
-        option = f"{group}={chosen.get(group)}"
-        mine = [e for e in known if e.option == option and group != "experiment"]
-        parts += ["", f"-- {option}: {mine[0].meaning}"] + [line(e) for e in mine[1:]] if mine else []
+        option = options[group].get(chosen.get(group, ""))
+        mine = [e for e in known if option is not None and (e.group, e.option) == (group, option.name)]
+        parts += ["", f"-- {group}={option.name}: {option.about}"] + [line(e) for e in mine] if option else []
     return "\n".join([*parts, "", TAIL])
 
 
@@ -133,22 +132,24 @@ def explained(query: str) -> str:
         hint = f" (did you mean {near}?)" if near else ""
         raise ConfigError([f"{query} is not a known key or option{hint}; sparsebench --help lists them"])
     if "=" in query:
-        return "\n".join([f"{query}: {entries[0].meaning}", *(line(e) for e in entries[1:])])
+        group, _, name = query.partition("=")
+        about = next(o.about for o in explain.options(group) if o.name == name)
+        return "\n".join([f"{query}: {about}", *(line(e) for e in entries)])
     parts: list[str] = []
     for key in dict.fromkeys(e.key for e in entries):
         alike: dict[tuple[str, str, str], list[str]] = {}
         for entry in (e for e in entries if e.key == key):
-            facts = (
-                entry.meaning,
-                "" if isinstance(entry.default, dict) else shown(entry.default),
-                explain.describe(entry).allowed,
-            )
-            alike.setdefault(facts, []).append(entry.option)
+            words = ". Here: ".join(filter(None, (entry.meaning, entry.note)))
+            default = "" if isinstance(entry.default, dict) else shown(entry.default)
+            where = f"{entry.group}={entry.option}" if entry.option else entry.group
+            alike.setdefault((words, default, explain.allowed(entry)), []).append(where)
         parts.append(key)
-        for (meaning, default, values), where in alike.items():
-            parts.append(wrapped("  ", meaning))
+        for (words, default, values), places in alike.items():
+            parts.append(wrapped("  ", words))
             parts += [f"    default: {default}"] if default else []
             parts += [wrapped("    allowed: ", values)] if values else []
-            parts += [wrapped("    in: ", ", ".join(where))] if where not in (["config"],) else []
-        parts += [line(e) for e in explain.entries() if e.key.startswith(f"{key}.") and e.option == entries[0].option]
-    return "\n".join(parts)
+            parts += [wrapped("    in: ", ", ".join(places))] if any(places) else []
+    below = [
+        e for e in explain.find(entries[0].key, False) if e.option == entries[0].option and e.key != entries[0].key
+    ]
+    return "\n".join(parts + [line(e) for e in below])

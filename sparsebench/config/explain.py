@@ -1,225 +1,240 @@
-"""What every key means, read from the comments of the YAML files: for `--explain`, `--help` and the documentation.
+"""What every key of the configuration means, read from the comments of the YAML files: one `Entry` per key and option.
 
-`entries` reads the YAML alone: no torch, no class is imported. What a key allows is said by the field of its class, which
-only `describe` imports.
+Options of one class share the meaning of their keys: it stands in the file that comments most of them. What another
+file says behind a key is a note on its own value. Keys of training blocks come from conf/train/. Nothing here imports
+torch, except for what is allowed: bounds stand in the classes, which are imported only when asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 
 from sparsebench.config.fields import expected
 
-GROUPS = ("dataset", "model", "method", "hardware", "train", "experiment")
-OWN_NODES = {"defaults", "hydra", "_target_"}  # Hydra's, not settings
-OWNERS = {  # of the files that name no class themselves
-    "config": "sparsebench.config.settings.Settings",
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11
+
+GROUPS = ("train", "dataset", "model", "method", "hardware")
+CLASSES = {  # of files that name none by `_target_`
+    "": "sparsebench.config.settings.Settings",
     "bench": "sparsebench.bench.Bench",
     "train": "sparsebench.training.loop.Training",
 }
-FREE_NODES = {"architecture"}  # passed on as they are: their keys are those of transformers' configuration classes
+NOT_KEYS = ("defaults", "hydra", "_target_")  # Hydra's own
+NAME = "the option's name in records, tables and the run's folder"  # of every group
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of one option of a group (or of the main configuration), as the YAML file says it.
+    """One key of the configuration, as one option sets it."""
 
-    A section (`method.greedy`) is an entry, too, its default a dict; so is the option itself (key `method`, option
-    `method=teal`), its meaning the comment that heads the file.
-    """
-
-    key: str  # as typed on the command line, e.g. method.sparsity
-    option: str  # where it exists: method=teal; config (always); bench (sparsebench-bench); experiment=paper/teal
+    key: str  # as on the command line, e.g. `method.sparsity`
     default: Any
-    meaning: str  # "" where no file says it
-    allowed: str = ""  # filled by `describe`
-    file: str = ""  # below conf/: the file that sets the default
+    meaning: str
+    allowed: str  # in words; "" where not asked for, and for mappings
+    group: str  # train, dataset, model, method, hardware; "" = config.yaml, "bench" = bench.yaml
+    option: str  # "" for config.yaml and bench.yaml
+    note: str = ""  # what this option's file says of its own value
+    own: bool = True  # False: the value stands in conf/train/ and the option leaves it alone
 
 
-def folder() -> Path:
-    """The folder of the YAML files, in a checkout and in a wheel."""
-    module = importlib.import_module("sparsebench.conf")
-    return Path(next(iter(module.__path__)))
+@dataclass(frozen=True)
+class Line:
+    """One key of a file, before it has a place in the configuration."""
+
+    key: str
+    value: Any
+    comment: str
 
 
-@functools.cache
-def entries() -> tuple[Entry, ...]:
-    """Every key of config.yaml, bench.yaml and every option of every group, in the order of the files."""
-    listed = [*of_file("config"), *of_file("bench")]
+@dataclass(frozen=True)
+class Option:
+    """One choice of a group: a YAML file."""
+
+    group: str
+    name: str
+    about: str  # its first comment
+    target: str  # its class
+    blocks: dict[str, str]  # key -> option of conf/train/ that it starts from
+    lines: list[Line]
+
+
+def conf() -> Traversable:
+    """The folder of YAML files, in a checkout and in an installed wheel alike."""
+    return files("sparsebench.conf")
+
+
+def lines_of(text: str) -> list[Line]:
+    """Every key of a YAML document in order, nested ones dotted, with the comment that stands behind it on its line."""
+    rows = text.splitlines()
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[Line]:
+        for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not prefix and name.value in NOT_KEYS:
+                continue
+            mark = value.end_mark if value.end_mark.line == name.end_mark.line else name.end_mark
+            comment = rows[mark.line][mark.column :].partition("#")[2].strip()
+            yield Line(prefix + name.value, yaml.safe_load(yaml.serialize(value)), comment)
+            if not (isinstance(value, yaml.MappingNode) and value.flow_style):
+                yield from walk(value, f"{prefix}{name.value}.")
+
+    return list(walk(yaml.compose(text), ""))
+
+
+def options(group: str) -> list[Option]:
+    """The options of a group by name, those in folders as folder/name."""
+
+    def walk(folder: Traversable, prefix: str) -> Iterator[Option]:
+        for child in sorted(folder.iterdir(), key=lambda c: c.name):
+            if child.name.endswith(".yaml"):
+                yield option(group, prefix + child.name.removesuffix(".yaml"), child.read_text(encoding="utf-8"))
+            elif child.is_dir() and not child.name.startswith("_"):
+                yield from walk(child, f"{prefix}{child.name}/")
+
+    return list(walk(conf() / group, ""))
+
+
+def option(group: str, name: str, text: str) -> Option:
+    """What one YAML file says."""
+    content = yaml.safe_load(text)
+    about = first_comment(text)
+    blocks = {
+        str(key).partition("@")[2]: str(value)
+        for entry in content.get("defaults", ())
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+        if str(key).startswith("/train@")
+    }
+    return Option(group, name, about, content.get("_target_", CLASSES.get(group, "")), blocks, lines_of(text))
+
+
+def first_comment(text: str) -> str:
+    """The comment that a file starts with, up to the first line that ends a sentence."""
+    found: list[str] = []
+    for row in text.splitlines():
+        if row.startswith("# ") and not row.startswith("# @"):
+            found.append(row[1:].strip())
+        if found and (not row.startswith("#") or row.endswith((".", ":"))):
+            break
+    return " ".join(found)
+
+
+def entries(allowed: bool = False) -> list[Entry]:
+    """Every key of config.yaml, of bench.yaml and of every option of every group but `experiment`.
+
+    allowed: also say what each key accepts, which imports the classes (and torch).
+    """
+    training = {o.name: o for o in options("train")}
+    found: list[Entry] = []
+    for group, file in (("", "config.yaml"), ("bench", "bench.yaml")):
+        found += of_class([option(group, "", (conf() / file).read_text(encoding="utf-8"))], training, allowed)
     for group in GROUPS:
-        for file in sorted((folder() / group).rglob("*.yaml")):
-            listed += of_file(file.relative_to(folder()).with_suffix("").as_posix())
-    return tuple(filled(listed))
+        known = options(group)
+        for target in dict.fromkeys(o.target for o in known):
+            found += of_class([o for o in known if o.target == target], training, allowed)
+    return found
 
 
-def of_file(name: str) -> list[Entry]:
-    """The entries of conf/<name>.yaml, a training block named in its defaults list included."""
-    text = (folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    group, _, option = name.partition("/")
-    label = f"{group}={option}" if option else group
-    prefix = "" if group in ("config", "bench", "experiment") else f"{group}."
-    content = yaml.safe_load(text) or {}
-    by_key: dict[str, Entry] = {}
-    for block, source in training_blocks(content.get("defaults") or []).items():
-        for entry in of_file(f"train/{source}"):
-            if entry.key != "train":
-                key = f"{prefix}{block}.{entry.key.partition('.')[2]}"
-                by_key[key] = replace(entry, key=key, option=label)
-    lines = text.splitlines()
-    for key, default, meaning in walk(cast(yaml.MappingNode, yaml.compose(text)), content, lines, prefix):
-        before = by_key.get(key)
-        by_key[key] = Entry(key, label, default, meaning or (before.meaning if before else ""), file=f"{name}.yaml")
-    own = [Entry(group, label, option, heading(lines), file=f"{name}.yaml")] if option else []
-    return own + list(by_key.values())
+def canonical(same: list[Option]) -> Option:
+    """Of options of one class, the one whose file says what the keys mean: the one with most comments."""
+    return max(same, key=lambda o: sum(bool(line.comment) for line in o.lines))
 
 
-def training_blocks(defaults: list[Any]) -> dict[str, str]:
-    """key -> option of conf/train, from `- /train@key: option` of a defaults list."""
-    pairs = [pair for each in defaults if isinstance(each, dict) for pair in each.items()]
-    return {key.partition("@")[2]: option for key, option in pairs if key.startswith("/train@")}
+def of_class(same: list[Option], training: dict[str, Option], allowed: bool) -> list[Entry]:
+    """The entries of all options of one class."""
+    words = bounds(class_of(same[0].target)) if allowed else {}
+    meanings = {line.key: line.comment for line in canonical(same).lines}
+    found = []
+    for each in same:
+        prefix = f"{each.group}." if each.group in GROUPS else ""
+        trained = {
+            f"{block}.{line.key}": line for block, start in each.blocks.items() for line in training[start].lines
+        }
+        comments = meanings | {key: line.comment for key, line in trained.items()}
+        comments |= {"name": NAME} if each.group in GROUPS[1:] else {}
+        given = {line.key: line for line in each.lines}
+        nothing = tuple(f"{key}." for key, line in given.items() if line.value is None)  # blocks set to null
+        rows = [(line, True) for line in each.lines]
+        rows += [
+            (Line(key, line.value, ""), False)
+            for key, line in trained.items()
+            if key not in given and not (nothing and key.startswith(nothing))
+        ]
+        for line, own in rows:
+            meaning = comments.get(line.key) or parent(line.key, comments) or line.comment
+            note = line.comment if line.comment != meaning else ""
+            key = prefix + line.key
+            found.append(Entry(key, line.value, meaning, words.get(line.key, ""), each.group, each.name, note, own))
+    return found
 
 
-def walk(
-    node: yaml.MappingNode, content: dict[str, Any], lines: list[str], prefix: str
-) -> Iterator[tuple[str, Any, str]]:
-    """(key, default, meaning) of every key below a mapping."""
-    for name, value in node.value:
-        key = name.value
-        if key in OWN_NODES:
-            continue
-        section = isinstance(value, yaml.MappingNode)
-        yield f"{prefix}{key}", content[key], comment(lines, (name if section else value).end_mark)
-        if section and key not in FREE_NODES:
-            yield from walk(value, content[key], lines, f"{prefix}{key}.")
+def parent(key: str, comments: dict[str, str]) -> str:
+    """The comment of the mapping that a key stands in, e.g. of `architecture` for `architecture.hidden_size`."""
+    return comments.get(key.rpartition(".")[0], "")
 
 
-def comment(lines: list[str], mark: yaml.Mark) -> str:
-    """The comment behind a place in the file, with the lines that go on below it in the same column."""
-    rest = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
-    if "#" not in rest:
-        return ""
-    column = mark.column + rest.index("#")
-    parts = [rest.partition("#")[2].strip()]
-    for line in lines[mark.line + 1 :]:
-        if not (line.lstrip().startswith("#") and line.index("#") == column):
-            break
-        parts.append(line.strip("# "))
-    return " ".join(parts)
+def class_of(target: str) -> type:
+    """The class at a dotted path."""
+    module, _, name = target.rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
 
 
-def heading(lines: list[str]) -> str:
-    """The comment that heads a file: what the option is for."""
-    parts = []
-    for line in lines:
-        if line.startswith("# @package"):
-            continue
-        if not line.startswith("#"):
-            break
-        parts.append(line.lstrip("# ").rstrip())
-    return " ".join(parts)
+def bounds(cls: type, prefix: str = "") -> dict[str, str]:
+    """key -> what it accepts, in words, for the fields of a dataclass and of the dataclasses in it."""
+    found: dict[str, str] = {}
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        if nested and isinstance(nested[0], type):
+            found |= bounds(nested[0], f"{prefix}{field.name}.")
+        elif field.init and hint is not Any:
+            found[prefix + field.name] = expected(hint, dict(field.metadata))
+    return found
 
 
-def filled(listed: list[Entry]) -> Iterator[Entry]:
-    """The entries; where a file is silent about a key, with what another option of the same class says about it."""
-    said: dict[tuple[str, str], str] = {}
-    for entry in listed:
-        if entry.meaning:
-            said.setdefault((target(entry.option), entry.key), entry.meaning)
-    for entry in listed:
-        meaning = entry.meaning or said.get((target(entry.option), entry.key), "")
-        if not meaning and entry.key.endswith(".name"):
-            meaning = "how records, tables and folders call it"
-        yield replace(entry, meaning=meaning)
-
-
-@functools.cache
-def target(option: str) -> str:
-    """The dotted path of the class that an option names; the option itself where it names none."""
-    file = folder() / f"{option.replace('=', '/', 1)}.yaml"
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("_target_") or option
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Allowed values: of the classes
-
-
-def describe(entry: Entry) -> Entry:
-    """The entry with what it allows, from the field of its class. Imports the class, and torch with most."""
-    where = entry.key.split(".")
-    cls = owner(entry)
-    if entry.option.partition("=")[0] == where[0] and cls is not None:
-        where = where[1:]  # below the group
-    while cls is not None and where:
-        name, *where = where
-        spec = next((f for f in dataclasses.fields(cls) if f.name == name), None)
-        if spec is None:
-            break
-        hint = get_type_hints(cls)[name]
-        if not where:
-            return replace(entry, allowed=words(hint, spec.metadata))
-        cls = next((h for h in options(hint) if dataclasses.is_dataclass(h)), None)
-    return entry
-
-
-def words(hint: Any, meta: Any) -> str:
-    """What a field accepts; a section's keys are entries of their own."""
-    if any(dataclasses.is_dataclass(h) for h in options(hint)):
-        return "a section of keys" + (" or null" if type(None) in options(hint) else "")
-    return "any value" if hint is Any else expected(hint, meta)
-
-
-def options(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint allows."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def owner(entry: Entry) -> Any:
-    """The dataclass whose fields are the keys of the entry's option; None for an experiment."""
-    group = entry.option.partition("=")[0]
-    if group == "experiment":
-        return None
-    module, _, name = OWNERS.get(group, target(entry.option)).rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking one up
+def find(key: str, allowed: bool = True) -> list[Entry]:
+    """The entries of a key and of all keys below it: `method.sparsity`, `eval`, `eval.text`."""
+    return [e for e in entries(allowed) if e.key == key or e.key.startswith(f"{key}.")]
 
 
 def chosen(primary: str) -> dict[str, str]:
     """group -> option that a primary file (config, bench) chooses where the user chooses none."""
-    content = yaml.safe_load((folder() / f"{primary}.yaml").read_text(encoding="utf-8"))
-    pairs = [pair for each in content["defaults"] if isinstance(each, dict) for pair in each.items()]
-    return {group: option for group, option in pairs if group in GROUPS}
+    listed = yaml.safe_load((conf() / f"{primary}.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = [pair for each in listed if isinstance(each, dict) for pair in each.items()]
+    return {group: name for group, name in pairs if group in GROUPS}
 
 
-def matching(query: str, known: tuple[Entry, ...] | None = None) -> list[Entry]:
-    """The entries that a user means by `query`: a whole key, a leaf or the end of a key, or an option (method=teal)."""
-    known = entries() if known is None else known
+def matching(query: str) -> list[Entry]:
+    """The entries that a user means by `query`: a whole key, a leaf or the end of one, or an option (`method=teal`)."""
+    known = entries()
     if "=" in query:
-        return [e for e in known if e.option == query]
-    whole = [e for e in known if e.key == query]
-    ends = [e for e in known if e.key.endswith(f".{query}")]
-    return [e for e in whole or ends if not e.option.startswith("experiment=") or e.key == "experiment"]
+        group, _, name = query.partition("=")
+        return [e for e in known if (e.group, e.option) == (group, name)]
+    return [e for e in known if e.key == query] or [e for e in known if e.key.endswith(f".{query}")]
 
 
-def nearest(query: str, known: tuple[Entry, ...] | None = None) -> str | None:
+def nearest(query: str) -> str | None:
     """The key or option nearest to one that does not exist."""
-    known = entries() if known is None else known
-    names = {e.option for e in known if "=" in e.option} if "=" in query else {e.key for e in known}
+    known = entries()
+    names = {f"{e.group}={e.option}" for e in known if e.option} if "=" in query else {e.key for e in known}
+    leaves = {} if "=" in query else {key.rpartition(".")[2]: key for key in sorted(names, reverse=True)}
     near = difflib.get_close_matches(query, sorted(names), n=1)
-    if near or "=" in query:
-        return near[0] if near else None
-    by_leaf = {e.key.rpartition(".")[2]: e.key for e in reversed(known)}
-    near = difflib.get_close_matches(query.rpartition(".")[2], list(by_leaf), n=1)
-    return by_leaf[near[0]] if near else None
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(query, sorted(leaves), n=1)]
+    return near[0] if near else None
+
+
+def allowed(entry: Entry) -> str:
+    """What a key accepts, in words. Imports the class that checks it, and torch with most."""
+    name = entry.key.removeprefix(f"{entry.group}.") if entry.group in GROUPS else entry.key
+    target = CLASSES.get(entry.group) or next(o.target for o in options(entry.group) if o.name == entry.option)
+    return bounds(class_of(target)).get(name, "")

@@ -61,7 +61,7 @@ def expected(hint: Any, meta: Mapping[str, Any]) -> str:
     if get_origin(base) is list:
         text = "a list, each element " + expected(get_args(base)[0], meta)
     elif meta.get("choices"):
-        text = "one of " + ", ".join(str(c) for c in meta["choices"])
+        text = "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)
     elif meta.get("exists"):
         text = "an existing file or folder"
     elif meta.get("pattern"):

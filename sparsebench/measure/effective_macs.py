@@ -1,7 +1,7 @@
 """Multiplications of convolutions and linear maps whose two operands are both non-zero, counted by mask convolution.
 
-A product w * a counts iff w != 0 and a != 0; additions, biases, norms and pooling are free (dstf.md, section 2). For a
-convolution with input X, weight W and geometry theta (stride, padding, dilation, groups):
+A product w * a counts iff w != 0 and a != 0; additions, biases, norms and pooling are free (docs/methods/metrics.md,
+Products of CNNs). For a convolution with input X, weight W and geometry theta (stride, padding, dilation, groups):
 
     both = sum conv2d(1[X != 0], 1[W != 0]; theta)        dense = sum conv2d(1, 1; theta)
 

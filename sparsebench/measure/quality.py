@@ -15,7 +15,7 @@ from torch import nn
 from sparsebench.data.text import batches
 from sparsebench.measure import sparsity
 
-ECE_BINS = 15  # of equal width (metrics.md, section 6)
+ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 
 
 def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> dict:

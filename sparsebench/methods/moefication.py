@@ -1,7 +1,7 @@
 """MoEfication: the FFN in equal experts, a router trained on their activations, the k best of each token (arXiv 2110.01786).
 
 Static top-k, with the trained router or with the oracle that knows the true activations (a bound, not a way to run).
-Two published routers differ; `variant` picks one (d2dmoe.md, section 7).
+Two published routers differ; `variant` picks one (docs/methods/moefication.md, Formulas).
 """
 
 from __future__ import annotations

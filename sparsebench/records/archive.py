@@ -39,13 +39,13 @@ class ArchiveError(ValueError):
     """A file that can't be read as an archive; the message is one line."""
 
 
-def write(path: Path, records: Iterable[dict]) -> None:
+def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write `records` (runs and benchmarks, of any schema version) as an archive at `path`, atomically.
 
     The same records give the same bytes: rows are sorted by name, settings, seed and start, equal ones are kept once.
     """
-    unique = {digest(found): found for found in records}
-    rows = sorted((row(found) for found in unique.values()), key=order)
+    unique = {digest(content): content for content in records}
+    rows = sorted((row(content) for content in unique.values()), key=order)
     columns = {field.name: [each[field.name] for each in rows] for field in SCHEMA}
     file = io.BytesIO()
     pq.write_table(
@@ -55,11 +55,11 @@ def write(path: Path, records: Iterable[dict]) -> None:
     files.write_atomic(path, file.getvalue())
 
 
-def order(row: dict) -> tuple:
+def order(row: dict[str, Any]) -> tuple[str, ...]:
     return row["kind"], str(row["model"]), str(row["method"]), str(row["name"]), row["started_at"] or "", row["record"]
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The records of the archive at `path`, in the order of its rows. Raises ArchiveError in one line otherwise."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -72,30 +72,30 @@ def read(path: Path) -> list[dict]:
     return [parsed(text, path, number) for number, text in enumerate(texts)]
 
 
-def parsed(text: Any, path: Path, number: int) -> dict:
+def parsed(text: Any, path: Path, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (TypeError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise ArchiveError(f"{path}: row {number} holds no record")
-    return found
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One record as a row
 
 
-def row(found: dict) -> dict[str, Any]:
+def row(content: dict[str, Any]) -> dict[str, Any]:
     """The columns of one record; None where it doesn't hold a figure."""
-    bench = found.get("kind") == "bench"
-    env, settings = found.get("env") or {}, found.get("config") or {}
-    model = found.get("model") if bench else (settings.get("model") or {}).get("name")
+    bench = content.get("kind") == "bench"
+    env, settings = content.get("env") or {}, content.get("config") or {}
+    model = content.get("model") if bench else (settings.get("model") or {}).get("name")
     return {
         **dict.fromkeys(SCHEMA.names),
         "kind": "bench" if bench else "run",
-        "config_hash": key(found),
-        "name": f"{model}/bench" if bench else found.get("name"),
+        "config_hash": key(content),
+        "name": f"{model}/bench" if bench else content.get("name"),
         "command": command(env.get("argv") or [], bench),
         "commit": env.get("git_commit"),
         "machine": device(env),
@@ -103,18 +103,18 @@ def row(found: dict) -> dict[str, Any]:
         "method": (settings.get("method") or {}).get("name"),
         "dataset": (settings.get("dataset") or {}).get("name"),
         "seed": settings.get("seed"),
-        **{name: found.get(name) for name in ("started_at", "status", "schema_version")},
-        **({} if bench else figures(found)),
-        "record": json.dumps(found, separators=(",", ":"), ensure_ascii=False),
+        **{name: content.get(name) for name in ("started_at", "status", "schema_version")},
+        **({} if bench else figures(content)),
+        "record": json.dumps(content, separators=(",", ":"), ensure_ascii=False),
     }
 
 
-def key(found: dict) -> str:
+def key(content: dict[str, Any]) -> str:
     """The record's identity; a benchmark has none of its own and is named by its content."""
-    return found.get("config_hash") or digest(found)
+    return content.get("config_hash") or digest(content)
 
 
-def device(env: dict) -> str | None:
+def device(env: dict[str, Any]) -> str | None:
     """The name of the device that a record's run computed on."""
     on_gpu = "cuda" in str((env.get("hardware") or {}).get("device"))
     return env.get("gpu") if on_gpu else env.get("cpu")
@@ -126,12 +126,12 @@ def command(argv: list[str], bench: bool) -> str:
     return shlex.join(["sparsebench-bench" if bench else "sparsebench", *own])
 
 
-def figures(found: dict) -> dict[str, Any]:
+def figures(content: dict[str, Any]) -> dict[str, Any]:
     """The main medians of a run's record."""
-    quality, costs, latency = (found.get(name) or {} for name in ("quality", "macs", "latency"))
-    measured, traffic = found.get("sparsity") or {}, found.get("bytes") or {}
+    quality, costs, latency = (content.get(name) or {} for name in ("quality", "macs", "latency"))
+    measured, traffic = content.get("sparsity") or {}, content.get("bytes") or {}
     decode = latency.get("decode") or {}
-    forward = next(iter((latency.get("forward") or {}).values()), {})  # the smallest batch stands first
+    forward: dict[str, Any] = next(iter((latency.get("forward") or {}).values()), {})  # the smallest batch stands first
     timed = decode or forward
     return {
         **{f"{name}_{side}": (quality.get(name) or {}).get(side)

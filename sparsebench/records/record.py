@@ -1,6 +1,6 @@
 """The record of one run: fixed keys, written atomically, never read half-written.
 
-`record.schema.json` beside this file is the contract (JSON Schema); the README explains each key in words.
+`record.schema.json` beside this file is the contract (JSON Schema); docs/concepts.md explains each key in words.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, Any] | None:
     return look(path)[0]
 
 
-def look(path: Path) -> tuple[dict | None, str | None]:
+def look(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """(the record at `path`, None), or (None, why it can't be used)."""
     try:
         content = json.loads(path.read_text())

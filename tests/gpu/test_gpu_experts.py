@@ -41,7 +41,7 @@ def test_triton_kernels_on_the_gpu():
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_many_tokens_on_the_gpu(dtype, limit, gated):
-    """The tiles that are timed: d2dmoe.md's experts of 128, many blocks of tokens; sizes that no tile divides."""
+    """The tiles that are timed: docs/methods/d2dmoe.md's experts of 128, many blocks of tokens; sizes that no tile divides."""
     shapes = (768, 24, 128, 3000), (200, 7, 37, 1111), (256, 70, 16, 777), (128, 3, 200, 300)
     for d, num_experts, size, rows in shapes:
         for share in (0.0, 0.3, 1.0):
@@ -56,7 +56,7 @@ def test_many_tokens_on_the_gpu(dtype, limit, gated):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_one_token_on_the_gpu(dtype, limit, gated):
-    """lte.md's shape and small and odd ones, twice each: buffers are left as they were found."""
+    """docs/methods/lte.md's shape and small and odd ones, twice each: buffers are left as they were found."""
     served = kernels.load("cuda_gather")
     for d, num_experts, size in ((4096, 344, 32), (768, 24, 128), (40, 5, 3), (1032, 2000, 1)):
         for share in (0.0, 0.5, 1.0, 0.5):

@@ -1,4 +1,4 @@
-"""Kernels against an fp32 masked reference: shapes drawn at random, odd sizes, all kept, none kept (teal.md, check 11)."""
+"""Kernels against an fp32 masked reference: shapes drawn at random, odd sizes, all kept, none kept (docs/methods/teal.md, check 11)."""
 
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_backends_are_found_by_their_files():
 
 
 def test_cpu_neuron_sparse_ffn(threads, monkeypatch):
-    """ProSparse's exact operators, check 6 of prosparse.md: dense result at every sparsity, zeros for zeros."""
+    """ProSparse's exact operators, check 6 of docs/methods/prosparse.md: dense result at every sparsity, zeros for zeros."""
     monkeypatch.setattr(cpu_numba, "PARALLEL_BYTES", 1)
     for dtype in (torch.float32, torch.bfloat16):
         for i, (d, f, rows) in enumerate(KERNEL_SHAPES[3:15]):

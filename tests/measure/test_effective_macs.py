@@ -1,4 +1,4 @@
-"""Products with both operands non-zero against loops over every product (dstf.md, checks 5 and 6)."""
+"""Products with both operands non-zero against loops over every product (docs/methods/dstf.md, checks 5 and 6)."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The clock: fake calls of known length, a copy of known size, parity, break-even (metrics.md, check 9)."""
+"""The clock: fake calls of known length, a copy of known size, parity, break-even (docs/methods/metrics.md, check 9)."""
 
 import time
 from types import SimpleNamespace

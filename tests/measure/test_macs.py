@@ -1,4 +1,4 @@
-"""MACs and bytes against counts by hand (metrics.md, check 8)."""
+"""MACs and bytes against counts by hand (docs/methods/metrics.md, check 8)."""
 
 import pytest
 import torch

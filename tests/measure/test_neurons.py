@@ -1,4 +1,4 @@
-"""x1_zero, aggregate, CETT and PPL-p%: each faithfulness check of metrics.md that concerns neurons."""
+"""x1_zero, aggregate, CETT and PPL-p%: each faithfulness check of docs/methods/metrics.md that concerns neurons."""
 
 import json
 import math

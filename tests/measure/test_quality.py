@@ -1,4 +1,4 @@
-"""Perplexity: a uniform model, a formula, unequal batches (metrics.md, check 10)."""
+"""Perplexity: a uniform model, a formula, unequal batches (docs/methods/metrics.md, check 10)."""
 
 import math
 

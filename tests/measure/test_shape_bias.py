@@ -13,7 +13,7 @@ from sparsebench.measure import shape_bias
 from sparsebench.models import Loaded
 from tests.helpers import tiny_cnn, tiny_images
 
-PUBLISHED = {  # keep: (bias, cue accuracy) over 1,200 trials, topk.md section 5
+PUBLISHED = {  # keep: (bias, cue accuracy) over 1,200 trials, docs/methods/spatial_topk.md
     "alexnet": {
         1: (0.239, 0.630), 0.5: (0.435, 0.483), 0.4: (0.538, 0.451), 0.3: (0.633, 0.398), 0.2: (0.710, 0.391),
         0.1: (0.719, 0.321), 0.05: (0.631, 0.246),
@@ -37,7 +37,7 @@ def trials(shapes: int, textures: int, total: int = 1200, equal: int = 80) -> li
 
 @pytest.mark.parametrize("network", PUBLISHED)
 def test_published_figures_from_their_trials(network):
-    """topk.md, check 8: bias and cue accuracy to 1e-3, images with equal cues left out."""
+    """docs/methods/metrics.md, Shape bias: bias and cue accuracy to 1e-3, images with equal cues left out."""
     for bias, accuracy in PUBLISHED[network].values():
         answered = round(1200 * accuracy)
         found = shape_bias.score(trials(round(bias * answered), answered - round(bias * answered)))

@@ -1,4 +1,4 @@
-"""Counting: integer, additive, free of padding (metrics.md, checks 1-3)."""
+"""Counting: integer, additive, free of padding (docs/methods/metrics.md, checks 1-3)."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ GROUPS = {"q": 0, "k": 0, "v": 0, "o": 1, "up": 2, "gate": 3, "down": 4}
     ],
 )
 def test_model_wide_of_mistral_rows(shares, overall):
-    """Q-Sparse, Table 2: per-group input sparsity of Mistral-7B against the overall figure (metrics.md, section 1)."""
+    """Q-Sparse, Table 2: per-group input sparsity of Mistral-7B against the overall figure (docs/methods/qsparse.md)."""
     by_role = {role: shares[group] for role, group in GROUPS.items()}
     assert sparsity.model_wide(by_role, GQA) == pytest.approx(overall, abs=0.1)
 

@@ -1,4 +1,4 @@
-"""CATS (teal.md, appendix): neurons chosen by the gate, up and down computed for kept ones only."""
+"""CATS (docs/methods/cats.md): neurons chosen by the gate, up and down computed for kept ones only."""
 
 from types import SimpleNamespace
 

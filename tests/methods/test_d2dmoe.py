@@ -1,4 +1,4 @@
-"""D2DMoE and MoEfication: penalties, routers, fit and apply (d2dmoe.md, section 9)."""
+"""D2DMoE and MoEfication: penalties, routers, fit and apply (docs/methods/d2dmoe.md, Faithfulness checks)."""
 
 import copy
 

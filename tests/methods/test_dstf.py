@@ -1,4 +1,4 @@
-"""DSTF's faithfulness checks (dstf.md, section 7; the number of each check stands in its docstring)."""
+"""DSTF's faithfulness checks (docs/methods/dstf.md, Faithfulness checks; the number of each check stands in its docstring)."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Faithfulness checks of DuoGPT and its controls (duogpt.md, section 8; the number of each check in its docstring)."""
+"""Faithfulness checks of DuoGPT and its controls (docs/methods/duogpt.md, Faithfulness checks; their numbers in docstrings)."""
 
 import pytest
 import torch

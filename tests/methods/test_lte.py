@@ -1,4 +1,4 @@
-"""LTE's faithfulness checks (lte.md, section 7)."""
+"""LTE's faithfulness checks (docs/methods/lte.md)."""
 
 import copy
 

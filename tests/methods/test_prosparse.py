@@ -146,7 +146,7 @@ def test_threshold_is_an_operating_point(tmp_path):
 
 
 def test_conversion_to_model_wide():
-    """Check 9 and metrics.md: 89.32 % on x1 is 39.8 % of a LLaMA2-7B block, FFN work 40.5 %; 13B at 88.80 %: 39.6 %."""
+    """Check 9 and docs/methods/metrics.md: 89.32 % on x1 is 39.8 % of a LLaMA2-7B block, FFN work 40.5 %; 13B at 88.80 %: 39.6 %."""
     for d, f, share, expected in ((4096, 11008, 0.8932, 39.8), (5120, 13824, 0.8880, 39.6)):
         weights = dict.fromkeys("qkvo", d * d) | dict.fromkeys(("gate", "up", "down"), d * f)
         shares = dict.fromkeys(weights, 0.0) | {"up": share, "down": share}

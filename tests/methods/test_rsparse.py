@@ -1,4 +1,4 @@
-"""Faithfulness checks of R-Sparse (rsparse.md, section 8; the number of each check stands in its docstring)."""
+"""Faithfulness checks of R-Sparse (docs/methods/rsparse.md, Faithfulness checks; the number of each check stands in its docstring)."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""TEAL's faithfulness checks (teal.md, section 8; the number of each check stands in its docstring)."""
+"""TEAL's faithfulness checks (docs/methods/teal.md, Faithfulness checks; the number of each check stands in its docstring)."""
 
 import dataclasses
 

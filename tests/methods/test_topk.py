@@ -128,7 +128,7 @@ def test_gathered_equals_masked(kernel, dtype, tolerance, options):
 
 
 def test_overall_sparsity_of_the_papers_rows():
-    """Check 7 and metrics.md: Q-Sparse's Mistral rows from their per-group figures; 23.1 is printed as 23.0 there."""
+    """Check 7 and docs/methods/metrics.md: Q-Sparse's Mistral rows from their per-group figures; 23.1 is printed as 23.0 there."""
     d, f, kv = 4096, 14336, 1024
     weights = {"qkv": d * (d + 2 * kv), "o": d * d, "gate": d * f, "up": d * f, "down": d * f}
     for row, expected in (

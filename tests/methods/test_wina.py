@@ -1,4 +1,4 @@
-"""Faithfulness checks of WINA and LaRoSA (wina.md, section 7 and appendix; the number of each check in its docstring)."""
+"""Faithfulness checks of WINA and LaRoSA (docs/methods/wina.md, Faithfulness checks; the number of each check in its docstring)."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Image models and the traced form in which every ReLU is a module; top-k per channel map (topk.md, section 8)."""
+"""Image models and the traced form in which every ReLU is a module; top-k per channel map (docs/methods/spatial_topk.md)."""
 
 import json
 
@@ -135,7 +135,7 @@ def masks(z, keep):
 
 @pytest.mark.parametrize("keep", [0.01, 0.2, 0.5])
 def test_exactly_k_positions_per_image_and_channel(keep):
-    """topk.md, checks 1 and 2: the same count everywhere, ties included; kept values bit-equal; kept >= dropped."""
+    """docs/methods/spatial_topk.md, 1 and 2: the same count everywhere, ties included; kept values bit-equal."""
     z = torch.randn(3, 4, 5, 6)
     k = max(1, round(keep * 30))
     assert bool((masks(z, keep).flatten(2).sum(2) == k).all())
@@ -163,7 +163,7 @@ def test_keeping_all_is_the_identity_and_channels_commute():
 
 
 def test_gradient_passes_only_where_kept():
-    """topk.md, check 3 (mask backward)."""
+    """docs/methods/spatial_topk.md, check 3 (mask backward)."""
     z = torch.randn(1, 2, 4, 4, requires_grad=True)
     y = spatial_topk(z, 0.25)
     y.sum().backward()
@@ -171,7 +171,7 @@ def test_gradient_passes_only_where_kept():
 
 
 def test_one_image_never_changes_anothers_mask():
-    """topk.md, check 4, for images."""
+    """docs/methods/spatial_topk.md, check 4, for images."""
     z = torch.randn(2, 3, 4, 4)
     before = spatial_topk(z, 0.3)[0].clone()
     z[1] *= 100

@@ -1,4 +1,4 @@
-"""Experts, routers and rules (d2dmoe.md, section 9; lte.md, section 7), every kernel against masked dense."""
+"""Experts, routers and rules (docs/methods/d2dmoe.md and lte.md), every kernel against masked dense."""
 
 import copy
 import ctypes
@@ -144,7 +144,7 @@ def test_experts_of_which_nothing_is_expected_are_not_run():
 
 
 def test_paper_tau_keeps_exact_ties():
-    """The released code's 1 - tau drops them (d2dmoe.md, section 8, trap 1)."""
+    """The released code's 1 - tau drops them (docs/methods/d2dmoe.md, Traps)."""
     scores = torch.tensor([[1.0, 0.01, 0.009]])
     assert select(scores, "max", scalar(0.01)).tolist() == [[True, True, False]]
 
@@ -209,7 +209,7 @@ FAST = [*(n for n in CPU if n != "masked_dense"), "cuda_triton"]
 @pytest.mark.parametrize("rows", [1, 3, 37])
 @pytest.mark.parametrize("gated, activation", FFNS)
 def test_kernels_equal_masked_dense(name, rows, gated, activation):
-    """d2dmoe.md and lte.md: fp32, zero-expert and all-expert tokens, an expert with zero tokens."""
+    """docs/methods/d2dmoe.md and docs/methods/lte.md: fp32, zero-expert and all-expert tokens, an expert with zero tokens."""
     check_fp32(name, rows, gated, activation)
 
 
@@ -477,7 +477,7 @@ def test_counts_and_macs():
 
 
 def test_router_shares_of_the_specifications():
-    """d2dmoe.md, section 4 and lte.md, section 4: w(d + E)/(c d F), 1/64 and 1/96."""
+    """docs/methods/d2dmoe.md and lte.md, Formulas: w(d + E)/(c d F), 1/64 and 1/96."""
 
     def share(d, f, experts_, width, maps):
         router = routers.random_router(d, width, experts_, torch.Generator().manual_seed(0))
@@ -494,7 +494,7 @@ def test_router_shares_of_the_specifications():
 
 
 def test_llama_7b_costs_12_06_in_the_paper_unit():
-    """lte.md: 2 FLOPs per MAC over attention projections and FFN of 32 layers, divided by 2**30."""
+    """docs/methods/lte.md: 2 FLOPs per MAC over attention projections and FFN of 32 layers, divided by 2**30."""
     import transformers
 
     shape = transformers.LlamaConfig(

@@ -59,7 +59,7 @@ class MagnitudeThreshold(Activation):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
 def test_sparse_equals_dense_at_every_sparsity(kernel, dtype, tolerance, share):
-    """prosparse.md check 6: steps 1-3 with zeros skipped against the dense product of the same gates."""
+    """docs/methods/prosparse.md check 6: steps 1-3 with zeros skipped against the dense product of the same gates."""
     _, sparse = ffn_of(activation=MagnitudeThreshold("silu"), kernel=kernel)
     sparse = sparse.to(dtype)
     sparse.lay_out()
@@ -102,7 +102,7 @@ def test_drelu_formula_and_its_one_token_call():
 
 
 def test_fatrelu():
-    """prosparse.md check 5: t = 0 is ReLU; zeros never fall with t; z >= t is kept, ties included, and only that."""
+    """docs/methods/prosparse.md check 5: t = 0 is ReLU; zeros never fall with t; z >= t is kept, ties included, and only that."""
     z = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(FATReLU(0.0)(z), z.relu())
     counts = [int((FATReLU(t)(z) == 0).sum()) for t in (0.0, 0.005, 0.01, 0.5, 1.0)]
@@ -185,7 +185,7 @@ def test_a_fused_ffn_is_refused():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_neuron_norms_are_those_of_the_outputs(kind):
-    """metrics.md check 6: |x1_i| ||W_d[:, i]|| = ||W_d[:, i] x1_i||."""
+    """docs/methods/metrics.md check 6: |x1_i| ||W_d[:, i]|| = ||W_d[:, i] x1_i||."""
     model = tiny_model(kind, layers=1)
     block = find_blocks(model)[0]
     last = model.get_submodule(block.sites["down" if kind == "llama" else "fc2"].path)

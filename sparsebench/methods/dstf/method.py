@@ -1,4 +1,4 @@
-"""DSTF: static weight sparsity times dynamic activation-map sparsity, three stages (arXiv 2405.19652; dstf.md).
+"""DSTF: static weight sparsity times dynamic activation-map sparsity, three stages (docs/methods/dstf.md).
 
 1 the trained network; 2 weight L1, global magnitude pruning, fine-tuning with the masks kept; 3 Transformed-L1 on the
 activation maps, masks frozen, at several strengths: the largest sparsity on data.dev whose accuracy there is at least

@@ -1,6 +1,7 @@
 """Regularisers of activation maps and weights: Transformed-L1, L1, squared Hoyer, and how training reads them.
 
-Transformed-L1 (dstf.md, section 2): (1 + beta)|a| / (beta + |a|); beta -> 0 counts non-zeros, beta -> infinity is |a|.
+Transformed-L1 (docs/methods/dstf.md, Formulas): (1 + beta)|a| / (beta + |a|); beta -> 0 counts non-zeros, beta ->
+infinity is |a|.
 Its gradient beta (1 + beta) / (beta + a)^2 leaves large activations nearly alone, where L1 pushes all alike.
 """
 

@@ -1,0 +1,99 @@
+"""Draws docs/assets/quality-speed.png from reference records: what sparsity costs in quality and brings on the clock."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import pyarrow.parquet as pq
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "outputs" / "reference"
+PICTURE = ROOT / "docs" / "assets" / "quality-speed.png"
+METHODS = {  # in the order of the legend
+    "teal": "TEAL",
+    "teal greedy": "TEAL, greedy",
+    "rsparse": "R-Sparse",
+    "wina_plain": "WINA without rotation",
+    "wina": "WINA",
+    "larosa": "LaRoSA",
+    "duogpt": "DuoGPT (weights pruned too)",
+}
+MODEL = "llama-tiny"
+CLOCKS = {  # of one decode step, context 128: (experiment, dtype) of the record -> label, style
+    ("bench_h200", "float16"): ("Llama-2-7B shape, fp16, one H200", "o-"),
+    ("bench_cpu", "float32"): ("one block of it, fp32, one CPU thread", "s-"),
+}
+
+
+def records(experiment: str) -> list[dict[str, Any]]:
+    """All records of an experiment in outputs/reference."""
+    archive = REFERENCE / f"{experiment}.parquet"
+    if archive.exists():
+        return [json.loads(text) for text in pq.read_table(archive, columns=["record"])["record"].to_pylist()]
+    folder = REFERENCE / experiment.removeprefix("bench_")
+    if not (folder / "records.tar.gz").exists():
+        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("llama*/result.json"))]
+    with tarfile.open(folder / "records.tar.gz") as packed:
+        members = [m for m in packed if m.name.endswith("result.json")]
+        return [json.load(packed.extractfile(m) or io.BytesIO()) for m in members]
+
+
+def quality() -> dict[str, list[tuple[float, float]]]:
+    """method -> (measured sparsity, perplexity over dense perplexity), means over seeds, in order of sparsity."""
+    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records("training_free"):
+        method, perplexity = record["config"]["method"], record["quality"]["perplexity"]
+        name = method["name"] + (" greedy" if method.get("allocation") == "greedy" else "")
+        usual = method["name"] != "duogpt" or method["alpha"] < 1  # alpha = 1 is a control
+        if record["model"]["name"] == MODEL and name in METHODS and usual:
+            point = record["sparsity"]["model_wide"], perplexity["sparse"] / perplexity["dense"]
+            found[name][record["sparsity"]["requested"]].append(point)
+    return {
+        name: sorted((mean(x for x, _ in group), mean(y for _, y in group)) for group in levels.values())
+        for name, levels in found.items()
+    }
+
+
+def speed(experiment: str, dtype: str) -> list[tuple[float, float]]:
+    """(sparsity, speed-up over the fastest dense engine) of a decode step at context 128, Llama-2-7B's shape."""
+    (record,) = (r for r in records(experiment) if r["model"] == "llama2-7b" and r["env"]["hardware"]["dtype"] == dtype)
+    return sorted((row["sparsity"], row["speedup"]) for row in record["step"] if row["context"] == 128)
+
+
+def draw() -> None:
+    """Both panels, side by side."""
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    plt.rcParams |= {"grid.alpha": 0.25, "savefig.dpi": 160}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), constrained_layout=True)
+    points = quality()
+    for name, label in METHODS.items():
+        x, y = zip(*points[name], strict=True)
+        left.plot([100 * v for v in x], [100 * (v - 1) for v in y], marker="o", markersize=3.5, label=label)
+    left.set(ylim=(-1, 45), xlim=(20, 70), xlabel="measured sparsity, % of (token, input channel) pairs")
+    left.set_ylabel("perplexity above dense, %")
+    left.set_title("What it costs: methods on llama-tiny", fontweight="bold", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    for (experiment, dtype), (label, style) in CLOCKS.items():
+        x, y = zip(*speed(experiment, dtype), strict=True)
+        right.plot([100 * v for v in x], y, style, markersize=4, label=label)
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set(xlabel="sparsity, %", ylim=(0, None))
+    right.set_ylabel("decode speed-up over the fastest dense engine")
+    right.set_title("What it brings: one decode step on the clock", fontweight="bold", loc="left")
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    draw()
