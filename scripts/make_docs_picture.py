@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import matplotlib
-import pyarrow.parquet as pq
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from sparsebench.records import archive
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -37,15 +35,7 @@ CLOCKS = {  # of one decode step, context 128: (experiment, dtype) of the record
 
 def records(experiment: str) -> list[dict[str, Any]]:
     """All records of an experiment in outputs/reference."""
-    archive = REFERENCE / f"{experiment}.parquet"
-    if archive.exists():
-        return [json.loads(text) for text in pq.read_table(archive, columns=["record"])["record"].to_pylist()]
-    folder = REFERENCE / experiment.removeprefix("bench_")
-    if not (folder / "records.tar.gz").exists():
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("llama*/result.json"))]
-    with tarfile.open(folder / "records.tar.gz") as packed:
-        members = [m for m in packed if m.name.endswith("result.json")]
-        return [json.load(packed.extractfile(m) or io.BytesIO()) for m in members]
+    return archive.read(REFERENCE / f"{experiment}.parquet")
 
 
 def quality() -> dict[str, list[tuple[float, float]]]:

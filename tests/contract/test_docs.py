@@ -128,7 +128,7 @@ def test_the_example_data_set_keeps_the_contract(example, tmp_path):
 
 
 def test_the_example_target_can_be_built(example):
-    assert example("hardware", "laptop", "method=dense").found_device == "cpu"
+    assert example("hardware", "laptop", "method=dense").present_device == "cpu"
 
 
 def test_the_example_kernel_equals_masked_dense():
