@@ -146,23 +146,31 @@ def location(configuration: dict) -> tuple[Path, str]:
 
 def finished(configuration: dict) -> dict | None:
     """The record of this very run if it finished before and `force` is off."""
-    if configuration["force"]:
-        return None
-    found = record.read(location(configuration)[0] / "result.json")
-    return found if found and found["status"] == "finished" else None
+    return None if configuration["force"] else kept(*location(configuration))[0]
+
+
+def kept(folder: Path, identity: str) -> tuple[dict | None, str | None]:
+    """(the finished record of a run in its folder or None, what is wrong with a record that lies there)."""
+    path = folder / "result.json"
+    found, problem = record.read_any(path)
+    if found is not None and problem is None and found["config_hash"] != identity:
+        problem = f"it is the record of another run ({found['config_hash'][:10]})"
+    if problem is not None:
+        return None, problem if path.exists() else None
+    return (found if found["status"] == "finished" else None), None
 
 
 def task(configuration: dict) -> int:
     """One run: answer from its record, or do it in a child process, and show it. Returns the exit code."""
+    folder, identity = location(configuration)
     if not ranks.first():
-        folder, identity = location(configuration)
         return follow(configuration, folder / f"rank-{ranks.rank()}", identity)
     found = obtain(configuration)
     if found is None:
         return FAILED
     from sparsebench.records import terminal
 
-    terminal.show(found, location(configuration)[0] / "result.json")
+    terminal.show(found, folder / "result.json")
     return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
 
 
@@ -172,8 +180,10 @@ def obtain(configuration: dict) -> dict | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            found = finished(configuration)
-            if found is None:
+            found, problem = kept(folder, identity)
+            if found is None or configuration["force"]:
+                if problem:
+                    log.warning("%s is made again: %s", folder / "result.json", problem)
                 return isolated(configuration, folder, identity)
     except OSError as error:
         complain(f"output_dir={configuration['output_dir']}: {error}")
@@ -212,7 +222,9 @@ def isolated(configuration: dict, folder: Path, identity: str) -> dict:
         if child.is_alive():
             child.kill()
             child.join()
-    found = record.read(path)
+    found, problem = record.read_any(path)
+    if problem and found is not None:
+        log.warning("%s: %s", path, problem)
     if found is None:
         code = child.exitcode
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
@@ -253,7 +265,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
         with open(folder / "run.log", "a") as file:
             file.write(files.scrub(traceback.format_exc()))
     record.write(found, folder / "result.json")
-    tracker.finish(record.read(folder / "result.json"))
+    tracker.finish(record.read_any(folder / "result.json")[0])
     logging.shutdown()
     os._exit(code)
 

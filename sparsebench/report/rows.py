@@ -95,7 +95,7 @@ def collect(paths: Iterable[Path]) -> Collection:
     }
     found, latest = Collection(), {}
     for file in files.values():
-        content = record.read(file)
+        content, _ = record.read_any(file)
         if content is None:
             bench = read_bench(file)
             if bench is None:
