@@ -6,10 +6,13 @@ model it names can be had. `run` is the installed command in a process of its ow
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from sparsebench import cli, config
 from sparsebench.config.compose import compose_all
@@ -18,8 +21,7 @@ from sparsebench.records import record
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsebench.hardware import Hardware
-    from sparsebench.models import Loaded
+    from sparsebench.records.state import State
 
 
 class RunFailed(RuntimeError):
@@ -42,9 +44,9 @@ def run(overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     path = cli.location(configuration)[0] / "result.json"
     command = [sys.executable, "-m", "sparsebench", *overrides]
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    content = record.read(path)
+    content, problem = record.read_any(path)
     if code != cli.OK or content is None or content["status"] != "finished":
-        problem = ((content or {}).get("error") or {}).get("message") or f"exit code {code}"
+        problem = ((content or {}).get("error") or {}).get("message") or problem or f"exit code {code}"
         raise RunFailed(f"{path.parent}: {problem}", content)
     return content
 
@@ -54,51 +56,97 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
 
     path: the run's folder or its result.json. hardware: a name in conf/hardware; None = the run's own target where it
     is present, else `auto`. One-token calls use the target's kernel, longer ones masked-dense. Sets torch's threads as
-    a run does. Raises ValueError where the folder holds no finished run, where its state is missing or damaged, where
-    its config names code from outside sparsebench that was not imported before, and for a model that runs code of its
-    own (trust_remote_code) unless that is allowed here, too.
+    a run does. Nothing is trained or written, and data and lm-eval are not needed.
+
+    Raises ValueError where the folder holds no finished run of this schema, where its state is missing, damaged or of
+    another run, where a model trained from scratch is missing (with the command that makes it), where its config names
+    code from outside sparsebench that was not imported before, and for a model that runs code of its own
+    (trust_remote_code) unless that is allowed here, too.
     """
     import torch
 
     from sparsebench.methods.base import Work
-    from sparsebench.records import state
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-    content, reason = record.look(file)
-    if content is None or content["status"] != "finished":
-        raise ValueError(f"{file} is no record of a finished run: {reason or (content or {}).get('status')}")
-    configuration = content["config"]
+    content, problem = record.read_any(file)
+    if content is None or problem is not None:
+        raise ValueError(f"{file} can't be loaded: {problem}")
+    if content["status"] != "finished":
+        raise ValueError(f"{file} is of a run that {HOW_IT_ENDED[content['status']]}, not of a finished one")
+    configuration, seed = content["config"], content["config"].get("seed")
+    absent = [part for part in ("env", "model", "fit") if content[part] is None]
+    if absent or not isinstance(seed, int):
+        raise ValueError(f"{file} can't be loaded: it has no {', '.join(absent) or 'seed in its config'}")
     check_trusted(configuration, trust_remote_code)
     problems: list[str] = []
-    settings: config.Settings = config.build(configuration, "", problems, config.Settings)
+    model, method, target = (config.build(configuration.get(g), g, problems) for g in ("model", "method", "hardware"))
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
-    if hardware is not None or settings.hardware.problems(settings):
+    if hardware is not None or target.problems(MEASURED):
         chosen = compose_all([f"hardware={hardware or 'auto'}"])[0]["hardware"]
-        settings.hardware = config.build(chosen, "hardware", problems)
-        problems += settings.hardware.problems(settings)
+        target = config.build(chosen, "hardware", problems)
+        problems += target.problems(MEASURED)
         if problems:
             raise ValueError("; ".join(problems))
-    settings.hardware.prepare()
-    torch.manual_seed(settings.seed)
     folder = file.parent.resolve()
-    root = folder.parents[2] if len(folder.parents) > 2 else folder
-    work = Work(
-        settings.seed,
-        cast("Hardware", settings.hardware),
-        root,
-        folder,
-        settings.eval.text.batch_size,
-        lambda row: None,
-    )
-    scratch = getattr(settings.model, "weights", None) == "scratch"
-    loaded: Loaded = settings.model.load(work, settings.dataset.load(settings.seed) if scratch else None)
-    fitted = state.read(folder / state.FILE)
-    if fitted is None:
-        raise ValueError(f"{folder / state.FILE} is missing or damaged: run with force=true to make it again")
-    sparse: nn.Module = settings.method.apply(loaded.module, fitted, work)
+    fitted = own_state(folder, content)
+    if getattr(model, "weights", None) == "scratch":
+        model = trained(model, folder, content)
+    target.prepare()
+    torch.manual_seed(seed)
+    work = Work(seed, target, folder, folder, 1, lambda row: None)
+    loaded = model.load(work, shape_of(content))
+    sparse: nn.Module = method.apply(loaded.module, fitted, work)
     sparse.tokenizer = loaded.tokenizer
     return sparse
+
+
+HOW_IT_ENDED = {"failed": "failed", "interrupted": "was interrupted"}
+MEASURED = SimpleNamespace(measure=SimpleNamespace(latency=True))  # what an estimated target asks of a run's settings
+
+
+def own_state(folder: Path, content: dict[str, Any]) -> State:
+    """The state in a run's folder. Raises ValueError where it is missing, damaged, or not what the record was made with."""
+    from sparsebench.records import state
+
+    file = folder / state.FILE
+    try:
+        fitted, checksum, _ = state.load(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}: run with force=true to make it again") from error
+    except state.Damaged as error:
+        raise ValueError(f"{file} is damaged ({error}): run with force=true to make it again") from error
+    if checksum != content["fit"]["state_sha256"]:
+        raise ValueError(f"{file} is the state of another run: its SHA-256 is not the one in the record")
+    return fitted
+
+
+def trained(model: Any, folder: Path, content: dict[str, Any]) -> Any:
+    """The model settings with the weights that the run trained from scratch, which lie beside the runs' folders.
+
+    Raises ValueError naming what is missing and the command that makes it.
+    """
+    source = Path(content["model"]["source"])
+    beside = folder.parents[2] / "models" / source.name if len(folder.parents) > 2 else source
+    home = next((p for p in (beside, source) if (p / "training.json").is_file()), None)
+    if home is None:
+        command = shlex.join(["sparsebench", *content["env"]["argv"][1:]])
+        raise ValueError(
+            f"{content['name']} was trained from scratch, and neither {beside} nor {source} holds the trained model: "
+            f"load never trains; make it with: {command}"
+        )
+    weights = home / "model.safetensors" if model.kind == "vision" else home
+    return dataclasses.replace(model, weights="pretrained", path=str(weights))
+
+
+def shape_of(content: dict[str, Any]) -> SimpleNamespace | None:
+    """What a classifier takes from its data set (channels, size, number of classes), as the record has it."""
+    about = content["model"]
+    if "classes" not in about:
+        return None
+    channels, size, _ = about.get("input", (None, None, None))
+    fit = SimpleNamespace(channels=channels, size=size)
+    return SimpleNamespace(fit=fit, classes=range(about["classes"]), set_tokenizer=lambda *arguments: None)
 
 
 def check_trusted(configuration: dict[str, Any], trust_remote_code: bool) -> None:

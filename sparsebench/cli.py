@@ -214,18 +214,26 @@ def location(configuration: dict) -> tuple[Path, str]:
 
 def finished(configuration: dict) -> dict | None:
     """The record of this very run if it finished before and `force` is off."""
-    if configuration["force"]:
-        return None
-    found = record.read(location(configuration)[0] / "result.json")
-    return found if found and found["status"] == "finished" else None
+    return None if configuration["force"] else kept(*location(configuration))[0]
+
+
+def kept(folder: Path, identity: str) -> tuple[dict | None, str | None]:
+    """(the finished record of a run in its folder or None, what is wrong with a record that lies there)."""
+    path = folder / "result.json"
+    found, problem = record.read_any(path)
+    if found is not None and problem is None and found["config_hash"] != identity:
+        problem = f"it is the record of another run ({found['config_hash'][:10]})"
+    if problem is not None:
+        return None, problem if path.exists() else None
+    return (found if found["status"] == "finished" else None), None
 
 
 def task(configuration: dict) -> int:
     """One run: answer from its record, or do it in a child process, and show it. Returns the exit code."""
     if HydraConfig.initialized():
         os.chdir(HydraConfig.get().runtime.cwd)  # hydra.job.chdir would move what relative paths mean
+    folder, identity = location(configuration)
     if not ranks.first():
-        folder, identity = location(configuration)
         return follow(configuration, folder / f"rank-{ranks.rank()}", identity)
     found, path = obtain(configuration)
     if found is None:
@@ -240,13 +248,15 @@ def obtain(configuration: dict) -> tuple[dict | None, Path]:
     """(record of one run, its file), made in a child process where there is none; None where it can't be written."""
     folder, identity = location(configuration)
     path = folder / "result.json"
-    found = finished(configuration)  # before the lock, which a read-only disk would refuse
-    if found is None:
+    found, problem = kept(folder, identity)  # before the lock, which a read-only disk would refuse
+    if found is None or configuration["force"]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
-                found = finished(configuration)
-                if found is None:
+                found, problem = kept(folder, identity)  # another process may have made it meanwhile
+                if found is None or configuration["force"]:
+                    if problem:
+                        log.warning("%s is made again: %s", path, problem)
                     return isolated(configuration, folder, identity)
         except OSError as error:
             complain(f"output_dir={configuration['output_dir']}: {error}")
@@ -295,7 +305,9 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
             child.join()
     code = child.exitcode
     path = folder / "result.json" if code == OK else file_for(folder, status)
-    found = record.read(path)
+    found, problem = record.read_any(path)
+    if problem and found is not None:
+        log.warning("%s: %s", path, problem)
     if found is None:
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -338,7 +350,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
             file.write(files.scrub(traceback.format_exc()))
     path = file_for(folder, found.status)
     record.write(found, path)
-    tracker.finish(record.read(path))
+    tracker.finish(record.read_any(path)[0])
     logging.shutdown()
     os._exit(code)
 

@@ -10,8 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -35,7 +38,7 @@ def start(on_cpu: bool) -> None:
         PartialState(cpu=on_cpu)
 
 
-def agreed(value: bool) -> bool:
+def agreed(value: T) -> T:
     """The first process's `value`, in all of them."""
     if count() == 1:
         return value

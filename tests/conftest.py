@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sparsebench.kernels import cuda_gather
 from tests.helpers import COMMAND, SHARED, TEXT, Rows, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("SPARSEBENCH_CACHE", str(Path(tempfile.gettempdir(), f"sparsebench-tests-{os.getuid()}")))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """sparsebench.run and sparsebench.load: a finished run's folder, wherever it lies, gives back the very same sparse model."""
 
+import importlib.util
 import json
 import shutil
 
@@ -91,7 +92,7 @@ def changed(folder, target, **changes):
 
 def test_load_refuses_what_it_should(finished, tmp_path):
     folder = finished[1]
-    with pytest.raises(ValueError, match="is no record of a finished run"):
+    with pytest.raises(ValueError, match="can't be loaded: there is no such file"):
         sparsebench.load(tmp_path)
     with pytest.raises(ValueError, match="not part of sparsebench: import it first"):
         sparsebench.load(changed(folder, tmp_path / "a", method___target_="evil_package.Method"))
@@ -101,7 +102,7 @@ def test_load_refuses_what_it_should(finished, tmp_path):
         sparsebench.load(folder, hardware="h999")
     damaged = changed(folder, tmp_path / "c")
     (damaged / state.FILE).write_bytes(b"junk")
-    with pytest.raises(ValueError, match="missing or damaged: run with force=true"):
+    with pytest.raises(ValueError, match="is damaged .* run with force=true"):
         sparsebench.load(damaged)
 
 
@@ -111,14 +112,84 @@ def test_a_target_that_is_absent_loads_on_this_machine(finished, tmp_path, monke
     assert next(sparsebench.load(target).parameters()).device.type == "cpu"
 
 
-def test_keep_replaces_an_older_state_and_survives_a_file_system_without_links(tmp_path, monkeypatch):
+def test_keep_replaces_an_older_state(tmp_path):
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     state.write(state.State({"a": torch.zeros(2)}), first)
     state.write(state.State({"a": torch.ones(2)}), second)
     state.keep(first, tmp_path)
     state.keep(first, tmp_path)
     assert torch.equal(state.read(tmp_path / state.FILE).tensors["a"], torch.zeros(2))
-    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
     state.keep(second, tmp_path)
     assert torch.equal(state.read(tmp_path / state.FILE).tensors["a"], torch.ones(2))
     assert not list(tmp_path.glob(".*partial")) and record.read(tmp_path / state.FILE) is None
+
+
+def test_load_tells_what_is_wrong_with_a_folder(finished, tmp_path):
+    """A path that is not there, another schema, a failed run, a damaged state and that of another run: each its line."""
+    _, folder, _ = finished
+    with pytest.raises(ValueError, match=r"nowhere can't be loaded: there is no such file"):
+        sparsebench.load(tmp_path / "nowhere")
+
+    def variant(name, change):
+        shutil.copytree(folder, tmp_path / name)
+        content = json.loads((folder / "result.json").read_text())
+        change(content)
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match="schema 1, this version reads 2"):
+        sparsebench.load(variant("old", lambda r: r.update(schema_version=1)))
+    with pytest.raises(ValueError, match="does not fit schema 2: quality"):
+        sparsebench.load(variant("odd", lambda r: r["quality"].update(perplexity={"dense": 1})))
+    with pytest.raises(ValueError, match="is of a run that failed, not of a finished one"):
+        sparsebench.load(variant("failed", lambda r: r.update(status="failed")))
+    with pytest.raises(ValueError, match="can't be loaded: it has no fit"):
+        sparsebench.load(variant("part", lambda r: r.update(fit=None)))
+    with pytest.raises(ValueError, match="can't be loaded: it has no seed in its config"):
+        sparsebench.load(variant("seedless", lambda r: r["config"].update(seed="x")))
+    flipped = variant("flipped", lambda r: None) / state.FILE
+    content = flipped.read_bytes()
+    flipped.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    with pytest.raises(ValueError, match="state.safetensors is damaged .its SHA-256 is .* run with force=true"):
+        sparsebench.load(flipped.parent)
+    other = variant("other", lambda r: None)
+    state.write(state.State({"a": torch.ones(2)}), other / state.FILE)
+    with pytest.raises(ValueError, match="is the state of another run"):
+        sparsebench.load(other)
+
+
+def test_load_needs_no_lm_eval(finished, tmp_path, monkeypatch):
+    """Neither the package nor the tasks' folder: the model doesn't depend on what it was scored with."""
+    content = json.loads((finished[1] / "result.json").read_text())
+    harness = {**content["config"]["eval"]["lm_eval"], "tasks": ["hellaswag"], "task_path": "/nowhere"}
+    target = changed(finished[1], tmp_path / "e", eval__lm_eval=harness)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
+    assert sparsebench.load(target) is not None
+
+
+SCRATCH = {
+    "lenet5": ("model=lenet5", "dataset=digits", "method=fatrelu", "model.train.steps=3", "model.train.warmup=1",
+               "model.train.batch_size=32", "model.train.micro_batch=32", "eval.classifier.test_examples=32"),
+    "bert": ("model=bert-tiny", "dataset=pystdlib-packages", "dataset.num_classes=2", "dataset.per_class=40",
+             "dataset.max_tokens=16", "method=dense", "model.train.steps=2", "model.train.warmup=1",
+             "model.train.batch_size=8", "model.train.micro_batch=8", "eval.classifier.test_examples=8"),
+}  # fmt: skip
+SMALLEST = ("measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(tmp_path, name):
+    found = sparsebench.run([*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs"])
+    folder = next(p.parent for p in (tmp_path / "outputs").rglob("result.json"))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    module = sparsebench.load(folder)
+    assert sum(p.numel() for p in module.parameters()) == found["model"]["num_parameters"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    shutil.move(tmp_path / "outputs" / "models", tmp_path / "gone")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(
+        ValueError, match=rf"trained from scratch, and neither .* make it with: sparsebench {SCRATCH[name][0]}"
+    ):
+        sparsebench.load(folder)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before

@@ -34,14 +34,15 @@ def setting(
     lt: float | None = None,
     pattern: str | None = None,
     pattern_text: str | None = None,
-    file: bool = False,
+    file: str | None = None,
     exists: bool = False,
 ) -> Any:
     """A dataclass field whose allowed values are stated beside it and checked by `build`.
 
     `choices`, the bounds and `pattern` (a full-match regular expression, described by `pattern_text`) apply to the
-    value, or to each element of a list. file: the value may name a file or folder, whose content is then part of the
-    run's identity (identity.py finds such fields by this very word); exists: it must be there.
+    value, or to each element of a list. file: the value may name a file or folder, and the word says which files of it
+    are read: one of inputs.KINDS, e.g. "model". Their content is then part of the run's identity (inputs.py finds such
+    fields by this very keyword). exists: it must be there.
     """
     return field(
         metadata={

@@ -29,7 +29,7 @@ class ClassifierEvaluation:
 
     test_examples: int | None = setting(gt=0)
     examples_per_batch: int = setting(gt=0)
-    cue_conflict: str | None = setting(file=True, exists=True)
+    cue_conflict: str | None = setting(file="images", exists=True)
 
 
 @dataclass(kw_only=True)
@@ -48,11 +48,7 @@ class Harness:
 
     tasks: list[str]
     task_limit: int | None = setting(gt=0)
-    task_path: str | None = setting(file=True, exists=True)
-
-    def __post_init__(self) -> None:
-        if self.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise ValueError(f"tasks={','.join(self.tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
+    task_path: str | None = setting(file="tasks", exists=True)
 
 
 @dataclass(kw_only=True)
@@ -195,6 +191,9 @@ def mismatches(settings: Settings) -> list[str]:
         problems.append(
             f"eval.lm_eval.tasks must be [] for model={model.name} ({model.kind}), got {settings.eval.lm_eval.tasks}"
         )
+    tasks = settings.eval.lm_eval.tasks
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        problems.append(f"eval.lm_eval.tasks={','.join(tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
     for part in (model, dataset, method, settings.hardware):
         problems += part.problems(settings)
     return problems

@@ -11,6 +11,8 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from sparsebench.config.inputs import hub_files
+
 
 @functools.cache
 def reachable() -> bool:
@@ -51,6 +53,14 @@ def model_problem(path: str, key: str) -> str | None:
             f"set {key}=<folder with config.json, *.safetensors and tokenizer files>, or model.weights=random for timing"
         )
     return None
+
+
+def commit(path: str | None, revision: str | None) -> str | None:
+    """The commit that a model's Hub id stands for in the local cache, else `revision`.
+
+    The run's identity holds that commit, so it must be the one that is loaded, whatever the Hub has by now.
+    """
+    return (hub_files(path, revision, "model")[0] if path else None) or revision
 
 
 def dataset_ready(hub_id: str) -> bool:

@@ -22,12 +22,12 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
+from sparsebench import cache
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, unique_rows
 
 TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
-CACHE = Path("~/.cache/sparsebench").expanduser()
 IDX_TRAIN, IDX_TEST = "train", "t10k"
 
 
@@ -168,7 +168,7 @@ class Images:
 
     name: str = setting(**NAME_PATTERN)
     source: str = setting(choices=("digits", "idx", "torchvision", "folder"))
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="images")
     torchvision_name: str | None = setting(choices=(None, *TORCHVISION))
     size: int | None = setting(ge=8)
     channels: int | None = setting(choices=(None, 1, 3))
@@ -195,7 +195,7 @@ class Images:
 
     def problems(self, settings: Any) -> list[str]:
         if self.source == "torchvision":
-            root = Path(self.path) if self.path else CACHE
+            root = Path(self.path) if self.path else cache.folder()
             if not self.present(root) and not hub.reachable():
                 return [
                     f"dataset={self.name}: {self.torchvision_name} is not in {root} and can't be downloaded; set "
@@ -304,7 +304,7 @@ def read_idx(file: Path, dimensions: int) -> torch.Tensor:
 
 def torchvision_set(settings: Images) -> tuple[Memory, Memory, list[str]]:
     """A set of torchvision by its name, downloaded where missing (torchvision checks the files' MD5)."""
-    root = Path(settings.path) if settings.path else CACHE
+    root = Path(settings.path) if settings.path else cache.folder()
     cls = getattr(torchvision.datasets, settings.torchvision_name)
     parts = []
     for train in (True, False):

@@ -75,7 +75,7 @@ class Texts:
 
     name: str = setting(**NAME_PATTERN)
     source: str = setting(choices=("pystdlib", "file"))
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="text")
     text_field: str
     label_field: str
     max_tokens: int = setting(gt=1)

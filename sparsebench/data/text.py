@@ -119,7 +119,7 @@ class Text:
 
     name: str = setting(**NAME_PATTERN)
     source: str = setting(choices=("pystdlib", "wikitext", "hub", "files"))
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="text")
     revision: str | None
     sequence_length: int = setting(ge=8)
     bos: str = setting(choices=("none", "document", "window"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsebench import cache
 from sparsebench.engines import heads, llama_type, prefilled, rotary_tables
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
@@ -297,7 +297,7 @@ def tuning_file(module: nn.Module, gpu: str) -> Path:
     name = "-".join(
         [gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")]
     )
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsebench" / f"tuning-{name}.json"
+    return cache.folder() / f"tuning-{name}.json"
 
 
 def tuned(module: nn.Module, gpu: str) -> dict[str, Tuning]:

@@ -40,7 +40,7 @@ class Teal(Method):
     prompt: str = setting(choices=PROMPT_POLICIES)
     threshold_rule: str = setting(choices=("abs", "signed-hist"))
     calibration_tokens: int = setting(gt=0)
-    histograms: str | None = setting(file=True)
+    histograms: str | None = setting(file="histograms")
     greedy: Greedy
     kinds: ClassVar = ("language",)
     neutral: ClassVar = {"sparsity": 0.0}

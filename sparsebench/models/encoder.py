@@ -26,7 +26,7 @@ class Encoder:
     """An encoder with a classification head; the number of classes comes from the data set."""
 
     name: str = setting(**NAME_PATTERN)
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="model")
     revision: str | None
     weights: str = setting(choices=("pretrained", "scratch", "random"))
     architecture: dict | None
@@ -53,7 +53,7 @@ class Encoder:
         hardware = work.hardware
         torch.manual_seed(work.seed)
         if self.weights == "pretrained":
-            source = {"revision": self.revision, "local_files_only": not hub.reachable()}
+            source = {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
             module = transformers.AutoModelForSequenceClassification.from_pretrained(
                 self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source
             )

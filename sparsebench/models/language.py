@@ -32,7 +32,7 @@ class CausalLM:
     """A decoder of transformers whose blocks have a known structure (models/sites.py)."""
 
     name: str = setting(**NAME_PATTERN)
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="model")
     revision: str | None
     weights: str = setting(choices=("pretrained", "random", "scratch"))
     num_layers: int | None = setting(gt=0)
@@ -80,7 +80,7 @@ class CausalLM:
 
     def source(self) -> dict:
         return {
-            "revision": self.revision,
+            "revision": hub.commit(self.path, self.revision),
             "trust_remote_code": self.trust_remote_code,
             "local_files_only": not hub.reachable(),
         }

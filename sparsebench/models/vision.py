@@ -64,7 +64,7 @@ class Vision:
     architecture: str = setting(choices=("lenet5", *TORCHVISION, *VIT))
     stem: str = setting(choices=("imagenet", "cifar"))
     weights: str = setting(choices=("pretrained", "random", "scratch"))
-    path: str | None = setting(file=True)
+    path: str | None = setting(file="model")
     train: Training | None
     kind = "vision"
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -15,9 +16,15 @@ from typing import Any
 
 import psutil
 
-COMPUTING = ("sparsebench", "torch", "torchvision", "transformers", "triton", "numba")
+from sparsebench import ranks
+
+COMPUTING = (
+    "sparsebench", "torch", "torchvision", "transformers", "tokenizers", "accelerate", "safetensors", "datasets",
+    "pyarrow", "numpy", "scipy", "scikit-learn", "pillow", "triton", "numba", "llvmlite", "lm-eval", "timm", "gguf",
+)  # fmt: skip
 
 
+@functools.cache
 def cpu_name() -> str:
     """The processor's own name, e.g. `AMD EPYC 9654 96-Core Processor`."""
     info = Path("/proc/cpuinfo")
@@ -43,7 +50,9 @@ def gpu_names() -> list[str]:
     return names
 
 
+@functools.cache
 def versions() -> dict[str, str]:
+    """Version of Python and of every installed package that shapes a number."""
     installed = {"python": platform.python_version()}
     for name in COMPUTING:
         try:
@@ -53,9 +62,17 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def cores() -> int:
+    """Cores that this process may use (its affinity): as many threads as torch gets where hardware.threads is null."""
+    allowed = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    return len(allowed) if allowed else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
-    """Device names and package versions. No torch import."""
-    return {"cpu": cpu_name(), "gpus": gpu_names(), "versions": versions()}
+    """Devices, cores, processes of the run, package versions. No torch import."""
+    return {
+        "cpu": cpu_name(), "gpus": gpu_names(), "cores": cores(), "processes": ranks.count(), "versions": versions(),
+    }  # fmt: skip
 
 
 def git_commit() -> str | None:
@@ -82,7 +99,6 @@ def describe(device: str) -> dict[str, Any]:
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
         "threads": torch.get_num_threads(),
-        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": list(os.getloadavg()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

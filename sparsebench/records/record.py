@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
+
 from sparsebench.records.files import plain, scrub, write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
+OUTCOMES = ("finished", "failed", "interrupted")
 
 
 @dataclass
@@ -49,24 +54,50 @@ def write(record: Record, path: Path) -> None:
     write_atomic(path, scrub(json.dumps(plain(asdict(record)), indent=1, allow_nan=False)).encode())
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The record at `path`, or None where there is none or where it can't be one (truncated, foreign, other version)."""
-    return look(path)[0]
+@functools.cache
+def validator() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The check of record.schema.json, compiled once."""
+    return fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
-def look(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """(the record at `path`, None), or (None, why it can't be used)."""
+def read_any(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(content, problem): the record at `path`, of whatever schema, and why this version does not take it as it is.
+
+    content is None where there is no record at all; problem is None where everything is as the schema says.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None, "not a record"
-    reason = refusal(content, SCHEMA_VERSION)
-    return (None, reason) if reason else (content, None)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_number)
+    except FileNotFoundError:
+        return None, "there is no such file"
+    except OSError as error:
+        return None, f"it can't be read ({error.strerror or error})"
+    except (ValueError, RecursionError) as error:
+        return None, f"it is no JSON, or cut short ({str(error)[:80]})"
+    if not isinstance(content, dict) or "schema_version" not in content or content.get("status") not in OUTCOMES:
+        return None, "it is no record of a run that ended"
+    version = content["schema_version"]
+    if version != SCHEMA_VERSION:
+        return content, f"it is of schema {version}, this version reads {SCHEMA_VERSION}"
+    try:
+        validator()(content)
+    except fastjsonschema.JsonSchemaValueException as error:
+        return content, f"it does not fit schema {version}: {error.message.removeprefix('data.')[:200]}"
+    return content, None
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The record at `path`, or None where `read_any` finds a problem."""
+    content, problem = read_any(path)
+    return content if problem is None else None
+
+
+def no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def refusal(content: Any, oldest: int = 1) -> str | None:
     """Why `content` is not the record of a run whose schema is between `oldest` and today's; None where it is one."""
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if not isinstance(version, int) or content.get("status") not in ("finished", "failed", "interrupted"):
+    if not isinstance(version, int) or content.get("status") not in OUTCOMES:
         return "not a record"
     return None if oldest <= version <= SCHEMA_VERSION else f"schema {version}, this version reads {SCHEMA_VERSION}"

@@ -1,11 +1,14 @@
 """What a fit leaves behind: tensors and facts, kept as safetensors under a key of everything that shaped them.
 
 A state is all that `apply` needs beside the model, so a sweep over operating points fits once, and a state written by
-one process rebuilds the identical sparse model in another.
+one process rebuilds the identical sparse model in another. It carries the SHA-256 of its content and the name it was
+written under: one flipped byte, or the state of another fit under this name, is noticed and made again.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,12 +24,17 @@ import torch
 from safetensors.torch import save
 
 from sparsebench import ranks
-from sparsebench.config.identity import digest, local_files
+from sparsebench.config.identity import contents, digest
 from sparsebench.config.settings import Settings
 from sparsebench.records import files
 
 log = logging.getLogger(__name__)
 FILE = "state.safetensors"  # in a run's folder
+FICLONE = 0x40049409  # Linux: share the blocks of another file until one of the two is written
+
+
+class Damaged(ValueError):
+    """A file that is not the state it should be; the message says why."""
 
 
 @dataclass
@@ -37,58 +45,96 @@ class State:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def write(state: State, path: Path) -> None:
+def checksum(tensors: dict[str, torch.Tensor], info: str) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors in the order of their names, and `info`."""
+    whole = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def write(state: State, path: Path) -> str:
+    """Write a state at `path` and return its checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    files.write_atomic(path, save(tensors, metadata={"info": json.dumps(files.plain(state.info))}))
+    info = json.dumps(files.plain(state.info))
+    found = checksum(tensors, info)
+    files.write_atomic(path, save(tensors, metadata={"info": info, "sha256": found, "name": path.stem}))
+    return found
+
+
+def load(path: Path) -> tuple[State, str, str]:
+    """(the state at `path`, its checksum, the name it was written under). Raises FileNotFoundError and Damaged."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = State(tensors, json.loads(metadata["info"]))
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    found = checksum(tensors, metadata["info"])
+    if found != metadata.get("sha256"):
+        raise Damaged(f"its SHA-256 is {found[:10]}, not {str(metadata.get('sha256'))[:10]} as it was written")
+    return state, found, metadata.get("name", "")
 
 
 def read(path: Path) -> State | None:
-    """The state at `path`, or None where there is none or where the file is damaged."""
+    """The state at `path`, or None where there is none, where it is damaged or was written under another name."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return State({k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["info"]))  # noqa: SIM118
+        state, _, name = load(path)
+        if name != path.stem and path.name != FILE:
+            raise Damaged(f"it is that of {name or 'nothing'}")
     except FileNotFoundError:
         return None
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except Damaged as error:
         log.warning("cached state %s is damaged (%s): fitting again", path.name, error)
         return None
+    return state
 
 
 def keep(path: Path, folder: Path) -> None:
-    """Put the state at `path` into a run's folder, so that the folder alone rebuilds the sparse model.
+    """Copy the state at `path` into a run's folder, so that the folder alone rebuilds the sparse model.
 
-    A hard link where the file system has them (no second copy on the disk; a later refit replaces the cached file, not
-    this one), a copy otherwise.
+    A copy of its own, so that no damage reaches both; the file system shares blocks where it can (btrfs, XFS).
     """
     target, partial = folder / FILE, folder / f".{FILE}.partial"
     partial.unlink(missing_ok=True)
-    try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
+    with path.open("rb") as source, partial.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), FICLONE, source.fileno())
+        except OSError:
+            shutil.copyfileobj(source, copy, 1 << 20)
+        copy.flush()
+        os.fsync(copy.fileno())
     os.replace(partial, target)
-    partial.unlink(missing_ok=True)  # replacing a link to the same file leaves both
 
 
 def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict[str, Any]]:
     """The state at `path`, fitted and written first where need be; one process fits, others wait for it.
 
-    Returns the state and {seconds, cached}.
+    Returns the state and {seconds, cached, state_sha256}.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with ranks.locked(path.with_suffix(".lock")):
         state = read(path) if ranks.first() else None
         if ranks.agreed(state is not None):
-            state = state or read(path)
-            if state is None:
-                raise OSError(f"{path}: a state that another process has read can't be read here")
-            return state, {"seconds": state.info.get("fit_seconds", 0.0), "cached": True}
+            state = state or load(path)[0]
+            seconds = state.info.get("fit_seconds", 0.0)
+            return state, {"seconds": seconds, "cached": True, "state_sha256": recorded(path)}
         start = time.perf_counter()
         state = fit()
         state.info["fit_seconds"] = time.perf_counter() - start
-        if ranks.first():
-            write(state, path)
-    return state, {"seconds": state.info["fit_seconds"], "cached": False}
+        sha256 = write(state, path) if ranks.first() else None
+    return state, {"seconds": state.info["fit_seconds"], "cached": False, "state_sha256": sha256}
+
+
+def recorded(path: Path) -> str:
+    """The checksum that a state carries."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return str(file.metadata()["sha256"])
 
 
 def key(settings: Settings, configuration: dict[str, Any], machine: dict[str, Any]) -> str:
@@ -100,7 +146,7 @@ def key(settings: Settings, configuration: dict[str, Any], machine: dict[str, An
         "model": configuration["model"],
         "dataset": configuration["dataset"],
         "seed": configuration["seed"],
-        "files": local_files({k: configuration[k] for k in ("model", "dataset", "method")}),
+        "contents": contents({k: configuration[k] for k in ("model", "dataset", "method")}),
         "device": hardware["device"],
         "dtype": hardware["dtype"],
         "versions": machine["versions"],

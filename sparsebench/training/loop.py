@@ -2,11 +2,13 @@
 
 Built on accelerate (mixed precision, accumulation, one process or many through `accelerate launch` / `torchrun`). The
 order of the data, the learning rate and a penalty's coefficient are pure functions of (seed, step), so a checkpoint is
-weights, optimiser and random state, and a run killed at any moment and started again ends as one never killed.
+weights, optimiser, random state and the history so far, and a run killed at any moment and started again ends as one
+never killed. A checkpoint carries the SHA-256 of its files: a damaged one is left for the one before.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -23,9 +25,11 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from sparsebench.config import setting
+from sparsebench import ranks
+from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
+from sparsebench.records import files
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +94,12 @@ class Diverged(FloatingPointError):
 
 @dataclass
 class History:
-    """Rows logged on the way, the last step and the time of this process's part."""
+    """Rows logged on the way (those before a kill too), the last step and the time of this process's part."""
 
     rows: list[dict] = field(default_factory=list)
     steps: int = 0
+    first_loss: float = math.inf  # of step 0: what the guard against divergence compares with
+    clipped: int = 0  # steps whose gradient was clipped, on the first process
     resumed_at: int = 0
     processes: int = 1
     seconds: float = 0.0
@@ -197,9 +203,9 @@ def train(
     history = History(processes=accelerator.num_processes)
     wrapped, optimizer = accelerator.prepare(module, optimiser(module, settings))
     pick = Order(len(rows), seed)
-    start = history.resumed_at = resume(accelerator, folder)
-    first_loss, begun, unit = math.inf, time.perf_counter(), getattr(rows, "unit", "tokens")
-    since, tokens, clipped = begun, 0, 0
+    start = resume(accelerator, folder, history)
+    begun, unit = time.perf_counter(), getattr(rows, "unit", "tokens")
+    since, tokens = begun, 0
 
     def gradients(step: int, scale: float) -> tuple[float, float]:
         """Add up one step's gradients; (task loss, penalty), means over the global batch."""
@@ -226,14 +232,15 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total, extra = gradients(step, scale)
-            first_loss = min(first_loss, total) if step == start else first_loss
-            if not math.isfinite(total) or total > 3 * first_loss + 1:
+            if step == 0:
+                history.first_loss = total
+            if not math.isfinite(total) or total > 3 * history.first_loss + 1:
                 raise Diverged(
-                    f"{label}: the loss is {total:.4g} at step {step}, {first_loss:.4g} at first; last checkpoint kept"
+                    f"{label}: the loss is {total:.4g} at step {step}, {history.first_loss:.4g} at first; last checkpoint kept"
                 )
             if settings.clip is not None:
                 norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-                clipped += float(norm) > settings.clip
+                history.clipped += int(float(norm) > settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
@@ -245,7 +252,7 @@ def train(
                 if penalty is not None:
                     row |= {"penalty": extra, "lambda": scale, **penalty.stats()}
                 if settings.clip is not None:
-                    row["clip_rate"] = float(clipped) / (history.steps - start)  # share of this process's steps
+                    row["clip_rate"] = history.clipped / history.steps
                 row["eta_s"] = (settings.steps - history.steps) * (now - begun) / (history.steps - start)
                 history.rows.append({f"{label}/{k}": v for k, v in row.items()})
                 if accelerator.is_main_process:
@@ -253,7 +260,7 @@ def train(
                     log.info("%s %s", label, progress(row, settings.steps, unit))
                 since, tokens = now, 0
             if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
-                checkpoint(accelerator, folder, history.steps)
+                checkpoint(accelerator, folder, history)
     history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # or later passes would still run under autocast
@@ -273,28 +280,85 @@ def progress(row: dict, steps: int, unit: str) -> str:
     )
 
 
-def checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Write step's checkpoint beside the old one, then make it the only one: a kill at any moment leaves a whole one."""
-    partial, final = folder / f".step-{step}.partial", folder / f"step-{step}"
+def checkpoint(accelerator: Accelerator, folder: Path, history: History) -> None:
+    """Write this step's checkpoint beside the one before, which stays in case this one is damaged later.
+
+    It gets its name when it is whole, and at most two lie there: a kill at any moment leaves a whole one.
+    """
+    partial, final = folder / f".step-{history.steps}.partial", folder / f"step-{history.steps}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
+        for old in steps_kept(folder)[1:]:
+            shutil.rmtree(folder / f"step-{old}")
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        kept = {"rows": history.rows, "first_loss": history.first_loss, "clipped": history.clipped}
+        files.write_atomic(partial / PROGRESS, json.dumps(files.plain(kept)).encode())
+        files.write_atomic(partial / CHECKSUMS, json.dumps(checksums(partial)).encode())
         partial.rename(final)
-        for old in folder.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, folder: Path) -> int:
-    """Load the newest whole checkpoint in `folder`; the step to go on from, 0 where there is none."""
-    steps = sorted(int(p.name.partition("-")[2]) for p in folder.glob("step-*")) if folder.is_dir() else []
-    if not steps:
+PROGRESS, CHECKSUMS = "progress.json", "sha256.json"
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, read now, by its path in the folder."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / CHECKSUMS)
+    return {p.relative_to(folder).as_posix(): digests.of_file(p) for p in found}
+
+
+def steps_kept(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, latest first."""
+    found = (p.name.partition("-")[2] for p in folder.glob("step-*"))
+    return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        stated = json.loads((path / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {error}"
+    found = checksums(path)
+    odd = [n for n in sorted({*stated, *found}) if stated.get(n) != found.get(n)]
+    return f"{odd[0]} is not as it was written" if odd else None
+
+
+def latest(folder: Path) -> int:
+    """The step of the newest whole checkpoint, 0 where there is none; damaged ones are named and removed."""
+    for step in steps_kept(folder):
+        path = folder / f"step-{step}"
+        wrong = problem(path)
+        if wrong is None:
+            return step
+        log.warning("checkpoint %s is damaged (%s): going on from the one before, if any", path, wrong)
+        shutil.rmtree(path)
+    return 0
+
+
+def resume(accelerator: Accelerator, folder: Path, history: History) -> int:
+    """Load the newest whole checkpoint in `folder` and its history; the step to go on from, 0 where there is none.
+
+    Raises ValueError where a whole one can't be loaded (made by other versions, say); it is removed, so that the next
+    start goes on from an earlier one.
+    """
+    step = history.resumed_at = ranks.agreed(latest(folder) if accelerator.is_main_process else 0)
+    if not step:
         return 0
-    accelerator.load_state(str(folder / f"step-{steps[-1]}"))
-    log.info("resumed at step %d from %s", steps[-1], folder)
-    return steps[-1]
+    path = folder / f"step-{step}"
+    try:
+        accelerator.load_state(str(path))
+        kept = json.loads((path / PROGRESS).read_text())
+        history.rows, history.first_loss, history.clipped = kept["rows"], kept["first_loss"], kept["clipped"]
+    except Exception as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"checkpoint {path} can't be loaded ({text}) and was removed: start again") from error
+    history.steps = step
+    log.info("resumed at step %d from %s", step, folder)
+    return step

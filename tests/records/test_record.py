@@ -6,7 +6,6 @@ import os
 import jsonschema
 import pytest
 
-import sparsebench
 from sparsebench.records import record
 from sparsebench.records.record import Record
 
@@ -32,6 +31,52 @@ def test_nan_becomes_null(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "there is no such file"),
+        ("{", "it is no JSON, or cut short"),
+        ("[" * 200_000, "it is no JSON, or cut short"),
+        ('{"schema_version": NaN}', "it is no JSON"),
+        ("[1]", "it is no record of a run that ended"),
+        ('{"schema_version": 2, "status": "running"}', "it is no record of a run that ended"),
+        ('{"schema_version": 1, "status": "finished"}', "it is of schema 1, this version reads 2"),
+        ('{"schema_version": 3, "status": "failed"}', "it is of schema 3, this version reads 2"),
+        ('{"schema_version": 2, "status": "finished"}', "it does not fit schema 2: data must contain"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_told_apart(tmp_path, content, problem):
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    found, said = record.read_any(file)
+    assert problem in said and "\n" not in said
+    assert record.read(file) is None
+    assert (found is not None) == ("schema" in problem)  # the content of another version can still be shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("config_hash", "ab", "config_hash must match pattern"),
+        ("seconds", "9", "seconds must be number"),
+        ("fit", {"kind": "x", "seconds": 1, "tokens": 1, "cached": False}, "fit must contain"),
+        ("latency", {"kernel": "k", "device": "cpu", "compile_seconds": 0, "warmup_seconds": 0}, "latency"),
+        ("unknown", 1, "must not contain {'unknown'}"),
+    ],
+)
+def test_the_schema_is_checked_when_a_record_is_read(tmp_path, key, value, said):
+    """By the compiled check that reads records and by jsonschema alike."""
+    file = tmp_path / "result.json"
+    record.write(minimal(), file)
+    assert record.read_any(file)[1] is None
+    content = json.loads(file.read_text()) | {key: value}
+    file.write_text(json.dumps(content))
+    assert said in record.read_any(file)[1]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, SCHEMA)
+
+
+@pytest.mark.parametrize(
     "content", ["", "{", '{"status": "finished"}', "[]", '{"schema_version": 1, "status": "running"}', "\0\0"]
 )
 def test_what_is_no_record_reads_as_none(tmp_path, content):
@@ -39,16 +84,10 @@ def test_what_is_no_record_reads_as_none(tmp_path, content):
     assert record.read(tmp_path / "r.json") is None
 
 
-def test_why_a_record_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "SCHEMA_VERSION", 2)
-    file = tmp_path / "result.json"
-    for version, reason in ((1, "schema 1, this version reads 2"), (3, "schema 3, this version reads 2"), (2, None)):
-        file.write_text(json.dumps({"schema_version": version, "status": "finished"}))
-        assert record.look(file)[1] == reason and (record.read(file) is None) == (version != 2)
-        if reason:
-            with pytest.raises(ValueError, match=f"is no record of a finished run: {reason}"):
-                sparsebench.load(tmp_path)
-    assert record.look(tmp_path / "nowhere") == (None, "not a record")
+def test_which_schemas_the_report_takes():
+    for version, reason in ((1, None), (2, None), (3, "schema 3, this version reads 2"), ("2", "not a record")):
+        assert record.refusal({"schema_version": version, "status": "finished"}) == reason
+    assert record.refusal({"schema_version": 2, "status": "running"}) == record.refusal([]) == "not a record"
 
 
 def test_a_failing_write_leaves_the_old_record(tmp_path, monkeypatch):

@@ -325,7 +325,8 @@ def test_records_of_older_schemas_are_shown_and_of_newer_ones_named(tmp_path, mo
     assert len(found.finished) == 2
     assert [reason for _, reason in found.unreadable] == ["schema 3, this version reads 2", "not a record"]
     assert "1 record(s) are of schema 1; this version writes 2." in html
-    assert record.look(tmp_path / "m0" / "method" / "hash" / "result.json") == (None, "schema 1, this version reads 2")
+    content, problem = record.read_any(tmp_path / "m0" / "method" / "hash" / "result.json")
+    assert content["schema_version"] == 1 and problem == "it is of schema 1, this version reads 2"
 
 
 def test_old_names_below_eval_do_not_tell_rows_apart(tmp_path):

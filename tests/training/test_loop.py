@@ -1,6 +1,7 @@
 """The training loop: schedules, resuming bit for bit, divergence, the gradient it takes."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ def trainable(seed=0):
     return tiny_model(seed=seed, layers=1).requires_grad_(True)
 
 
+def windows():
+    return torch.randint(0, 320, (10, 16), generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture
 def rows():
-    return torch.randint(0, 320, (10, 16), generator=torch.Generator().manual_seed(1))
+    return windows()
 
 
 def weights(model):
@@ -93,6 +98,107 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path, rows):
     (tmp_path / ".step-99.partial" / "model.safetensors").write_bytes(b"half")
     history = train(trainable(), rows, training_settings(steps=12), folder=tmp_path, seed=0)
     assert history.resumed_at == 8
+
+
+def stopped(folder, rows, after, **changes):
+    """Train until step `after` is done; checkpoints at 4 and 8 are left."""
+
+    def kill(step):
+        if step + 1 == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(trainable(), rows, training_settings(**changes), folder=folder, seed=0, after_step=kill)
+
+
+def test_history_before_a_kill_is_kept(tmp_path, rows):
+    """Rows and the clip rate of a killed and resumed training are those of one never killed."""
+    whole = train(trainable(), rows, training_settings(log_every=2, clip=0.1), folder=tmp_path / "a", seed=0)
+    stopped(tmp_path / "b", rows, 11, log_every=2, clip=0.1)
+    resumed = train(trainable(), rows, training_settings(log_every=2, clip=0.1), folder=tmp_path / "b", seed=0)
+    assert resumed.resumed_at == 8 and len(resumed.rows) == len(whole.rows) == 6
+
+    def facts(history):
+        return [{k: r[f"train/{k}"] for k in ("step", "loss", "lr", "clip_rate")} for r in history.rows]
+
+    assert facts(resumed) == facts(whole)
+
+
+@pytest.mark.parametrize(("first", "resumed", "last", "diverges"), [(1.0, 20.0, 20.0, True), (20.0, 1.0, 10.0, False)])
+def test_the_guard_remembers_the_first_loss_across_a_kill(tmp_path, rows, first, resumed, last, diverges):
+    """Losses of steps 0 to 7, of step 8, where the killed training goes on, and of the rest.
+
+    A guard that starts anew at step 8 would let the first case end (20 is below 61) and the second fail (10 above 4).
+    """
+
+    def attempt(kill):
+        now = {"step": 0}
+
+        def before(step):
+            now["step"] = step
+            if kill and step == 8:
+                raise Killed
+
+        def loss(module, batch):
+            value = first if now["step"] < 8 else resumed if now["step"] == 8 else last
+            return 0 * module(input_ids=batch, use_cache=False).logits.sum() + value
+
+        return train(trainable(), rows, training_settings(), folder=tmp_path, seed=0, loss=loss, before_step=before)
+
+    with pytest.raises(Killed):
+        attempt(kill=True)
+    if diverges:
+        with pytest.raises(Diverged, match="the loss is 20 at step 8, 1 at first"):
+            attempt(kill=False)
+    else:
+        history = attempt(kill=False)
+        assert (history.resumed_at, history.first_loss, history.steps) == (8, 20.0, 12)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(folder of a training killed in its 11th step, weights that it ends with when it is never killed)."""
+    rows, folder = windows(), tmp_path_factory.mktemp("killed")
+    stopped(folder, rows, 11)
+    reference = trainable()
+    train(reference, rows, training_settings(), folder=folder.with_name("reference"), seed=0)
+    return folder, weights(reference)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "missing", "no checksums"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(killed, tmp_path, rows, caplog, damage):
+    folder = shutil.copytree(killed[0], tmp_path / "b")
+    assert {p.name for p in folder.iterdir()} == {"step-4", "step-8"}
+    file = folder / "step-8" / ("sha256.json" if damage == "no checksums" else "optimizer.bin")
+    content = file.read_bytes()
+    file.unlink()
+    if damage in ("cut", "empty", "flipped"):
+        flipped = content[:50] + bytes([content[50] ^ 1]) + content[51:]
+        file.write_bytes({"cut": content[:-100], "empty": b"", "flipped": flipped}[damage])
+    again = trainable(seed=7)
+    history = train(again, rows, training_settings(), folder=folder, seed=0)
+    assert history.resumed_at == 4 and torch.equal(killed[1], weights(again))
+    (line,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert "step-8 is damaged" in line and "\n" not in line
+
+
+def test_without_a_whole_checkpoint_training_begins_again(killed, tmp_path, rows, caplog):
+    folder = shutil.copytree(killed[0], tmp_path / "b")
+    for step in (4, 8):
+        (folder / f"step-{step}" / "model.safetensors").write_bytes(b"")
+    again = trainable()
+    history = train(again, rows, training_settings(), folder=folder, seed=0)
+    assert history.resumed_at == 0 and torch.equal(killed[1], weights(again))
+    assert sum("is damaged" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_a_checkpoint_of_another_model_fails_one_start_only(tmp_path, rows):
+    """Whole, but it can't be loaded: said once, and gone at the next start."""
+    stopped(tmp_path, rows, 5)
+    other = tiny_model(seed=0, layers=2).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"step-4 can't be loaded .* was removed: start again"):
+        train(other, rows, training_settings(), folder=tmp_path, seed=0)
+    assert train(other, rows, training_settings(), folder=tmp_path, seed=0).resumed_at == 0
 
 
 def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path, rows):

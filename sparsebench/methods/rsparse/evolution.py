@@ -51,7 +51,7 @@ def evolve(
     generator = torch.Generator().manual_seed(settings.seed)
     groups = list(torch.arange(size).split(settings.group))
     known = state.read(path)
-    if known is not None and known.info["settings"] == vars(settings) and known.tensors["members"].shape[1] == size:
+    if known is not None and known.info.get("settings") == vars(settings) and known.tensors["members"].shape[1] == size:
         members, scores = known.tensors["members"], known.tensors["scores"]
         generator.set_state(known.tensors["generator"])
         history = known.info["history"]

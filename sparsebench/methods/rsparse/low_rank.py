@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from sparsebench.config import digests
 from sparsebench.records import state
 from sparsebench.records.state import State
 
@@ -33,9 +34,12 @@ def largest_rank(m: int, n: int) -> int:
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """Hash of a weight's bits and dtype."""
+    """Hash of a weight's bits and dtype, and of what computes its factors: this source and torch's version."""
     bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode() + bits.tobytes()).hexdigest()[:24]
+    made_by = (*digests.of_files([Path(__file__)]), torch.__version__)
+    found = hashlib.sha256(f"{made_by}{weight.dtype}{tuple(weight.shape)}".encode())
+    found.update(bits)
+    return found.hexdigest()[:24]
 
 
 def cached(weight: torch.Tensor, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

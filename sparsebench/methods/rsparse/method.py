@@ -55,7 +55,7 @@ class RSparse(Method):
     score: str = setting(choices=("abs", "abs_colnorm"))
     rho: float = setting(ge=0, le=1)
     rho_from: str = setting(choices=("uniform", "search", "file"))
-    rho_file: str | None = setting(file=True)
+    rho_file: str | None = setting(file="any")
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
     search: evolution.Evolution
