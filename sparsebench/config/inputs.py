@@ -132,7 +132,7 @@ def named_in(path: Path) -> Iterator[Path]:
                     break
 
 
-KINDS: dict[str, Callable[[Path, dict], Iterator[Path]]] = {
+KINDS: dict[str, Callable[[Path, dict[str, Any]], Iterator[Path]]] = {
     "model": model_files,
     "text": text_files,
     "images": image_files,

@@ -125,7 +125,7 @@ def test_artifacts_are_off_by_default_and_hold_what_load_needs(tmp_path):
     (tmp_path / "result.json").write_text("{}")
     (tmp_path / "state.safetensors").write_bytes(b"x")
     tracker = tracking.WandbTracker(None, tmp_path)
-    artifact = tracker.files({"config_hash": "ab" * 32})
+    artifact = tracker.files(tracker.artifact, {"config_hash": "ab" * 32})
     assert isinstance(artifact, wandb.Artifact)
     assert set(artifact.manifest.entries) == {"result.json", "state.safetensors"}
     assert compose_all([])[0]["wandb"]["artifacts"] is False
