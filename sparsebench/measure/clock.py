@@ -1,7 +1,8 @@
 """The clock: contenders timed in turn, samples kept, the median quoted, and whether the figures can be trusted.
 
-Order must not decide who wins. A contender finds in the caches what ran before it, so each timed call follows an untimed
-call of the same contender, and the order of contenders is turned by one place every round. Knows nothing of models.
+Order must not decide who wins. A contender finds in the caches what ran before it, so each timed call follows untimed
+calls of the same contender, and the order of contenders is turned by one place every round and runs backwards in every
+second, so that nobody always follows the same other. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -38,22 +39,26 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 @dataclass
 class Contender:
-    """Something to time: `call(i)` is inside the clock, `reset()` before it. `i` counts the contender's calls."""
+    """Something to time: `call(i)` is inside the clock, `reset()` before it. `i` counts the contender's calls.
+
+    untimed: calls before each timed one. One is enough where every call reads the same; where each reads another part,
+    as sparse steps do, it takes several until the caches hold what they hold in use.
+    """
 
     call: Callable[[int], object]
     reset: Callable[[], object] = lambda: None
+    untimed: int = 1
 
 
-def timed_calls(warmup: int, samples: int) -> range:
+def timed_calls(warmup: int, samples: int, untimed: int = 1) -> range:
     """The indices of the calls that `interleaved` times."""
-    return range(warmup + 1, warmup + 2 * samples, 2)
+    return range(warmup + untimed, warmup + samples * (untimed + 1), untimed + 1)
 
 
 def interleaved(contenders: list[Contender], warmup: int, samples: int, device: torch.device) -> tuple[list, float]:
     """Times in ms of each contender, and the seconds that the warm-up took.
 
-    Every round takes one sample of each, right after an untimed call of the same one; the round after begins with the
-    next contender. The samples of a round are neighbours in time, so they may be compared in pairs.
+    Every round takes one sample of each. The samples of a round are neighbours in time, so they may be compared in pairs.
     """
     samples_ms: list[list[float]] = [[] for _ in contenders]
     start = time.perf_counter()
@@ -62,15 +67,21 @@ def interleaved(contenders: list[Contender], warmup: int, samples: int, device: 
             contender.reset()
             timed(lambda c=contender, i=i: c.call(i), device)
     warmup_seconds = time.perf_counter() - start
-    for number, index in enumerate(timed_calls(warmup, samples)):
-        for place in range(len(contenders)):
-            turn = (number + place) % len(contenders)
-            contender = contenders[turn]
-            contender.reset()
-            contender.call(index - 1)
-            contender.reset()
-            samples_ms[turn].append(timed(lambda c=contender, i=index: c.call(i), device))
+    for number in range(samples):
+        turns = [(number + place) % len(contenders) for place in range(len(contenders))]
+        for turn in turns[:: -1 if number % 2 else 1]:
+            samples_ms[turn].append(sample(contenders[turn], warmup, number, device))
     return samples_ms, warmup_seconds
+
+
+def sample(contender: Contender, warmup: int, number: int, device: torch.device) -> float:
+    """Milliseconds of one timed call, after the untimed ones."""
+    index = timed_calls(warmup, number + 1, contender.untimed)[number]
+    for before in range(index - contender.untimed, index):
+        contender.reset()
+        contender.call(before)
+    contender.reset()
+    return timed(lambda: contender.call(index), device)
 
 
 def summary(samples: list[float]) -> dict:

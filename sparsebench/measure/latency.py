@@ -29,6 +29,7 @@ from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, spars
 log = logging.getLogger(__name__)
 
 BLOCK = 8  # decode steps per sample on a GPU
+CACHED = 512e6  # bytes of weights below which a processor's last cache may hold a model [choice]
 SHARES = (0.0, 1 / 3, 2 / 3)  # of the thresholds at the operating point, for the break-even beside 1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, per projection
 
@@ -201,11 +202,24 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
 
 @dataclass
 class Text:
-    """A prompt int64 [1, C] for the cache and the tokens [n] that follow it, `block` of them to a call."""
+    """A prompt int64 [1, C] for the cache and the tokens [n] that follow it, `block` of them to a call.
+
+    Each timed call follows `untimed` others. A model that fits a cache finds in it, when it decodes, what its last steps
+    have read, which are other channels at each token: so BLOCK steps come first.
+    """
 
     prompt: torch.Tensor
     following: torch.Tensor
-    block: int
+    block: int = 1
+    untimed: int = 1
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, context: int, module: nn.Module) -> Text:
+        """The text for a model on the device of `tokens` [n]."""
+        if tokens.device.type == "cuda":
+            return cls(tokens[:context][None], tokens[context:], block=BLOCK)
+        untimed = BLOCK if memory.weight_bytes(module) < CACHED else 1
+        return cls(tokens[:context][None], tokens[context:], untimed=untimed)
 
     def call(self, i: int) -> list[torch.Tensor]:
         """The tokens [1, 1] of call i; the text begins again where it ends."""
@@ -298,7 +312,7 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
         for token in text.call(i):
             decoder.step(token)
 
-    return Contender(steps, lambda: (prepare(), decoder.rewind()))
+    return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
 
 
 def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
@@ -308,13 +322,13 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
     """
     device, skipping = hardware.torch_device, skips(sparse)
-    text = Text(tokens[: settings.context][None], tokens[settings.context :], BLOCK if device.type == "cuda" else 1)
+    text = Text.of(tokens, settings.context, dense)
     start = time.perf_counter()
     decoders, refused = dense_decoders(dense, text, hardware)
     decoder, eager, error, why = sparse_decoder(sparse, text, hardware)
     compile_seconds = time.perf_counter() - start
 
-    calls = clock.timed_calls(settings.warmup, settings.samples)[: -(-settings.samples // text.block)]
+    calls = clock.timed_calls(settings.warmup, settings.samples, text.untimed)[: -(-settings.samples // text.block)]
     contenders = {f"dense/{engine}": contender(each, text) for engine, each in decoders.items()}
     with dial(sparse) as turn:
         steps: dict[float, Step] = {}  # by share of the thresholds, the operating point first
@@ -330,7 +344,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     curve = [(step, times.pop(share)) for share, step in steps.items()]
     section = {
         **sides(times, curve[0][1], decoder.engine), "sparsity": steps[1.0].sparsity, "context": settings.context,
-        "steps_per_sample": text.block, "refused": refused | why,
+        "steps_per_sample": text.block, "untimed_steps": text.block * text.untimed, "refused": refused | why,
     }  # fmt: skip
     if skipping:
         dense_times = times[f"dense/{section['dense_engine']}"]

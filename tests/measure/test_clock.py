@@ -1,7 +1,9 @@
 """The clock: order must not decide, known durations, spread and load that make a figure worthless, break-even."""
 
 import itertools
+import random
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -23,9 +25,12 @@ def test_each_sample_follows_an_untimed_call_and_the_order_turns():
     contenders = [Contender(lambda i, name=name: seen.append((name, i))) for name in "abc"]
     times, _ = clock.interleaved(contenders, warmup=2, samples=3, device=CPU)
     assert seen[:6] == [(name, i) for i in range(2) for name in "abc"]
-    rounds = [("abc", 2), ("bca", 4), ("cab", 6)]
+    rounds = [("abc", 2), ("acb", 4), ("cab", 6)]  # turned by one place each round, backwards in every second
     assert seen[6:] == [(name, first + k) for order, first in rounds for name in order for k in range(2)]
     assert list(clock.timed_calls(2, 3)) == [3, 5, 7] and [len(t) for t in times] == [3, 3, 3]
+    seen.clear()
+    clock.interleaved([Contender(seen.append, untimed=3)], 2, 2, CPU)
+    assert seen == list(range(10)) and list(clock.timed_calls(2, 2, 3)) == [5, 9]
 
 
 class Machine:
@@ -71,6 +76,31 @@ def test_contenders_that_pollute_each_others_cache_are_measured_alike_in_any_ord
     before = ratios(one_after_another)
     assert max(before) > 2 * min(before)  # the order alone: what the protocol is there for
     assert ratios(lambda c: clock.interleaved(c, 3, 10, CPU)[0]) == pytest.approx([2.0] * 6)
+
+
+@pytest.mark.parametrize(("untimed", "alike"), [(1, False), (8, True)])
+def test_steps_that_read_other_channels_each_time_need_more_than_one_untimed_call(untimed, alike, monkeypatch):
+    """A sparse step reads half of its weights, another half each time; its neighbour in the list reads all of them."""
+
+    def ratio(order) -> float:
+        machine, generator = Machine(100), random.Random(0)
+        monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: machine.seconds))
+        weights = [f"w{i}" for i in range(60)]
+        calls = {
+            "dense": lambda _: machine.read([f"d{i}" for i in range(60)]),
+            "eager": lambda _: machine.read([f"e{i}" for i in range(200)]),
+            "all": lambda _: machine.read(weights),
+            "half": lambda _: machine.read(generator.sample(weights, 30)),
+        }
+        times, _ = clock.interleaved([Contender(calls[name], untimed=untimed) for name in order], 3, 60, CPU)
+        found = {name: statistics.mean(t) for name, t in zip(order, times, strict=True)}
+        return found["dense"] / found["half"]
+
+    one, other = ratio(["dense", "half", "all", "eager"]), ratio(["all", "half", "eager", "dense"])
+    steady = 60 / 30  # everything in the cache, as when only this step runs
+    assert (one == pytest.approx(steady, rel=0.1) and other == pytest.approx(steady, rel=0.1)) == alike
+    if alike:
+        assert abs(one / other - 1) < 0.05
 
 
 def test_known_durations():

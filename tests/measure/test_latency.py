@@ -118,7 +118,7 @@ def test_executed_macs_are_those_of_the_timed_tokens():
     timing = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba", "eager"))
     prompt = Decoder(model, tokens()[None, :8], 1, compiled=False)
     with sparsity.counting(model) as counters:
-        for i in clock.timed_calls(3, 30):
+        for i in clock.timed_calls(3, 30, latency.BLOCK):
             prompt.rewind()
             prompt.step(tokens()[8 + i % 56].view(1, 1))
     measured = sparsity.summarise(model, counters)
@@ -130,7 +130,7 @@ def test_the_dense_step_is_the_untouched_models_own(monkeypatch):
     """Built from the dense model and leaving it as it was: other weights in the sparse one change nothing."""
     dense, ids = tiny_model(seed=5), tokens()
     before = {name: (p.data_ptr(), p.stride()) for name, p in dense.named_parameters()}
-    text = latency.Text(ids[None, :8], ids[8:], 1)
+    text = latency.Text(ids[None, :8], ids[8:])
     decoders, refused = latency.dense_decoders(dense, text, hardware("cpu_numba"))
     assert list(decoders) == ["eager", "fused"] and not refused
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_dense_engine_that_is_not_the_model_is_refused_with_its_reason(monkeyp
     monkeypatch.setattr(latency, "checked", wrong)
     ids = tokens()
     decoders, refused = latency.dense_decoders(
-        tiny_model(), latency.Text(ids[None, :8], ids[8:], 1), hardware("cpu_numba")
+        tiny_model(), latency.Text(ids[None, :8], ids[8:]), hardware("cpu_numba")
     )
     assert list(decoders) == ["eager"] and "differs from masked-dense at logits: 3.00e-01" in refused["fused"]
 
