@@ -19,7 +19,8 @@ def table(found: dict) -> str:
     ]
     if "projections" in found:
         lines += ["", "## One product", "",
-                  "Microseconds with [p10, p90], (speed-up over the faster dense product), [share of the read bandwidth]. `fused`: as the"
+                  "Microseconds with [p10, p90], (speed-up over the faster dense product), [share of the read bandwidth]."
+                  " `fused`: as the"
                   " fused step runs it, compaction included; `alone`: a product by itself, bias and rounding included."]  # fmt: skip
         for row in found["projections"]:
             shown = sorted({v["sparsity"] for v in row["sparse"].values()})

@@ -2,7 +2,7 @@
 
 How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Every engine that can run the
 untouched model is timed, and the fastest is the dense figure. All contenders take turns with the same settings, each
-sample right after an untimed step of the same contender (clock.py); inputs are on the device and compiled code is warm
+sample after untimed steps of the same contender (clock.py); inputs are on the device and compiled code is warm
 before the clock starts. Each decode step takes another token of held-out text, from a fixed context length on. Samples
 are kept, the median is quoted.
 """
