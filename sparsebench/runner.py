@@ -72,13 +72,18 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
 
     if settings.measure.latency:
         log.info("timing dense against sparse")
-        record.latency = task.time(untouched, module, data, settings, record.sparsity)
+        peak_before = max(peak_before, memory.restart_peak(hardware.torch_device))
+        timing = task.time(untouched, module, data, settings)
+        record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)
+        record.memory["peaks"], peak_before = timing.peaks, max(peak_before, timing.highest)
         if hardware.estimate:
             rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
             record.estimate = estimate.predict(hardware, record, *rates)
     record.extra |= fitted.info.get("extra", {})
     record.extra |= task.illustrate((untouched, dense), (module, sparse), data, folder)
-    record.memory["peak_bytes"] = max(peak_before, memory.peak_bytes(hardware.torch_device))
+    device = hardware.torch_device
+    record.memory["peak_bytes"] = max(peak_before, memory.peak_bytes(device))
+    record.memory["peak_of"] = "device" if device.type == "cuda" else "process"
     return record
 
 

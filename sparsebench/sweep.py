@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records import files
+from sparsebench.records import files, terminal
 
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
-HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "speed-up", "seconds")
+HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "ms [p10, p90]", "speed-up", "seconds")
 FAILED_OBJECTIVE = -1e9  # finite: a sweeper's model of the objective must be able to use it
 
 
@@ -65,7 +65,8 @@ def figures(record: dict | None) -> dict:
     record = record or {}
     quality = record.get("quality") or {}
     name = main_metric(quality)
-    decode = (record.get("latency") or {}).get("decode") or {}
+    latency = record.get("latency") or {}
+    _, times = terminal.timed(latency)
     return {
         "name": record.get("name"),
         "error": (record.get("error") or {}).get("message"),
@@ -74,7 +75,10 @@ def figures(record: dict | None) -> dict:
         "dense": quality[name]["dense"] if name else None,
         "sparse": quality[name]["sparse"] if name else None,
         "sparsity": (record.get("sparsity") or {}).get("model_wide"),
-        "speedup": decode.get("speedup"),
+        "speedup": times.get("speedup"),
+        "times": {side: terminal.quantiles(times[side]) for side in ("dense", "sparse") if side in times},
+        "dense_engine": times.get("dense_engine"),
+        "noisy": latency.get("noisy"),
     }
 
 
@@ -133,13 +137,15 @@ def row(each: dict, common: set[str]) -> list[str]:
     known = each["dense"] is not None and each["sparse"] is not None
     quality = "" if not known else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']})"
     problem = f": {each['error']}" if each["error"] else ""
+    times = {side: terminal.spread(quantiles) for side, quantiles in each["times"].items()}
     return [
         each["name"] or Path(each["record"]).parent.name,
         " ".join(o for o in each["overrides"] if o not in common and matters(o)),
         each["outcome"] + problem,
         quality,
         "" if each["sparsity"] is None else f"{each['sparsity']:.1%}",
-        "" if each["speedup"] is None else f"{each['speedup']:.2f}x",
+        f"{times['dense']} ({each['dense_engine']}) -> {times['sparse']}" if times else "",
+        ("" if each["speedup"] is None else f"{each['speedup']:.2f}x") + (" NOISY" if each["noisy"] else ""),
         "" if each["seconds"] is None else f"{each['seconds']:.0f}",
     ]
 

@@ -312,6 +312,10 @@ def training_settings(**changes) -> Training:
 
 
 def accounted(dense, model, measured, context, skips):
-    """The record's macs and bytes sections of a sparse model; dense: costs by site before the method was applied."""
-    sparse = dense | macs.site_costs(model, measured)
-    return macs.account(dense, sparse, macs.outside_blocks(model, context), context, skips)
+    """The record's macs and bytes sections of a sparse model as if the measured tokens had been timed, too.
+
+    dense: costs by site before the method was applied.
+    """
+    sparse, outside = dense | macs.site_costs(model, measured), macs.outside_blocks(model, context)
+    section, traffic = macs.account(dense, sparse, outside, context)
+    return section | {"executed": macs.executed(dense, sparse, outside, skips)}, traffic

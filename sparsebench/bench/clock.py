@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,10 +55,8 @@ def clock(
     else:
         for body in bodies.values():
             body(0)
-        contenders = [  # each its own copy at a time, so that none finds what another left in a cache
-            Contender(lambda i, body=body, k=k: body((i * len(bodies) + k) % copies))
-            for k, body in enumerate(bodies.values())
-        ]
+        turn = itertools.count()  # of all calls, so that each reads the copy that left the cache longest ago
+        contenders = [Contender(lambda _, body=body: body(next(turn) % copies)) for body in bodies.values()]
         scale = 1e3
     times, _ = interleaved(contenders, settings.warmup, settings.samples, device)
     return {name: [t * scale for t in each] for name, each in zip(bodies, times, strict=True)}

@@ -17,13 +17,14 @@ def table(results: dict) -> str:
     ]
     if "projections" in results:
         lines += ["", "## One product", "",
-                  "Microseconds, (speed-up over the faster dense product), [share of the read bandwidth]. `fused`: as the"
+                  "Microseconds with [p10, p90], (speed-up over the faster dense product), [share of the read bandwidth]."
+                  " `fused`: as the"
                   " fused step runs it, compaction included; `alone`: a product by itself, bias and rounding included."]  # fmt: skip
         for row in results["projections"]:
             shown = sorted({v["sparsity"] for v in row["sparse"].values()})
             dense = row["times"][row["dense"]]["median_us"]
             lines += ["", f"**{row['projection']}** {row['m']} x {row['n']}: dense {dense:.1f} us ({row['dense']}, "
-                      f"{row['dense_bandwidth_gbs']:.0f} GB/s), break-even {breaks(row['break_even_sparsity'])}", "",
+                      f"{row['dense_bandwidth_gbs']:.0f} GB/s), break-even {breaks(row['break_even'])}", "",
                       "| kernel | " + " | ".join(f"{s:.0%}" for s in shown) + " |", "|---" * (len(shown) + 1) + "|"]  # fmt: skip
             for kind in sorted({v["kind"] for v in row["sparse"].values()}):
                 cells = []
@@ -31,7 +32,7 @@ def table(results: dict) -> str:
                     key = f"{kind}@{s}"
                     value = row["sparse"][key]
                     cells.append(
-                        f"{row['times'][key]['median_us']:.1f} ({value['speedup']:.2f}x) [{value['of_read_bandwidth']:.0%}]"
+                        f"{microseconds(row['times'][key])} ({value['speedup']:.2f}x) [{value['of_read_bandwidth']:.0%}]"
                     )
                 lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     if "ffn" in results:
@@ -39,7 +40,7 @@ def table(results: dict) -> str:
         lines += ["", "## Neuron-sparse FFN, dense gate included", "", f"Dense block: {dense:.1f} us.", "",
                   "| neurons inactive | us | speed-up | share of read bandwidth |", "|---|---|---|---|"]  # fmt: skip
         lines += [
-            f"| {r['sparsity']:.0%} | {r['sparse']['median_us']:.1f} | {r['speedup']:.2f}x | {r['of_read_bandwidth']:.0%} |"
+            f"| {r['sparsity']:.0%} | {microseconds(r['sparse'])} | {r['speedup']:.2f}x | {r['of_read_bandwidth']:.0%} |"
             for r in results["ffn"]
         ]
     if "step" in results:
@@ -47,7 +48,8 @@ def table(results: dict) -> str:
                   "| context | sparsity | dense tokens/s (engine) | sparse tokens/s | speed-up |", "|---|---|---|---|---|"]  # fmt: skip
         lines += [
             f"| {r['context']} | {r['sparsity']:.0%} | {r['dense_tokens_per_s']:.1f} ({r['dense'].partition('/')[2]}) "
-            f"| {r['tokens_per_s']:.1f} | {r['speedup']:.2f}x |"
+            f"| {r['tokens_per_s']:.1f} [{1e3 / r['sparse']['p90_ms']:.1f}, {1e3 / r['sparse']['p10_ms']:.1f}] "
+            f"| {r['speedup']:.2f}x |"
             for r in results["step"]
         ]
         for context in sorted({r["context"] for r in results["step"]}):
@@ -76,8 +78,20 @@ def expert_lines(parts: list[dict]) -> list[str]:
     return lines
 
 
-def breaks(break_evens: dict) -> str:
-    return ", ".join(f"{kind} {'never' if at is None else f'{at:.0%}'}" for kind, at in sorted(break_evens.items()))
+def microseconds(times: dict) -> str:
+    """median [p10, p90]."""
+    return f"{times['median_us']:.1f} [{times['p10_us']:.1f}, {times['p90_us']:.1f}]"
+
+
+def breaks(sections: dict[str, dict]) -> str:
+    return ", ".join(f"{kind} {shown(each)}" for kind, each in sorted(sections.items()))
+
+
+def shown(section: dict | float | None) -> str:
+    """A break-even sparsity, or why there is none; records of schema 1 hold the figure alone."""
+    if not isinstance(section, dict):
+        return "never" if section is None else f"{section:.0%}"
+    return section["reason"] if section["sparsity"] is None else f"{section['sparsity']:.0%}"
 
 
 def plot(results: dict) -> bytes:

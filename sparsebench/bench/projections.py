@@ -115,7 +115,7 @@ def time_projections(config: Any, settings, bandwidth: float) -> list[dict]:
                 "relative_error": check_error(kind, x, stored[0], thresholds[s], reference, hardware),
             }  # fmt: skip
         row["dense_bandwidth_gbs"] = size / times[fastest]["median_us"] / 1e3
-        row["break_even_sparsity"] = crossing(row, times[fastest]["median_us"])
+        row["break_even"] = crossings(row)
         rows.append(row)
         log.info("%s %dx%d: %s", label, m, n, ", ".join(f"{k} {v['speedup']:.2f}x" for k, v in row["sparse"].items()))
         del stored, dense
@@ -136,16 +136,14 @@ def check_error(kind: str, x, weight, threshold, reference, hardware) -> float:
     return relative_error(backend.input_sparse_linear(low, weight.t(), threshold=threshold), reference)
 
 
-def crossing(row: dict, dense_us: float) -> dict[str, float | None]:
-    """Break-even sparsity per kind of kernel, from its times at the smallest and the largest sparsity."""
-    break_evens = {}
-    for kind in {v["kind"] for v in row["sparse"].values()}:
-        mine = sorted(
-            (v["sparsity"], row["times"][k]["median_us"]) for k, v in row["sparse"].items() if v["kind"] == kind
-        )
-        (low, first), (high, last) = mine[0], mine[-1]
-        break_evens[kind] = break_even(dense_us, first, last, high) if low == 0 else None
-    return break_evens
+def crossings(row: dict) -> dict[str, dict]:
+    """Break-even sparsity per kind of kernel against the dense product, from its times at every sparsity."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for name, timing in row["sparse"].items():
+        curves.setdefault(timing["kind"], {})[timing["sparsity"]] = row["times"][name]["samples_us"]
+    dense = row["times"][row["dense"]]["samples_us"]
+    sections = {kind: break_even(dense, curve) for kind, curve in curves.items()}
+    return {kind: {k: v for k, v in each.items() if k != "points"} for kind, each in sections.items()}
 
 
 def time_ffn(config: Any, settings, bandwidth: float) -> list[dict]:

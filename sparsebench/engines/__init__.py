@@ -7,6 +7,7 @@ Engines share `step(token)`, `rewind()` and the name `engine`.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from typing import Any
@@ -33,6 +34,19 @@ def choose(module: nn.Module, hardware: Any) -> str:
         raise ValueError(f"hardware.engine=fused: {problem}")
     log.info("decode: no fused step (%s)", problem)
     return "compiled" if hardware.torch_device.type == "cuda" else "eager"
+
+
+def dense_engines(module: nn.Module, hardware: Any) -> list[str]:
+    """The engines that may run an untouched model here, `eager` first; whatever runs the sparse one."""
+    on_gpu = hardware.torch_device.type == "cuda"
+    compiled = ["compiled"] if on_gpu or hardware.engine == "compiled" else []
+    return ["eager", *compiled, *(["fused"] if fused(hardware).unsupported(module) is None else [])]
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """The same modules with the same tensors, so that a map can be replaced without touching `module`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(t): t for t in tensors})
 
 
 def fused(hardware: Any):

@@ -1,42 +1,63 @@
 """Latency and memory, dense beside sparse. Knows nothing about methods.
 
-How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Dense and sparse run with the same
-settings; samples alternate dense, sparse, dense, ... so that a drift of the machine's speed hits both; inputs are on
-the device and compiled code is warm before the clock starts. Each decode step takes another token of held-out text,
-from a fixed context length on. Samples are kept, the median is quoted.
+How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Every engine that can run the
+untouched model is timed, and the fastest is the dense figure. All contenders take turns with the same settings, each
+sample after untimed steps of the same contender (clock.py); inputs are on the device and compiled code is warm
+before the clock starts. Each decode step takes another token of held-out text, from a fixed context length on. Samples
+are kept, the median is quoted.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsebench import engines, kernels
-from sparsebench.measure import macs, quality
-from sparsebench.measure.clock import Contender, break_even, interleaved, summary
+from sparsebench.measure import clock, macs, memory, quality
+from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
-from sparsebench.modules.base import MANY, measured_modules, sparse_modules
+from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
+
+log = logging.getLogger(__name__)
 
 BLOCK = 8  # decode steps per sample on a GPU
+CACHED = 512e6  # bytes of weights below which a processor's last cache may hold a model [choice]
+SHARES = (0.0, 1 / 3, 2 / 3)  # of the thresholds at the operating point, for the break-even beside 1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, per projection
 
 
+@dataclass(kw_only=True)
+class Timing:
+    """What timing one dense and one sparse model gave."""
+
+    latency: dict[str, Any]  # the record's section
+    step_macs: float | None = None  # executed by a timed decode step
+    skipping: set[str] = field(default_factory=set)  # sites of which a forward pass at batch 1 skipped work
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by what ran, dense and sparse; CUDA only
+    highest: int = 0  # bytes of the device in use at most while `peaks` were taken
+
+
 @contextmanager
-def all_kept(module: nn.Module) -> Iterator[None]:
-    """Every threshold at -1: the sparse kernels run but skip nothing. For the break-even sparsity."""
-    saved = [(m, m.threshold.clone()) for _, m in measured_modules(module)]
-    for sparse, _ in saved:
-        sparse.threshold.fill_(-1)
+def dial(module: nn.Module) -> Iterator[Callable[[float], None]]:
+    """A function that sets every threshold to this share of its own; 0: to -1, the sparse kernels skip nothing."""
+    saved = [(m.threshold, m.threshold.clone()) for _, m in measured_modules(module)]
+
+    def turn(share: float) -> None:
+        for threshold, own in saved:
+            threshold.copy_(torch.where(own > 0, own * share, own)) if share else threshold.fill_(-1)
+
     try:
-        yield
+        yield turn
     finally:
-        for sparse, threshold in saved:
-            sparse.threshold.copy_(threshold)
+        turn(1.0)
 
 
 def parity(module: nn.Module, step: Callable[[], object]) -> dict[str, float]:
@@ -86,54 +107,57 @@ def skips_forward(sparse: nn.Module) -> bool:
     return any(kernels.load(module.kernel(MANY)).SKIPS for module in sparse_modules(sparse))
 
 
+def skipping_sites(sparse: nn.Module) -> set[str]:
+    """The maps of which a whole forward pass of one image or text skips work, by site name."""
+    modules = [m for _, m in measured_modules(sparse) if kernels.load(m.kernel(MANY)).SKIPS]
+    return {site for module in modules for site in module.covers}
+
+
 def kernels_used(sparse: nn.Module, tokens: int) -> str | None:
     """The backends that serve a call of so many tokens, joined; None where nothing is sparse."""
     return ", ".join(sorted({module.kernel(tokens) for _, module in measured_modules(sparse)})) or None
 
 
-def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware, sparsity: float) -> dict:
-    """The record's latency section. tokens: held-out text, int64 [n], longer than context and prompt.
+def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware) -> Timing:
+    """Decode and prefill of a language model. tokens: held-out text, int64 [n], longer than context and prompt.
 
-    Dense is the fastest dense step there is: the untouched model in transformers and, where the sparse model runs in a
-    fused step, that step with nothing skipped; all are kept under `engines`. Only decode can carry a speed-up, and only
-    where a kernel that skips ran: the prompt is masked-dense.
+    Only decode can carry a speed-up, and only where a kernel that skips ran: the prompt is masked-dense.
     """
     device = hardware.torch_device
     tokens = tokens.to(device)
-    skipping = skips(sparse)
-    decode, error, compile_seconds, warmup_seconds = decode_latency(dense, sparse, tokens, settings, hardware, skipping)
-    if skipping:
-        decode["break_even_sparsity"] = break_even(
-            decode["dense"]["median_ms"],
-            decode["nothing_skipped"]["median_ms"],
-            decode["sparse"]["median_ms"],
-            sparsity or decode["sparsity"],  # prompt=none: no scored token was sparse
-        )
+    prompt = tokens[: settings.prompt][None]
 
     def prefill(module):
         def call(_):
             with torch.no_grad():
-                return module(input_ids=tokens[: settings.prompt][None], use_cache=False, logits_to_keep=1).logits
+                return module(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
 
         return Contender(call)
 
-    times, more_seconds = interleaved([prefill(dense), prefill(sparse)], settings.warmup, settings.samples, device)
-    return {
-        "kernel": kernels_used(sparse, 1),
-        "device": str(device),
-        "parity_relative_error": error,
-        "decode": decode,
+    both = {"dense": prefill(dense), "sparse": prefill(sparse)}
+    peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, {n: c.call for n, c in both.items()}, device)
+    with clock.watching(threads_of(device)) as load:
+        decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware)
+        times, more_seconds = interleaved(list(both.values()), settings.warmup, settings.samples, device)
+    about["warmup_seconds"] += more_seconds
+    section = {
+        "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
         "prefill": {
             "dense": summary(times[0]), "sparse": summary(times[1]), "tokens": settings.prompt,
             "kernel": kernels_used(sparse, MANY) or "masked_dense",
         },
-        "compile_seconds": compile_seconds,
-        "warmup_seconds": warmup_seconds + more_seconds,
-    }  # fmt: skip
+    } | about  # fmt: skip
+    section |= clock.noise({"dense decode": decode["dense"], "sparse decode": decode["sparse"]}, load)
+    return Timing(latency=section, step_macs=executed, peaks={"prefill": peaks} if peaks else {}, highest=highest)
 
 
-def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, object], settings, hardware) -> dict:
-    """The latency section of a classifier: whole forward passes at each batch size, eager, dense and sparse in turn.
+def threads_of(device: torch.device) -> int:
+    """Processor threads that the timed code uses."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, object], settings, hardware) -> Timing:
+    """Whole forward passes of a classifier at each batch size, eager.
 
     inputs: batch size -> inputs on the device. A speed-up is claimed only where a kernel that skips ran.
     """
@@ -148,90 +172,201 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
 
         return Contender(call)
 
-    found, seconds = {}, 0.0
-    for size, batch in inputs.items():
-        times, warmup = interleaved(
-            [forward(dense, batch), forward(sparse, batch)], settings.warmup, settings.samples, device
-        )
-        pair = {"dense": summary(times[0]), "sparse": summary(times[1]), "batch": size}
-        used = skipping and size == 1  # the kernels that skip serve one example at a time
-        pair |= {"kernel": hardware.kernel_name if used else "masked_dense" if counted else None}
-        if used:
-            pair["speedup"] = pair["dense"]["median_ms"] / pair["sparse"]["median_ms"]
-        found[str(size)], seconds = pair, seconds + warmup
-    return {
-        "kernel": hardware.kernel_name if counted else None, "device": str(device), "forward": found,
+    both = {"dense": dense, "sparse": sparse}
+    batch = inputs[max(inputs)]
+    calls = {name: forward(module, batch).call for name, module in both.items()}
+    peaks, highest = memory.peaks(both, calls, device)
+    sizes, seconds = {}, 0.0
+    with clock.watching(threads_of(device)) as load:
+        for size, batch in inputs.items():
+            contenders = [forward(module, batch) for module in both.values()]
+            times, warmup = interleaved(contenders, settings.warmup, settings.samples, device)
+            pair = {"dense": summary(times[0]), "sparse": summary(times[1]), "batch": size, "dense_engine": "eager"}
+            used = skipping and size == 1  # the kernels that skip serve one example at a time
+            pair |= {"kernel": hardware.kernel_name if used else "masked_dense" if counted else None}
+            sizes[str(size)], seconds = pair | (clock.speedup(*times) if used else {}), seconds + warmup
+    section = {
+        "kernel": hardware.kernel_name if counted else None, "device": str(device), "forward": sizes,
         "compile_seconds": 0.0, "warmup_seconds": seconds,
     }  # fmt: skip
+    one = sizes["1"]
+    section |= clock.noise({"dense forward": one["dense"], "sparse forward": one["sparse"]}, load)
+    named = {f"forward, batch {max(inputs)}": peaks} if peaks else {}
+    sites = skipping_sites(sparse) if skipping else set()
+    return Timing(latency=section, skipping=sites, peaks=named, highest=highest)
 
 
-def decode_sparsity(dense: nn.Module, sparse: nn.Module, decoder, tokens: Iterator[list[torch.Tensor]]) -> float:
-    """Model-wide share of weights that decoding skips, counted; each list of `tokens` follows the decoder's prompt."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode
+
+
+@dataclass
+class Text:
+    """A prompt int64 [1, C] for the cache and the tokens [n] that follow it, `block` of them to a call.
+
+    Each timed call follows `untimed` others. A model that fits a cache finds in it, when it decodes, what its last steps
+    have read, which are other channels at each token: so BLOCK steps come first.
+    """
+
+    prompt: torch.Tensor
+    following: torch.Tensor
+    block: int = 1
+    untimed: int = 1
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, context: int, module: nn.Module) -> Text:
+        """The text for a model on the device of `tokens` [n]."""
+        if tokens.device.type == "cuda":
+            return cls(tokens[:context][None], tokens[context:], block=BLOCK)
+        untimed = BLOCK if memory.weight_bytes(module) < CACHED else 1
+        return cls(tokens[:context][None], tokens[context:], untimed=untimed)
+
+    def call(self, i: int) -> list[torch.Tensor]:
+        """The tokens [1, 1] of call i; the text begins again where it ends."""
+        places = range(i * self.block, (i + 1) * self.block)
+        return [self.following[place % len(self.following)].view(1, 1) for place in places]
+
+
+def checked(module, text: Text, hardware, engine: str, keep_all: bool = False):
+    """(decoder, relative error by what was compared, why an engine was refused by its name).
+
+    The only place where decoders to be timed are made.
+    """
+    decoder = engines.decoder(module, text.prompt, text.block, hardware, engine, keep_all)
+    errors = decoder.parity(text.call(0)[0]) if engine == "fused" else {}
+    return decoder, errors, {}
+
+
+def warm(decoder, text: Text) -> None:
+    """Take the first steps, in which an engine compiles or captures."""
+    for token in (text.call(i)[0] for i in range(3)):
+        decoder.rewind()
+        decoder.step(token)
+
+
+def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every way to take a step of the untouched model, by engine, and why others could not be had."""
+    decoders, refused = {}, {}
+    for engine in engines.dense_engines(dense, hardware):
+        try:
+            module = engines.sharing_copy(dense) if engine == "fused" else dense
+            decoder, errors, why = checked(module, text, hardware, engine, keep_all=engine == "fused")
+            check_parity(errors, hardware.torch_dtype)
+            warm(decoder, text)
+        except (RuntimeError, ArithmeticError) as error:  # no compiler, no memory, or not the model's own step
+            if engine == "eager":
+                raise
+            why, decoder = {engine: str(error).strip().partition("\n")[0]}, None
+            log.warning("dense decode: no %s step (%s)", engine, why[engine])
+        if decoder is not None and decoder.engine == engine:
+            decoders[engine] = decoder
+        refused |= why
+    return decoders, refused
+
+
+def count(sparse: nn.Module, decoder, runs: list[list[torch.Tensor]]) -> dict[str, SiteSparsity]:
+    """What decoding skips, by site; each list of tokens in `runs` follows the decoder's prompt."""
     with counting(sparse) as counters:
-        for run in tokens:
+        for run in runs:
             decoder.rewind()
             for token in run:
                 decoder.step(token)
-    weights = {site: int(cost.dense_macs) for site, cost in macs.dense_sites(dense).items()}
-    found = {site: share.sparsity for site, share in summarise(sparse, counters).items()}
-    return model_wide(dict.fromkeys(weights, 0.0) | found, weights)
+    return summarise(sparse, counters)
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) -> tuple[dict, float, float, float]:
-    """(decode section, worst parity error, seconds of building and compiling, seconds of warm-up).
+@dataclass
+class Step:
+    """What one decode step does, from counts over the tokens that are timed."""
 
-    A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding.
+    sparsity: float  # model-wide
+    macs: float  # executed
+    bytes: float  # of weights and cache read where the kernel skips
+
+
+def describe(dense: nn.Module, sparse: nn.Module, measured: dict[str, SiteSparsity], context: int, skips: bool) -> Step:
+    """Sparsity, MACs and bytes of a step in which `measured` was counted."""
+    dense_costs, outside = macs.dense_sites(dense), macs.outside_blocks(sparse, context)
+    costs = dense_costs | macs.site_costs(sparse, measured)
+    weights = {site: int(cost.dense_macs) for site, cost in dense_costs.items()}
+    shares = dict.fromkeys(weights, 0.0) | {site: each.sparsity for site, each in measured.items()}
+    executed = macs.executed(dense_costs, costs, outside, skips)
+    return Step(model_wide(shares, weights), executed, macs.read_bytes(costs, outside))
+
+
+def sparse_decoder(sparse: nn.Module, text: Text, hardware) -> tuple[Any, Any, float, dict[str, str]]:
+    """(decoder to be timed, eager decoder for counting, parity error, why other engines were refused).
+
+    Raises ArithmeticError where a kernel differs from masked-dense.
     """
-    device, dtype = hardware.torch_device, hardware.torch_dtype
-    block = BLOCK if device.type == "cuda" else 1
-    prompt, following = tokens[: settings.context][None], tokens[settings.context :]
+    decoder, errors, why = checked(sparse, text, hardware, engines.choose(sparse, hardware))
+    eager = engines.decoder(sparse, text.prompt, text.block, hardware, "eager")
+    error = check_parity(errors or parity(sparse, lambda: eager.step(text.call(0)[0])), hardware.torch_dtype)
+    warm(decoder, text)
+    return decoder, eager, error, why
 
-    def token(i: int) -> torch.Tensor:
-        return following[i % len(following)].view(1, 1)
 
+def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None) -> Contender:
+    """A decoder's steps from the end of the prompt; `prepare` comes before each call, outside the clock."""
+
+    def steps(i: int) -> None:
+        for token in text.call(i):
+            decoder.step(token)
+
+    return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
+
+
+def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
+    """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up).
+
+    A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
+    kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
+    """
+    device, skipping = hardware.torch_device, skips(sparse)
+    text = Text.of(tokens, settings.context, dense)
     start = time.perf_counter()
-    engine = engines.choose(sparse, hardware)
-    plain = "compiled" if device.type == "cuda" and hardware.engine != "eager" else "eager"
-    decoders = {f"dense/{plain}": engines.decoder(dense, prompt, block, hardware, plain)}
-    decoders[f"sparse/{engine}"] = sparse_decoder = engines.decoder(sparse, prompt, block, hardware, engine)
-    if engine == "fused":
-        decoders["dense/fused"] = engines.decoder(sparse, prompt, block, hardware, engine, keep_all=True)
-        errors = sparse_decoder.parity(token(0))
-    else:
-        eager = engines.decoder(sparse, prompt, block, hardware, "eager")
-        errors = parity(sparse, lambda: eager.step(token(0)))
-    error = check_parity(errors, dtype)
-    for each in decoders.values():  # what is compiled or captured at its first steps
-        for i in range(3):
-            each.rewind()
-            each.step(token(i))
+    decoders, refused = dense_decoders(dense, text, hardware)
+    decoder, eager, error, why = sparse_decoder(sparse, text, hardware)
     compile_seconds = time.perf_counter() - start
 
-    def contender(decoder) -> Contender:
-        def steps(i: int) -> None:
-            for b in range(block):
-                decoder.step(token(i * block + b))
-
-        return Contender(steps, decoder.rewind)
-
-    times, warmup_seconds = interleaved(
-        [contender(d) for d in decoders.values()], settings.warmup, settings.samples, device
-    )
-    found = {name: summary([t / block for t in each]) for name, each in zip(decoders, times, strict=True)}
-    fastest = min((name for name in found if name.startswith("dense")), key=lambda name: found[name]["median_ms"])
+    calls = clock.timed_calls(settings.warmup, settings.samples, text.untimed)[: -(-settings.samples // text.block)]
+    contenders = {f"dense/{engine}": contender(each, text) for engine, each in decoders.items()}
+    with dial(sparse) as turn:
+        steps: dict[float, Step] = {}  # by share of the thresholds, the operating point first
+        for share in (1.0, *SHARES) if skipping else (1.0,):
+            turn(share)
+            measured = count(sparse, eager, [text.call(i) for i in calls])
+            step = describe(dense, sparse, measured, settings.context, skipping)
+            if all(step.sparsity != other.sparsity for other in steps.values()):  # not every threshold moves something
+                steps[share] = step
+        contenders |= {share: contender(decoder, text, lambda share=share: turn(share)) for share in steps}
+        times, warmup_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
+    times = {name: [t / text.block for t in each] for name, each in zip(contenders, times, strict=True)}
+    curve = [(step, times.pop(share)) for share, step in steps.items()]
     section = {
-        "dense": found[fastest], "dense_engine": fastest.partition("/")[2],
-        "sparse": found[f"sparse/{engine}"], "sparse_engine": engine,
-        "context": settings.context, "steps_per_sample": block, "engines": found,
+        **sides(times, curve[0][1], decoder.engine), "sparsity": steps[1.0].sparsity, "context": settings.context,
+        "steps_per_sample": text.block, "untimed_steps": text.block * text.untimed, "refused": refused | why,
     }  # fmt: skip
-    eager = engines.decoder(sparse, prompt, block, hardware, "eager")
-    runs = ([token(i * block + b) for b in range(block)] for i in range(-(-settings.samples // block)))
-    section["sparsity"] = decode_sparsity(dense, sparse, eager, runs)
     if skipping:
-        section["speedup"] = section["dense"]["median_ms"] / section["sparse"]["median_ms"]
-        section["nothing_skipped"] = found.get("dense/fused")
-        if section["nothing_skipped"] is None:
-            with all_kept(sparse):
-                alone, _ = interleaved([contender(sparse_decoder)], settings.warmup, settings.samples, device)
-            section["nothing_skipped"] = summary([t / block for t in alone[0]])
-    return section, error, compile_seconds, warmup_seconds
+        dense_times = times[f"dense/{section['dense_engine']}"]
+        section |= clock.speedup(dense_times, curve[0][1]) | {"break_even": break_even(dense_times, curve)}
+    about = {"parity_relative_error": error, "compile_seconds": compile_seconds, "warmup_seconds": warmup_seconds}
+    return section, steps[1.0].macs, about
+
+
+def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> dict[str, Any]:
+    """The fastest dense engine beside the sparse one, and all engines. dense: times by `dense/<engine>`."""
+    engines_timed = {name: summary(each) for name, each in dense.items()} | {f"sparse/{engine}": summary(sparse)}
+    fastest = min(dense, key=lambda name: engines_timed[name]["median_ms"])
+    return {
+        "dense": engines_timed[fastest], "dense_engine": fastest.partition("/")[2],
+        "sparse": engines_timed[f"sparse/{engine}"], "sparse_engine": engine, "engines": engines_timed,
+    }  # fmt: skip
+
+
+def break_even(dense: list[float], curve: list[tuple[Step, list[float]]]) -> dict[str, Any]:
+    """clock.break_even of the measured steps, with the bytes that each read."""
+    section = clock.break_even(dense, {step.sparsity: times for step, times in curve})
+    traffic = {step.sparsity: step.bytes for step, _ in curve}
+    for point in section["points"]:
+        point["bytes"] = traffic[point["sparsity"]]
+    return section

@@ -3,7 +3,8 @@
 Counted: every linear map of the blocks, the head, attention scores and values at the stated context. Not counted:
 norms, activations, rotary embedding, softmax, the embedding look-up (no products). `overhead` is work the method adds
 (low-rank remainder, predictor, router, rotation, scaling and selection at one MAC a channel); it is part of `sparse`.
-Where weights are pruned too, `sparse` counts products of a kept input and a nonzero weight; `executed` is what ran.
+Where weights are pruned too, `sparse` counts products of a kept input and a nonzero weight. `executed` is what ran while
+it was timed, and null where nothing was.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ class Outside:
     head_bytes: int
     cache_bytes: int  # keys and values read
 
+    @property
+    def macs(self) -> int:
+        return self.head_macs + self.attention_macs
+
+    @property
+    def bytes(self) -> int:
+        return self.head_bytes + self.cache_bytes
+
 
 def outside_blocks(module: nn.Module, context: int) -> Outside:
     """Head, attention and KV cache of one decoded token that sees `context` tokens."""
@@ -73,25 +82,36 @@ def outside_blocks(module: nn.Module, context: int) -> Outside:
     )
 
 
-def account(
-    dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, context: int, skips: bool
-) -> tuple[dict, dict]:
+def executed(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, skips: bool) -> float:
+    """MACs of one decoded token as a timed step ran it, from costs by site of the tokens that were timed.
+
+    A step that only simulates skipping by masks (`skips` false) runs all products of the dense one.
+    """
+    overhead = sum(c.overhead_macs for c in sparse.values())
+    blocks = sum(c.sparse_macs if c.executed_macs is None else c.executed_macs for c in sparse.values())
+    return (blocks if skips else sum(c.dense_macs for c in dense.values())) + overhead + outside.macs
+
+
+def read_bytes(sparse: dict[str, Cost], outside: Outside) -> float:
+    """Bytes of weights and KV cache that one decoded token reads where the kernel skips."""
+    return sum(c.sparse_bytes for c in sparse.values()) + outside.bytes
+
+
+def account(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, context: int) -> tuple[dict, dict]:
     """The record's macs and bytes sections of one decoded token, from costs by site.
 
-    Decode skips what the sparse tokens dropped. With `skips` false (simulated by masks) the executed MACs are the dense
-    ones.
+    Decode skips what the sparse tokens dropped. `executed` stays None until a kernel ran: only timing can fill it.
     """
     dense_macs = sum(c.dense_macs for c in dense.values())
-    sparse_macs = sum(c.sparse_macs + c.overhead_macs for c in sparse.values())
-    rest, rest_bytes = outside.head_macs + outside.attention_macs, outside.head_bytes + outside.cache_bytes
     overhead = sum(c.overhead_macs for c in sparse.values())
-    skipping = sum(c.sparse_macs if c.executed_macs is None else c.executed_macs for c in sparse.values()) + overhead
+    sparse_macs = sum(c.sparse_macs for c in sparse.values()) + overhead
     macs = {
-        "dense": dense_macs + rest,
-        "sparse": sparse_macs + rest,
-        "executed": (skipping if skips else dense_macs + overhead) + rest,
+        "dense": dense_macs + outside.macs,
+        "sparse": sparse_macs + outside.macs,
+        "executed": None,
         "overhead": overhead,
-        "unit": f"multiply-accumulates per decoded token, batch 1, context {context}; FLOPs = 2 x MACs",
+        "unit": f"multiply-accumulates per decoded token, batch 1, context {context}; FLOPs = 2 x MACs; executed: by "
+        "the timed steps, on their own tokens",
         "parts": {
             "blocks_dense": dense_macs,
             "blocks_sparse": sparse_macs,
@@ -101,8 +121,8 @@ def account(
         "per_site": {name: asdict(cost) for name, cost in sparse.items()},
     }
     traffic = {
-        "dense": sum(c.dense_bytes for c in dense.values()) + rest_bytes,
-        "sparse": sum(c.sparse_bytes for c in sparse.values()) + rest_bytes,
+        "dense": sum(c.dense_bytes for c in dense.values()) + outside.bytes,
+        "sparse": read_bytes(sparse, outside),
         "unit": f"bytes of weights and KV cache read per decoded token, batch 1, context {context}",
         "parts": {"head": outside.head_bytes, "kv_cache": outside.cache_bytes},
     }
@@ -115,9 +135,7 @@ def unit_per(sample: str) -> dict[str, str]:
     return {"per": sample, "unit": unit}
 
 
-def per_sample(
-    sample: str, dense: float, attention: float, tokens: float, sparse: dict[str, Cost], skips: bool
-) -> dict:
+def per_sample(sample: str, dense: float, attention: float, tokens: float, sparse: dict[str, Cost]) -> dict:
     """The record's macs section of an encoder whose sparse modules have `costs` per token.
 
     sample: `image` or `text`. dense: products of one, `attention` (scores and weighted values) among them; tokens: of
@@ -129,23 +147,27 @@ def per_sample(
     return {
         "dense": dense,
         "sparse": dense - saved + overhead,
-        "executed": dense - (saved if skips else 0) + overhead,
+        "executed": None,
         "overhead": overhead,
         "parts": {"attention": attention, "tokens": tokens},
         "per_site": {name: asdict(cost) for name, cost in sparse.items()},
     } | unit_per(sample)
 
 
-def matrix_bytes(dense: dict[str, Cost], matrices: int, included: str) -> dict:
-    """The record's bytes section of such an encoder.
+def executed_per_sample(macs: dict, skipping: set[str]) -> float:
+    """MACs of one sample as a timed forward pass ran it: sites not among `skipping` ran all their products.
 
-    matrices: bytes of all matrices of the sparse model; included: what lies outside the block maps, in words.
+    macs: the section that `per_sample` gave.
     """
-    return {
-        "dense": sum(c.dense_bytes for c in dense.values()),
-        "sparse": matrices,
-        "unit": f"bytes of weights: of the dense block maps; of all matrices of the sparse model, {included} included",
-    }
+    sites = [site for name, site in macs["per_site"].items() if name in skipping]
+    saved = sum(site["dense_macs"] - site["sparse_macs"] for site in sites)
+    return macs["dense"] - macs["parts"]["tokens"] * saved + macs["overhead"]
+
+
+def matrix_bytes(dense: int, sparse: int) -> dict:
+    """The record's bytes section of such an encoder, from the bytes of all matrices of each model (`matrices_of`)."""
+    unit = "bytes of all matrices of each model: block maps, embeddings and heads, routers where there are any"
+    return {"dense": dense, "sparse": sparse, "unit": unit}
 
 
 def matrices_of(module: nn.Module) -> int:

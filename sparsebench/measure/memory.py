@@ -1,9 +1,10 @@
-"""Memory of weights and the peak of a run."""
+"""Memory of weights, and peaks: of one call on a GPU, of the whole process on a CPU."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -30,3 +31,26 @@ def restart_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     return before
+
+
+def peaks(
+    modules: dict[str, nn.Module], calls: dict[str, Callable[[int], object]], device: torch.device
+) -> tuple[dict[str, int], int]:
+    """(bytes that each model's call needs by name, most bytes of the device in use on the way); ({}, 0) on a CPU.
+
+    A model needs its own weights and what its call allocates on top; other models that lie in memory are left out. A
+    CPU's only peak is that of the process, which is no model's: see `peak_bytes`.
+    """
+    if device.type != "cuda":
+        return {}, 0
+    needed, highest = {}, 0
+    for name, call in calls.items():
+        call(0)  # what is allocated once and kept
+        torch.cuda.synchronize()
+        highest = max(highest, restart_peak(device))
+        resident = torch.cuda.memory_allocated()
+        call(0)
+        torch.cuda.synchronize()
+        highest = max(highest, torch.cuda.max_memory_allocated())
+        needed[name] = weight_bytes(modules[name]) + torch.cuda.max_memory_allocated() - resident
+    return needed, highest

@@ -37,26 +37,53 @@ def headline(found: dict[str, Any], path: Path) -> str:
         f"{name}_sparse": metric.get("sparse"),
         "sparsity_model_wide": (found.get("sparsity") or {}).get("model_wide"),
     }
-    if "forward" in latency:
-        content["forward_speedup"] = latency["forward"]["1"].get("speedup")
-    else:
-        content["decode_speedup"] = (latency.get("decode") or {}).get("speedup")
+    part, times = timed(latency)
+    content[f"{part}_speedup"] = times.get("speedup")
+    for side in ("dense", "sparse"):
+        content[f"{part}_{side}_ms"] = quantiles(times[side]) if side in times else None
+    content["dense_engine"], content["noisy"] = times.get("dense_engine"), latency.get("noisy")
     if found["error"]:
         content["error"] = found["error"]["message"]
     return json.dumps(content)
 
 
+def timed(latency: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, times) of the pair that stands for a latency section: a decode step, or a forward pass of one example."""
+    if "forward" in latency:
+        return "forward", latency["forward"]["1"]
+    return "decode", latency.get("decode") or {}
+
+
+def quantiles(times: dict[str, Any]) -> dict[str, float]:
+    """Median, p10 and p90 in ms, without the samples."""
+    return {name: times[name] for name in ("median_ms", "p10_ms", "p90_ms")}
+
+
 def show(found: dict[str, Any], path: Path) -> None:
     """Print a record: its table (or why it failed), where it lies, and the line of JSON."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width of its own
     if found["status"] != "finished":
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"{found['status']}: {(found['error'] or {}).get('message')}", style="red", markup=False
         )
     else:
         console.print(table(found))
+        for line in notes(found):
+            console.print(line, style="yellow", markup=False)
     console.print(f"record: {path}", markup=False)
     print(headline(found, path), flush=True)
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What must be known before figures of the table are used, one line each."""
+    latency, estimate = found.get("latency") or {}, found.get("estimate") or {}
+    lines = [f"NOISY, times are not to be trusted: {'; '.join(latency['reasons'])}"] if latency.get("noisy") else []
+    section = (latency.get("decode") or {}).get("break_even")
+    if section and section["reason"]:
+        lines.append(f"no break-even: {section['reason']}")
+    return lines + [f"estimate: {caution}" for caution in estimate.get("cautions", [])]
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -77,12 +104,12 @@ def table(found: dict[str, Any]) -> Table:
     per = f"per {macs.get('per', 'decoded token')}"
     grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
     grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
-    grid.add_row(
-        "MACs the kernel executed",
-        scaled(macs["dense"]),
-        scaled(macs["executed"]),
-        ratio(macs["dense"], macs["executed"]),
+    ran = (
+        ("not timed", "")
+        if macs["executed"] is None
+        else (scaled(macs["executed"]), ratio(macs["dense"], macs["executed"]))
     )
+    grid.add_row("MACs executed while timed", scaled(macs["dense"]), *ran)
     grid.add_row(
         f"bytes {per}",
         scaled(traffic["dense"], "B"),
@@ -96,12 +123,21 @@ def table(found: dict[str, Any]) -> Table:
             f"decode on {found['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
             f"estimated {guess['speedup']:.2f}x",
         )  # fmt: skip
-    memory = found["memory"]
-    grid.add_row(
-        "weights in memory", scaled(memory["dense_weight_bytes"], "B"), scaled(memory["weight_bytes"], "B"), ""
-    )
-    grid.add_row("peak memory of the run", "", scaled(memory["peak_bytes"], "B"), "")
+    memory_rows(grid, found["memory"])
     return grid
+
+
+def memory_rows(grid: Table, memory: dict[str, Any]) -> None:
+    """Weights, what each model's own call needs on a GPU, and the run's peak, which is of neither model alone."""
+    both = ("dense_weight_bytes", "weight_bytes")
+    grid.add_row(
+        "weights in memory", *(scaled(memory[key], "B") for key in both), ratio(*(memory[key] for key in both))
+    )
+    for name, peaks in (memory.get("peaks") or {}).items():
+        cells = (scaled(peaks[side], "B") for side in ("dense", "sparse"))
+        grid.add_row(f"peak memory, {name}", *cells, ratio(peaks["dense"], peaks["sparse"]))
+    where = memory.get("peak_of", "run")
+    grid.add_row(f"peak of the {where}, both models: {scaled(memory['peak_bytes'], 'B')}", "", "", "")
 
 
 def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
@@ -128,29 +164,55 @@ def gain(before: float, after: float) -> str:
 
 
 def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
-    """Dense and sparse times: decode and prefill of a language model, whole forward passes of a classifier."""
+    """Dense and sparse times with p10 and p90: decode and prefill of a language model, forward passes of a classifier."""
     for part in ("decode", "prefill"):
         if part not in latency:
             continue
         times = latency[part]
-        dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
-        label = (
-            f"decode, context {times['context']} (ms)"
-            if part == "decode"
-            else f"prefill, {times['tokens']} tokens (ms)"
-        )
-        kernel = latency["kernel"] if part == "decode" else times["kernel"]
-        label += f", {times['sparse_engine']}" if part == "decode" else ""
-        claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "simulated" if kernel else "-"
-        grid.add_row(f"{label}, {kernel or 'dense'}", f"{dense:.3f}", f"{sparse:.3f}", claim)
-    if "break_even_sparsity" in latency.get("decode", {}):
-        point = latency["decode"]["break_even_sparsity"]
-        grid.add_row("decode break-even sparsity", "", "not reached" if point is None else f"{point:.0%}", "")
+        if part == "decode":
+            label, kernel = f"decode, context {times['context']} (ms), {times['sparse_engine']}", latency["kernel"]
+        else:
+            label, kernel = f"prefill, {times['tokens']} tokens (ms)", times["kernel"]
+        add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-")
+        if part == "decode":
+            grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
+    if "break_even" in latency.get("decode", {}):
+        grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():
-        dense, sparse = times["dense"]["median_ms"], times["sparse"]["median_ms"]
-        claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else "no speed-up claimed"
         label = f"forward, batch {times['batch']} (ms), {times['kernel'] or 'dense'}"
-        grid.add_row(label, f"{dense:.3f}", f"{sparse:.3f}", claim)
+        add_times(grid, label, times, "no speed-up claimed")
+
+
+def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str) -> None:
+    """Medians, and the speed-up where one may be claimed; p10 and p90 of each in the row below."""
+    claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else unclaimed
+    grid.add_row(label, *(f"{times[side]['median_ms']:.3f}" for side in ("dense", "sparse")), claim)
+    cells = (f"{times[side]['p10_ms']:.3f} - {times[side]['p90_ms']:.3f}" for side in ("dense", "sparse"))
+    within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if "speedup_p10" in times else ""
+    grid.add_row("  p10 - p90", *cells, within)
+
+
+def spread(times: dict[str, Any]) -> str:
+    """median [p10, p90] in ms."""
+    return f"{times['median_ms']:.3f} [{times['p10_ms']:.3f}, {times['p90_ms']:.3f}]"
+
+
+def engines_beside(times: dict[str, Any]) -> str:
+    """The other dense engines' medians, and those that could not be had."""
+    others = [
+        f"{name.partition('/')[2]} {each['median_ms']:.3f}"
+        for name, each in times["engines"].items()
+        if name.startswith("dense/") and name != f"dense/{times['dense_engine']}"
+    ]
+    return ", ".join([*others, *(f"no {name}" for name in times.get("refused", {}))])
+
+
+def break_even_cells(section: dict[str, Any]) -> tuple[str, str]:
+    """(sparsity, its p10 and p90); the reason where there is none is a note."""
+    if section["sparsity"] is None:
+        return "none", ""
+    low, high = ("not reached" if section[key] is None else f"{section[key]:.0%}" for key in ("p10", "p90"))
+    return f"{section['sparsity']:.0%}", f"{low} - {high}"
 
 
 def by_role(per_site: dict[str, Any]) -> dict[str, tuple[float, int]]:

@@ -49,7 +49,8 @@ class Row:
     ffn_macs: float | None = None  # sparse / dense of the FFNs' maps alone, routers and predictors included
     executed: float | None = None  # sparse / dense, as the kernel ran
     bytes: float | None = None  # sparse / dense
-    times: dict[str, dict] = field(default_factory=dict)  # part -> {dense, sparse, speedup, kernel}, ms
+    times: dict[str, dict] = field(default_factory=dict)  # part -> {dense, sparse, dense_p10, ..., speedup, kernel}, ms
+    noisy: bool | None = None  # whether spread or load made the times worthless (measure/clock.py)
     machine: str = ""
     fit_seconds: float | None = None
     on_front: bool = False
@@ -195,6 +196,7 @@ def make_row(path: Path, found: dict) -> Row:
     row.bytes = share(traffic.get("sparse"), traffic.get("dense"))
     row.fit_seconds = (found.get("fit") or {}).get("seconds")
     row.times = dict(timings(found.get("latency") or {}))
+    row.noisy = (found.get("latency") or {}).get("noisy")
     return row
 
 
@@ -216,11 +218,14 @@ def timings(latency: dict) -> Iterable[tuple[str, dict]]:
             continue
         if isinstance(content.get("dense"), dict) and "median_ms" in content["dense"]:
             kernel = content.get("kernel", latency.get("kernel"))
-            medians = {name: content[name]["median_ms"] for name in ("dense", "sparse")}
-            yield (
-                part,
-                {**medians, "speedup": content.get("speedup"), "kernel": kernel, "context": content.get("context")},
-            )
+            figures = {name: content[name]["median_ms"] for name in ("dense", "sparse")}
+            figures |= {
+                f"{name}_{cut}": content[name].get(f"{cut}_ms")
+                for name in ("dense", "sparse")
+                for cut in ("p10", "p90")
+            }
+            figures |= {key: content.get(key) for key in ("speedup", "context", "dense_engine")}
+            yield part, figures | {"kernel": kernel}
         else:
             yield from ((f"{part} {inner}", times) for inner, times in timings(content))
 

@@ -41,22 +41,35 @@ def comparison(group: Group) -> Table:
         rows.append([
             row.label + (" ◆" if row.on_front else ""), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
             number(row.dense), number(row.sparse), number(row.change, ".3f", "x"), number(row.macs, ".1%"),
-            number(row.executed, ".1%"), number(row.bytes, ".1%"), number(time.get("dense"), ".3f"),
-            number(time.get("sparse"), ".3f"), speedup(row), number(row.roofline, ".2f", "x"),
-            time.get("kernel") or DASH, number(row.fit_seconds, ".1f"),
+            number(row.executed, ".1%"), number(row.bytes, ".1%"), spread(time, "dense"), spread(time, "sparse"),
+            speedup(row), number(row.roofline, ".2f", "x"),
+            kernels(time), number(row.fit_seconds, ".1f"),
         ])  # fmt: skip
     note = (
         "◆ on the Pareto front of measured sparsity and quality. Sparsity is measured on test tokens and model-wide, asked is "
         "what was set. MACs and bytes are shares of the dense model's per decoded "
         "token: MACs counted, executed as the kernel ran, bytes of weights and cache read. Roofline: the speed-up that "
-        "the bytes promise. Times are medians; “simulated” means that no kernel skipped work, so no speed-up is claimed."
+        "the bytes promise. Times are medians with p10 and p90 in brackets; dense is the fastest dense engine of the run "
+        "on the untouched model, named before the kernel. “simulated” means that no kernel skipped work, so no speed-up "
+        "is claimed; “noisy” that spread or load of the machine make the times worthless."
     )
     return Table(head, rows, set(range(1, 13)) | {14}, marked, note)
 
 
+def spread(time: dict, side: str) -> str:
+    """median [p10, p90] in ms."""
+    median, low, high = (time.get(key) for key in (side, f"{side}_p10", f"{side}_p90"))
+    return number(median, ".3f") + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
+
+
+def kernels(time: dict) -> str:
+    """The dense engine and the kernel, where they are known."""
+    return " / ".join(filter(None, (time.get("dense_engine"), time.get("kernel")))) or DASH
+
+
 def speedup(row: Row) -> str:
     if row.decode.get("speedup"):
-        return f"{row.decode['speedup']:.2f}x"
+        return f"{row.decode['speedup']:.2f}x" + (" (noisy)" if row.noisy else "")
     return "simulated" if row.decode.get("kernel") and row.method != "dense" else DASH
 
 
@@ -102,7 +115,7 @@ def estimates(group: Group) -> Table | None:
         rows.append([
             row.label, found["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
             f"≈ {decode['speedup']:.2f}x", found["fitted_on"]["device"],
-            f"{real.decode['dense']:.3f}, {real.decode['sparse']:.3f}, {speedup(real)}" if real else DASH,
+            f"{spread(real.decode, 'dense')}, {spread(real.decode, 'sparse')}, {speedup(real)}" if real else DASH,
             "; ".join(found["cautions"]) or DASH,
         ])  # fmt: skip
     head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
@@ -211,6 +224,7 @@ def as_csv(groups: list[Group]) -> str:
     file = io.StringIO()
     columns = ["group", "name", "label", "method", "model", "dataset", "metric", "dense", "sparse", "sparsity_requested",
                "sparsity_measured", "macs_share", "executed_share", "bytes_share", "dense_ms", "sparse_ms", "speedup",
+               "dense_p10_ms", "dense_p90_ms", "sparse_p10_ms", "sparse_p90_ms", "dense_engine", "noisy",
                "roofline", "kernel", "machine", "fit_seconds", "seconds", "seed", "estimate_target", "estimate_sparse_ms",
                "config_hash", "record"]  # fmt: skip
     writer = csv.writer(file)
@@ -222,7 +236,9 @@ def as_csv(groups: list[Group]) -> str:
             writer.writerow([
                 i + 1, row.found["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
                 row.metric, row.dense, row.sparse, row.requested, row.sparsity, row.macs, row.executed, row.bytes,
-                time.get("dense"), time.get("sparse"), time.get("speedup"), row.roofline, time.get("kernel"), row.machine,
+                time.get("dense"), time.get("sparse"), time.get("speedup"), time.get("dense_p10"), time.get("dense_p90"),
+                time.get("sparse_p10"), time.get("sparse_p90"), time.get("dense_engine"), row.noisy,
+                row.roofline, time.get("kernel"), row.machine,
                 row.fit_seconds, row.found["seconds"], settings["seed"], estimate.get("target"),
                 (estimate.get("decode") or {}).get("sparse_ms"), row.found["config_hash"], row.path,
             ])  # fmt: skip

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsebench.config.settings import Evaluation, Settings
 from sparsebench.data.base import Data
+from sparsebench.measure.latency import Timing
 from sparsebench.models import Loaded
 from sparsebench.modules.base import Cost, SiteSparsity
 
@@ -26,7 +27,6 @@ class Assessment:
     metrics: dict[str, Any]  # quality, e.g. perplexity, nll, tokens
     measured: dict[str, SiteSparsity]  # what was dropped, by site; empty for a dense model
     costs: dict[str, Cost]  # of one token: of every block map, or of the maps that sparse modules stand for
-    skips: bool  # whether kernels that skip serve it; False = simulated by masks
     weight_bytes: int  # parameters and buffers, each storage once
     further: dict[str, Any] = field(default_factory=dict)  # measurements that a setting asks for, e.g. neurons
 
@@ -67,10 +67,12 @@ class Task(ABC, Generic[A]):
         """What changed from dense to sparse."""
 
     @abstractmethod
-    def time(
-        self, dense: nn.Module, sparse: nn.Module, data: Data, settings: Settings, sparsity: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The record's latency section. Raises ArithmeticError where a kernel differs from masked-dense."""
+    def time(self, dense: nn.Module, sparse: nn.Module, data: Data, settings: Settings) -> Timing:
+        """Wall clock of both models. Raises ArithmeticError where a kernel differs from masked-dense."""
+
+    @abstractmethod
+    def executed(self, macs: dict[str, Any], timing: Timing) -> float:
+        """MACs that the timed sparse model ran, in the unit of the record's macs section."""
 
     def illustrate(
         self, dense: tuple[nn.Module | None, A], sparse: tuple[nn.Module, A], data: Data, folder: Path

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsebench.measure import clock, effective_macs, latency, macs, memory, quality, shape_bias, sparsity
 from sparsebench.measure.effective_macs import Products
+from sparsebench.measure.macs import executed_per_sample
 from sparsebench.modules.activation_map import maps_of
 from sparsebench.modules.base import MapCounter
 from sparsebench.modules.input_sparse import replace
@@ -65,7 +66,6 @@ class ImageClassification(Task[ImageAssessment]):
             metrics=metrics,
             measured=measured,
             costs=macs.site_costs(module, measured) if isinstance(module, PreTrainedModel) else {},
-            skips=latency.skips(module),
             weight_bytes=memory.weight_bytes(module),
             further=further,
             maps=maps,
@@ -92,7 +92,7 @@ class ImageClassification(Task[ImageAssessment]):
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings, sparsity):
+    def time(self, dense, sparse, data, settings):
         """Whole forward passes at batch 1 and `measure.batch`, and every layer by itself at batch 1.
 
         Dense kernels gain nothing from zeros, so layers run dense unless the kernel that skips was measured faster on
@@ -106,8 +106,17 @@ class ImageClassification(Task[ImageAssessment]):
         fast = copy.deepcopy(sparse) if faster else sparse
         for name in faster:
             replace(fast, name, MapSparse(fast.get_submodule(name), hardware.kernel_name))
-        section = latency.forward_latency(dense, fast, inputs, measurement, hardware)
-        return section | {"layers": rows, "layers_that_skip": faster}
+        timing = latency.forward_latency(dense, fast, inputs, measurement, hardware)
+        timing.latency |= {"layers": rows, "layers_that_skip": faster}
+        timing.skipping |= set(faster)
+        return timing
+
+    def executed(self, macs, timing):
+        """Of a network with activation maps: the layers that ran the kernel skipped their input's zeros, no others."""
+        if "tokens" in macs["parts"]:
+            return executed_per_sample(macs, timing.skipping)
+        layers = [layer for name, layer in macs["per_site"].items() if name in timing.skipping]
+        return macs["dense"] - sum(layer["dense_macs"] - layer["activation_only"] for layer in layers)
 
     def illustrate(self, dense, sparse, data, folder):
         """Confusion matrices, accuracy per class, and pictures in the run's folder."""
@@ -162,8 +171,8 @@ def routed_sections(
     images, tokens = next(iter(base.values())).images, max(p.per_image()["rows"] for p in base.values())
     whole = sum(p.dense for p in base.values()) / images + dense.attention_macs
     section = describe_sparsity(requested, sparse.measured, dense.costs, 0) | {"definition": EXPERTS}
-    multiplied = macs.per_sample("image", whole, dense.attention_macs, tokens, sparse.costs, sparse.skips)
-    return section, multiplied, macs.matrix_bytes(dense.costs, sparse.matrix_bytes, "routers")
+    multiplied = macs.per_sample("image", whole, dense.attention_macs, tokens, sparse.costs)
+    return section, multiplied, macs.matrix_bytes(dense.matrix_bytes, sparse.matrix_bytes)
 
 
 def shares(maps: dict[str, MapCounter]) -> dict:
@@ -194,7 +203,7 @@ def multiplications(dense: ImageAssessment, sparse: ImageAssessment) -> dict:
     return {
         "dense": total["dense"] + attention,
         "sparse": total["both"] + attention,
-        "executed": total["dense"] + attention,
+        "executed": None,  # until layers were timed
         "overhead": 0,
         **macs.unit_per("image"),
         "definition": "sparse: both operands non-zero, by mask convolution; padding, biases and norms cost nothing",
@@ -222,8 +231,7 @@ def attention_products(module: nn.Module, found: dict[str, Products]) -> float:
 
 
 def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware) -> dict[str, dict]:
-    """Per layer on its own input: median ms of the dense product, of the kernel, and of the kernel with nothing to skip;
-    its input's zeros, and the sparsity at which kernel and dense take equally long (None: never below 100 %).
+    """Per layer on its own input: median ms of the dense product and of the kernel, its input's zeros, and the break-even.
 
     Raises ArithmeticError where the kernel differs from the dense product.
     """
@@ -234,32 +242,51 @@ def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware)
         quality.logits(sparse, image)
     for hook in hooks:
         hook.remove()
-    found = {}
+    rows = {}
     for name, layer in layers.items():
         x = seen[name].detach()
-        row = {"input_zeros": float((x == 0).float().mean())}
+        rows[name] = {"input_zeros": zeros_of(x)}
         problem = unsupported(layer, hardware)
         if problem or (x.dim() == 3 and isinstance(layer, nn.Linear)):
-            found[name] = row | {"unsupported": problem or "it takes one row per image"}
+            rows[name]["unsupported"] = problem or "it takes one row per image"
             continue
-        fast, full = MapSparse(layer, hardware.kernel_name), torch.rand_like(x) + 0.1
-
-        def call(module, value):
-            def run(_):
-                with torch.no_grad():
-                    return module(value)
-
-            return clock.Contender(run)
-
+        fast = MapSparse(layer, hardware.kernel_name)
         with torch.no_grad():
             wanted = reference(layer, x)
             error = float((fast(x) - wanted).norm() / (wanted.norm() + 1e-30))
         latency.check_parity({name: error}, dtype)
-        contenders = [call(layer, x), call(fast, x), call(fast, full)]
-        times, _ = clock.interleaved(contenders, measurement.warmup, measurement.samples, hardware.torch_device)
-        dense_ms, sparse_ms, full_ms = (clock.summary(t)["median_ms"] for t in times)
-        row |= {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "nothing_skipped_ms": full_ms}
-        row |= {"speedup": dense_ms / sparse_ms, "parity_relative_error": error}
-        row["break_even_sparsity"] = clock.break_even(dense_ms, full_ms, sparse_ms, row["input_zeros"])
-        found[name] = row
-    return found
+        rows[name] |= layer_times(layer, fast, x, measurement, hardware) | {"parity_relative_error": error}
+    return rows
+
+
+def layer_times(layer: nn.Module, fast: MapSparse, x: torch.Tensor, measurement, hardware) -> dict:
+    """Times of one layer on its input x, and of the kernel on inputs with fewer zeros for the break-even."""
+
+    def call(module, value):
+        def run(_):
+            with torch.no_grad():
+                module(value)
+
+        return clock.Contender(run)
+
+    inputs = [x, *(thinned(x, share) for share in latency.SHARES)]
+    contenders = [call(layer, x), *(call(fast, value) for value in inputs)]
+    (dense, *times), _ = clock.interleaved(contenders, measurement.warmup, measurement.samples, hardware.torch_device)
+    curve = {zeros_of(value): samples for value, samples in zip(inputs, times, strict=True)}
+    return {
+        "dense_ms": clock.summary(dense)["median_ms"],
+        "sparse_ms": clock.summary(times[0])["median_ms"],
+        **clock.speedup(dense, times[0]),
+        "break_even": clock.break_even(dense, curve),
+    }
+
+
+def zeros_of(x: torch.Tensor) -> float:
+    return float((x == 0).float().mean())
+
+
+def thinned(x: torch.Tensor, share: float) -> torch.Tensor:
+    """x of which only this share of the zeros are left; the others are 0.1."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    stay = torch.rand(x.shape, generator=generator, device=x.device) < share
+    return torch.where((x == 0) & ~stay, 0.1, x)

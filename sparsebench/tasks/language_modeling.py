@@ -35,7 +35,6 @@ class LanguageModeling(Task[LanguageAssessment]):
             metrics=metrics,
             measured=measured,
             costs=macs.site_costs(module, measured),
-            skips=latency.skips(module),
             weight_bytes=memory.weight_bytes(module),
             further={"neurons": neurons.measure(module, data, settings.eval)} if asked else {},
             outside=macs.outside_blocks(module, settings.measure.context),
@@ -52,9 +51,8 @@ class LanguageModeling(Task[LanguageAssessment]):
         scores = quality.compare(dense.metrics, sparse.metrics, protocol)
         if dense.harness:
             scores |= lm_eval.compare(dense.harness, sparse.harness, settings.eval.lm_eval, method.prompt_policy)
-        multiplied, traffic = macs.account(
-            dense.costs, dense.costs | sparse.costs, sparse.outside, settings.measure.context, sparse.skips
-        )
+        costs = dense.costs | sparse.costs
+        multiplied, traffic = macs.account(dense.costs, costs, sparse.outside, settings.measure.context)
         return Comparison(
             quality=scores,
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),
@@ -63,12 +61,14 @@ class LanguageModeling(Task[LanguageAssessment]):
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings, sparsity):
+    def time(self, dense, sparse, data, settings):
         measurement = settings.measure
         needed = max(measurement.context + measurement.samples, measurement.prompt)
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
-        share = sparsity["model_wide_of_sparse_tokens"]
-        return latency.latency(dense, sparse, tokens, measurement, settings.hardware, share)
+        return latency.latency(dense, sparse, tokens, measurement, settings.hardware)
+
+    def executed(self, macs, timing):
+        return timing.step_macs
 
 
 def describe_sparsity(

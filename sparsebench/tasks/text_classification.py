@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsebench.measure import latency, macs, memory, quality, sparsity
+from sparsebench.measure.macs import executed_per_sample
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
 from sparsebench.tasks.image_classification import EXPERTS
 from sparsebench.tasks.language_modeling import describe_sparsity
@@ -42,7 +43,6 @@ class TextClassification(Task[TextAssessment]):
             metrics=metrics,
             measured=measured,
             costs=macs.site_costs(module, measured),
-            skips=latency.skips(module),
             weight_bytes=memory.weight_bytes(module),
             lengths=lengths,
             linear_macs=sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)),
@@ -61,17 +61,20 @@ class TextClassification(Task[TextAssessment]):
         return Comparison(
             quality=quality.compare_classes(dense.metrics, sparse.metrics, protocol),
             sparsity=section | {"definition": EXPERTS},
-            macs=macs.per_sample("text", whole, attention, tokens, replaced, sparse.skips),
-            bytes=macs.matrix_bytes(dense.costs, sparse.matrix_bytes, "embeddings"),
+            macs=macs.per_sample("text", whole, attention, tokens, replaced),
+            bytes=macs.matrix_bytes(dense.matrix_bytes, sparse.matrix_bytes),
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings, sparsity):
+    def time(self, dense, sparse, data, settings):
         """Whole forward passes at batch 1 and `measure.batch`."""
         measurement, hardware = settings.measure, settings.hardware
         sizes = dict.fromkeys((1, measurement.batch))
         inputs = {size: next(data.test.batches(size, size, hardware.torch_device)).inputs for size in sizes}
         return latency.forward_latency(dense, sparse, inputs, measurement, hardware)
+
+    def executed(self, macs, timing):
+        return executed_per_sample(macs, timing.skipping)
 
     def illustrate(self, dense, sparse, data, folder):
         both = {"dense": dense[1].metrics, "sparse": sparse[1].metrics}

@@ -13,7 +13,7 @@ from sparsebench.config.compose import compose_all
 from sparsebench.data.labelled import LabelledData
 from sparsebench.data.labelled_text import Texts
 from sparsebench.experts import conversion, routers
-from sparsebench.measure import macs, quality
+from sparsebench.measure import latency, macs, quality
 from sparsebench.models import Loaded
 from sparsebench.records import record
 from sparsebench.sites import find_blocks
@@ -128,7 +128,15 @@ def test_macs_per_text(texts):
     assert multiplied["dense"] == pytest.approx(by_hand)
     pairs = sum(int(c.kept.sum()) for c in counters.values()) / len(texts.test)
     ffn, router = tokens * 2 * 2 * 32 * 64, tokens * 2 * 8 * (32 + 8)
-    assert multiplied["executed"] == pytest.approx(by_hand - ffn + pairs * 2 * 32 * 8 + router)
+    routed_macs = by_hand - ffn + pairs * 2 * 32 * 8 + router
+    assert multiplied["sparse"] == pytest.approx(routed_macs) and multiplied["executed"] is None  # nothing ran yet
+    everywhere = latency.Timing(latency={}, skipping=set(multiplied["per_site"]))
+    assert task.executed(multiplied, everywhere) == pytest.approx(routed_macs)
+    assert task.executed(multiplied, latency.Timing(latency={})) == pytest.approx(by_hand + router)
+    matrices = {name: sum(p.numel() * 4 for p in m.parameters() if p.dim() > 1)
+                for name, m in (("dense", loaded.module), ("sparse", model))}  # fmt: skip
+    assert {name: compared.bytes[name] for name in matrices} == matrices
+    assert compared.bytes["sparse"] - compared.bytes["dense"] == 4 * 2 * 8 * (32 + 8)  # the routers, nothing else
     assert multiplied["overhead"] == pytest.approx(router) and 0 < section["model_wide"] < 1
     assert macs.dense_sites(tiny_encoder()).keys() == {
         f"{b.index}.{r}" for b in find_blocks(tiny_encoder()) for r in b.sites
@@ -166,4 +174,5 @@ def test_a_whole_run_through_the_command(sparsebench, tmp_path):
     found = record_of(process, tmp_path)
     jsonschema.validate(found, json.loads(record.SCHEMA_FILE.read_text()))
     assert found["quality"]["accuracy"]["protocol"]["examples"] == 30 and found["macs"]["per"] == "text"
+    assert found["macs"]["executed"] == pytest.approx(found["macs"]["sparse"])  # every expert FFN ran its kernel
     assert set(found["latency"]["forward"]) == {"1", "32"} and found["latency"]["forward"]["1"]["speedup"] > 0

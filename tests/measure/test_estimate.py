@@ -37,22 +37,95 @@ def test_each_step_keeps_its_own_efficiency():
     found = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
     assert found["fitted_on"]["efficiency"] == pytest.approx({"dense": 0.5, "sparse": 0.8})
     assert found["decode"] == pytest.approx({"dense_ms": 2.0, "sparse_ms": 0.5, "speedup": 4.0})
-    assert "estimate" in found["label"] and not found["cautions"]
-    assert len(estimate.predict(Target, a_record(5.0, 2.0), 100.0, 10.0)["cautions"]) == 2  # faster than memory
+    assert (
+        "estimate" in found["label"] and len(estimate.predict(Target, a_record(5.0, 2.0), 100.0, 10.0)["cautions"]) == 3
+    )
+
+
+def test_the_local_ratio_is_called_so():
+    """Both steps bound by reading here and there: whatever the target, the answer is the ratio measured here."""
+    found = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
+    assert found["equals_local_ratio"] and found["decode"]["speedup"] == pytest.approx(20 / 5)
+    assert found["cautions"] == ["equals the local ratio: what bounds both steps here bounds both there"]
+
+    class Slow(Target):
+        peak_tflops = 0.5  # 1 GMAC takes 2 ms there and reading 1 ms: arithmetic bounds the dense step
+
+    record = a_record(20.0, 5.0)
+    record.macs["executed"] = 5e7  # 0.2 ms there: reading its 0.4 GB still bounds the sparse step
+    other = estimate.predict(Slow, record, 100.0, 10.0)
+    assert not other["equals_local_ratio"] and other["decode"]["speedup"] == pytest.approx(4.0 / 0.5)
+    assert not other["cautions"]
 
 
 def test_another_kind_of_device_is_flagged():
     class Other(Target):
         device = "cuda"
 
-    (caution,) = estimate.predict(Other, a_record(20.0, 5.0), 100.0, 10.0)["cautions"]
-    assert caution.startswith("fitted on a cpu device for a cuda target")
+    found = estimate.predict(Other, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
+    assert found["cautions"][1].startswith("fitted on a cpu device for a cuda target")
+    assert found["equals_local_ratio"]  # a processor's fixed costs say nothing about a GPU's
+
+
+class Device:
+    """A made-up device: so many GB/s of which kernels reach 80 %, and a fixed cost per step."""
+
+    def __init__(self, bandwidth_gbs, fixed_ms):
+        self.bandwidth_gbs, self.fixed_ms = bandwidth_gbs, fixed_ms
+
+    def ms(self, num_bytes):
+        return self.fixed_ms + num_bytes / (0.8 * self.bandwidth_gbs) / 1e6
+
+
+def with_curve(device: Device):
+    """A record of a step of 1 GB dense and 0.4 GB sparse, timed on `device` at four sparsities in one engine."""
+    found = a_record(device.ms(1e9), device.ms(4e8))
+    points = [
+        {"sparsity": s, "bytes": 1e9 * (1 - s), "median_ms": device.ms(1e9 * (1 - s))} for s in (0, 0.2, 0.4, 0.6)
+    ]
+    found.latency["decode"] |= {
+        "dense_engine": "fused", "sparse_engine": "fused", "sparsity": 0.6, "break_even": {"points": points},
+    }  # fmt: skip
+    return found
 
 
 def test_predicts_a_device_it_was_not_fitted_on():
-    """Two made-up devices of equal efficiency and different peaks: the one gives the other's time exactly."""
-    fast = estimate.predict(Target, a_record(12.5, 5.0), 100.0, 10.0)  # 80 % of 100 GB/s
-    assert fast["decode"]["dense_ms"] == pytest.approx(1e9 / (0.8 * 1000e9) * 1e3)
+    """Ten times the bandwidth, the same fixed cost: the step's times there come out, and so does another speed-up."""
+    here, there = Device(100.0, 3.0), Device(1000.0, 3.0)
+    found = estimate.predict(Target, with_curve(here), 100.0, 10.0)
+    dense, sparse = there.ms(1e9), there.ms(4e8)
+    assert found["decode"] == pytest.approx({"dense_ms": dense, "sparse_ms": sparse, "speedup": dense / sparse})
+    assert found["basis"]["fixed_ms"] == pytest.approx({"dense": 3.0, "sparse": 3.0})
+    assert found["basis"]["kernel_bandwidth_gbs"] == pytest.approx(80.0)
+    assert not found["equals_local_ratio"] and not found["cautions"]
+    assert here.ms(1e9) / here.ms(4e8) - found["decode"]["speedup"] > 0.3  # the local ratio would be wrong by this
+
+
+def test_no_step_is_faster_than_its_arithmetic():
+    class Slow(Target):
+        peak_tflops = 0.1
+
+    found = estimate.predict(Slow, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
+    assert found["decode"]["dense_ms"] == pytest.approx(2 * 5e8 / 0.1e12 * 1e3)
+
+
+def test_the_line_through_the_points():
+    def points(*pairs):
+        return [{"bytes": b * 1e6, "median_ms": ms} for b, ms in pairs]
+
+    assert estimate.line(points((10, 3.0), (20, 4.0), (30, 5.0))) == pytest.approx((2.0, 10.0))
+    assert estimate.line(points((10, 3.0), (20, 4.0))) is None  # two points say nothing about a third
+    assert estimate.line(points((10, 5.0), (20, 4.0), (30, 3.0))) is None  # more bytes, less time: noise
+    fixed, bandwidth = estimate.line(points((10, 0.5), (20, 2.0), (30, 3.5)))
+    assert fixed == 0 and bandwidth > 0  # never a negative cost
+
+
+def test_another_engines_fixed_cost_is_not_taken_for_the_dense_steps():
+    record = with_curve(Device(100.0, 3.0))
+    record.latency["decode"]["dense_engine"] = "eager"
+    found = estimate.predict(Target, record, 100.0, 10.0)
+    assert found["basis"]["fixed_ms"]["dense"] == 0
+    assert found["decode"]["dense_ms"] == pytest.approx(Device(100.0, 3.0).ms(1e9) / 10)
 
 
 def test_no_decode_step_is_an_error():

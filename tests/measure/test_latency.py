@@ -1,19 +1,20 @@
-"""The clock: fake calls of known length, a copy of known size, parity, break-even (docs/methods/metrics.md, check 9)."""
+"""Latency of decode: parity, the dense baseline, what is executed, break-even (docs/methods/metrics.md, check 9)."""
 
-import time
+import copy
+import statistics
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from sparsebench import kernels
+from sparsebench import config, engines, kernels, tasks
+from sparsebench.config.compose import compose_all
 from sparsebench.engines import Decoder
-from sparsebench.measure import clock, latency, memory, sparsity
-from sparsebench.measure.clock import Contender
+from sparsebench.measure import clock, latency, macs, sparsity
+from sparsebench.methods.base import Work
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import tiny_model
+from tests.helpers import accounted, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -26,45 +27,6 @@ def sparse_copy(threshold=0.3, kernel="cpu_numba"):
                 model, site.path, InputSparseLinear(model.get_submodule(site.path), site.name, threshold, kernel=kernel)
             )
     return model
-
-
-def test_samples_alternate_and_warmup_is_left_out():
-    seen = []
-    contenders = [Contender(lambda i: seen.append(("a", i))), Contender(lambda i: seen.append(("b", i)))]
-    times, _ = clock.interleaved(contenders, warmup=2, samples=3, device=CPU)
-    assert seen == [(name, i) for i in range(5) for name in "ab"]
-    assert [len(t) for t in times] == [3, 3]
-
-
-def test_known_durations():
-    (fast, slow), _ = clock.interleaved(
-        [Contender(lambda _: time.sleep(0.001)), Contender(lambda _: time.sleep(0.004))], 1, 5, CPU
-    )
-    assert 1.0 <= clock.summary(fast)["median_ms"] < 3.5  # 1 ms and 4 ms asked for
-    assert 4.0 <= clock.summary(slow)["median_ms"] < 12
-
-
-def test_no_operation_is_fast_and_a_copy_has_plausible_bandwidth():
-    source, target = np.zeros(1 << 25, np.uint8), np.ones(1 << 25, np.uint8)
-    (nothing, copy), _ = clock.interleaved(
-        [Contender(lambda _: None), Contender(lambda _: np.copyto(target, source))], 2, 7, CPU
-    )
-    assert clock.summary(nothing)["median_ms"] < 0.1
-    gigabytes = 2 * source.nbytes / clock.summary(copy)["median_ms"] / 1e6
-    assert 0.2 < gigabytes < 1000  # read plus written, per second
-
-
-def test_summary():
-    found = clock.summary([float(i) for i in range(1, 12)])
-    assert (found["median_ms"], found["p10_ms"], found["p90_ms"]) == (6, 2, 10)
-
-
-@pytest.mark.parametrize(
-    ("dense", "nothing", "sparse", "expected"),
-    [(10, 12, 7, 0.5 * 2 / 5), (10, 9, 5, 0.0), (10, 12, 13, None), (10, 30, 25, None)],
-)
-def test_break_even(dense, nothing, sparse, expected):
-    assert clock.break_even(dense, nothing, sparse, 0.5) == expected
 
 
 def test_decoder_equals_the_full_forward_pass_and_rewinds():
@@ -106,75 +68,177 @@ def settings():
     return SimpleNamespace(samples=30, warmup=3, context=8, prompt=8)
 
 
-def hardware(kernel):
+def hardware(kernel, engine="auto"):
     return SimpleNamespace(
-        torch_device=CPU, kernel_name=kernel, torch_dtype=torch.float32, skips=kernels.load(kernel).SKIPS, engine="auto"
+        torch_device=CPU, kernel_name=kernel, torch_dtype=torch.float32, skips=kernels.load(kernel).SKIPS, engine=engine
     )
+
+
+def tokens(count=64):
+    return torch.randint(0, 320, (count,), generator=torch.Generator().manual_seed(3))
 
 
 def test_a_simulation_claims_no_speedup():
-    tokens = torch.randint(0, 320, (64,))
-    found = latency.latency(
-        tiny_model(), sparse_copy(kernel="masked_dense"), tokens, settings(), hardware("masked_dense"), 0.5
-    )
-    assert "speedup" not in found["decode"] and "speedup" not in found["prefill"]
-    assert len(found["decode"]["dense"]["samples_ms"]) == 30
+    sparse, target = sparse_copy(kernel="masked_dense"), hardware("masked_dense")
+    timing = latency.latency(tiny_model(), sparse, tokens(), settings(), target)
+    decode = timing.latency["decode"]
+    assert "speedup" not in decode and "speedup" not in timing.latency["prefill"] and "break_even" not in decode
+    assert len(decode["dense"]["samples_ms"]) == 30
+    model = tiny_model()
+    dense, _ = accounted(macs.dense_sites(model), model, {}, context=8, skips=False)
+    assert timing.step_macs == dense["dense"]  # masks ran every product
 
 
-def test_a_kernel_that_skips_has_a_speedup_and_a_break_even():
-    tokens = torch.randint(0, 320, (64,))
-    found = latency.latency(tiny_model(), sparse_copy(), tokens, settings(), hardware("cpu_numba"), 0.5)
-    assert found["kernel"] == "cpu_numba" and found["decode"]["speedup"] > 0
-    assert "break_even_sparsity" in found["decode"] and "nothing_skipped" in found["decode"]
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_every_run_has_the_fastest_dense_step_and_a_measured_break_even(engine):
+    """The fused dense step is timed wherever it can be, whatever engine the sparse model runs in."""
+    model = sparse_copy()
+    timing = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba", engine))
+    found, decode = timing.latency, timing.latency["decode"]
+    mine = "eager" if engine == "eager" else "fused"
+    assert found["kernel"] == "cpu_numba" and decode["sparse_engine"] == mine
+    assert set(decode["engines"]) == {"dense/eager", "dense/fused", f"sparse/{mine}"} and decode["refused"] == {}
+    fastest = min(("eager", "fused"), key=lambda name: decode["engines"][f"dense/{name}"]["median_ms"])
+    assert decode["dense_engine"] == fastest and decode["dense"] == decode["engines"][f"dense/{fastest}"]
+    assert decode["speedup"] == decode["dense"]["median_ms"] / decode["sparse"]["median_ms"]
+    assert decode["speedup_p10"] <= decode["speedup_p90"]
     assert "speedup" not in found["prefill"]  # the prompt runs masked-dense
-    assert found["decode"]["sparse_engine"] == "fused" and set(found["decode"]["engines"]) == {
-        "dense/eager",
-        "dense/fused",
-        "sparse/fused",
-    }
-    assert found["decode"]["dense"]["median_ms"] == min(
-        times["median_ms"] for name, times in found["decode"]["engines"].items() if name.startswith("dense")
+    assert 0 < found["parity_relative_error"] < 1e-5
+    points = decode["break_even"]["points"]
+    assert points[0]["sparsity"] == 0 and points[-1]["sparsity"] == decode["sparsity"] > 0.05
+    assert [p["sparsity"] for p in points] == sorted({p["sparsity"] for p in points}) and len(points) == 4
+    assert [p["bytes"] for p in points] == sorted({p["bytes"] for p in points}, reverse=True)
+    assert (decode["break_even"]["reason"] is None) == (decode["break_even"]["sparsity"] is not None)
+    assert {"noisy", "reasons", "load"} <= set(found)
+    assert all(float(m.threshold) == pytest.approx(0.3) for m in model.modules() if isinstance(m, InputSparseLinear))
+
+
+def test_executed_macs_are_those_of_the_timed_tokens():
+    model = sparse_copy()
+    timing = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba", "eager"))
+    prompt = Decoder(model, tokens()[None, :8], 1, compiled=False)
+    with sparsity.counting(model) as counters:
+        for i in clock.timed_calls(3, 30, latency.BLOCK):
+            prompt.rewind()
+            prompt.step(tokens()[8 + i % 56].view(1, 1))
+    measured = sparsity.summarise(model, counters)
+    expected, _ = accounted(macs.dense_sites(tiny_model()), model, measured, context=8, skips=True)
+    assert timing.step_macs == expected["executed"] < expected["dense"]
+
+
+def test_the_dense_step_is_the_untouched_models_own(monkeypatch):
+    """Built from the dense model and leaving it as it was: other weights in the sparse one change nothing."""
+    dense, ids = tiny_model(seed=5), tokens()
+    before = {name: (p.data_ptr(), p.stride()) for name, p in dense.named_parameters()}
+    text = latency.Text(ids[None, :8], ids[8:])
+    decoders, refused = latency.dense_decoders(dense, text, hardware("cpu_numba"))
+    assert list(decoders) == ["eager", "fused"] and not refused
+    with torch.no_grad():
+        expected = dense(input_ids=ids[None, :9], use_cache=False).logits[:, -1:]
+    for decoder in decoders.values():
+        decoder.rewind()
+        torch.testing.assert_close(decoder.step(ids[8].view(1, 1)), expected, rtol=1e-3, atol=1e-3)
+    assert before == {name: (p.data_ptr(), p.stride()) for name, p in dense.named_parameters()}
+    assert not any(isinstance(m, InputSparseLinear) for m in dense.modules())
+
+
+def test_a_dense_engine_that_is_not_the_model_is_refused_with_its_reason(monkeypatch):
+    made = latency.checked
+
+    def wrong(module, text, hardware, engine, keep_all=False):
+        decoder, errors, why = made(module, text, hardware, engine, keep_all)
+        return decoder, {"logits": 0.3} if keep_all else errors, why
+
+    monkeypatch.setattr(latency, "checked", wrong)
+    ids = tokens()
+    decoders, refused = latency.dense_decoders(
+        tiny_model(), latency.Text(ids[None, :8], ids[8:]), hardware("cpu_numba")
     )
-    assert found["parity_relative_error"] < 1e-5
+    assert list(decoders) == ["eager"] and "differs from masked-dense at logits: 3.00e-01" in refused["fused"]
 
 
-def test_eager_engine_by_request():
-    tokens = torch.randint(0, 320, (64,))
-    target = hardware("cpu_numba")
-    target.engine = "eager"
-    found = latency.latency(tiny_model(), sparse_copy(), tokens, settings(), target, 0.5)["decode"]
-    assert found["sparse_engine"] == "eager" and found["speedup"] > 0 and "nothing_skipped" in found
+def test_thresholds_that_move_nothing_leave_no_break_even():
+    """The largest k of a token: only all kept and the operating point can be measured, and two points are too few."""
+    model = tiny_model()
+    for block in find_blocks(model):
+        for site in block.sites.values():
+            linear = model.get_submodule(site.path)
+            rule = {"top_k": linear.weight.shape[1] // 2, "kernel": "cpu_numba"}
+            replace(model, site.path, InputSparseLinear(linear, site.name, 0.0, **rule))
+    decode = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba")).latency["decode"]
+    assert decode["speedup"] > 0 and decode["sparsity"] == pytest.approx(0.5)
+    assert decode["break_even"]["sparsity"] is None
+    assert decode["break_even"]["reason"] == "needs three measured sparsities, got 2"
 
 
 def test_decode_counts_its_own_sparsity_where_scoring_had_no_sparse_token():
-    tokens, model, none = torch.randint(0, 320, (64,)), sparse_copy(), sparse_copy(-1)
+    model, none = sparse_copy(), sparse_copy(-1)
     for sparse in model.modules():
         if isinstance(sparse, InputSparseLinear):
             sparse.prompt = "none"
-    found = latency.latency(tiny_model(), model, tokens, settings(), hardware("cpu_numba"), 0.0)["decode"]
-    prompt = Decoder(model, tokens[None, : settings().context], 1, compiled=False)
+    decode = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba")).latency["decode"]
+    prompt = Decoder(model, tokens()[None, :8], 1, compiled=False)
     with sparsity.counting(model) as counters:
-        prompt.step(tokens[settings().context].view(1, 1))
+        prompt.step(tokens()[8].view(1, 1))
     shares = sparsity.summarise(model, counters)
     one = sum(s.sparsity * s.weight for s in shares.values()) / sum(s.weight for s in shares.values())
-    assert 0.05 < found["sparsity"] < 0.95 and found["sparsity"] == pytest.approx(one, abs=0.05)
-    unskipped = latency.latency(tiny_model(), none, tokens, settings(), hardware("masked_dense"), 0.0)
-    assert unskipped["decode"]["sparsity"] == 0
+    assert 0.05 < decode["sparsity"] < 0.95 and decode["sparsity"] == pytest.approx(one, abs=0.05)
+    unskipped = latency.latency(tiny_model(), none, tokens(), settings(), hardware("masked_dense"))
+    assert unskipped.latency["decode"]["sparsity"] == 0
 
 
-def test_nothing_skipped_restores_the_thresholds():
+def test_the_dial_lowers_thresholds_and_restores_them():
     model = sparse_copy(0.25)
-    with latency.all_kept(model):
-        assert all(float(m.threshold) == -1 for m in model.modules() if isinstance(m, InputSparseLinear))
-    assert all(float(m.threshold) == 0.25 for m in model.modules() if isinstance(m, InputSparseLinear))
+    maps = [m for m in model.modules() if isinstance(m, InputSparseLinear)]
+    maps[0].threshold.fill_(-1)  # a map that its method left dense
+    with latency.dial(model) as turn:
+        turn(1 / 2)
+        assert [float(m.threshold) for m in maps[:2]] == [-1, 0.125]
+        turn(0.0)
+        assert {float(m.threshold) for m in maps} == {-1}
+        turn(1 / 4)
+        assert float(maps[1].threshold) == 0.0625
+    assert [float(m.threshold) for m in maps] == [-1, *[0.25] * (len(maps) - 1)]
 
 
-def test_weight_bytes_count_shared_storage_once():
-    model = tiny_model(tie_word_embeddings=True)
-    expected = sum(p.numel() for p in model.parameters()) * 4 + sum(
-        b.numel() * b.element_size() for b in model.buffers()
+def test_a_fused_step_follows_the_dial():
+    """One decoder serves every sparsity of the break-even: it reads the thresholds that are set, not those it was made with."""
+    model, ids = sparse_copy(0.3), tokens()
+    decoder = engines.decoder(model, ids[None, :8], 1, hardware("cpu_numba"), "fused")
+    eager = Decoder(model, ids[None, :8], 1, compiled=False)
+    with latency.dial(model) as turn:
+        for share in (0.0, 1 / 3, 1.0):
+            turn(share)
+            steps = []
+            for each in (decoder, eager):
+                each.rewind()
+                steps.append(each.step(ids[8].view(1, 1)).clone())
+            torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_reversing_the_order_moves_the_default_runs_speedup_by_less_than_5_percent(tmp_path, monkeypatch):
+    """The default model, method and sparsity, timed in turn with contenders in their order and reversed."""
+    settings = config.build_settings(
+        compose_all(["hardware=cpu", "hardware.threads=1", "method.calibration_tokens=4096", "measure.prompt=2"])[0]
     )
-    assert memory.weight_bytes(model) == expected
-    assert (
-        memory.weight_bytes(sparse_copy()) <= memory.weight_bytes(tiny_model()) + 14 * 4
-    )  # thresholds only: no second copy
+    settings.hardware.prepare()
+    data = settings.dataset.load(0)
+    place = Work(0, settings.hardware, tmp_path, tmp_path, 4, lambda row: None)
+    loaded = settings.model.load(place, data)
+    dense = copy.deepcopy(loaded.module)
+    sparse = settings.method.apply(loaded.module, settings.method.fit(loaded, data, place), place)
+    task, speedups = tasks.load("language"), {"as it is": [], "reversed": []}
+
+    def backwards(contenders, *arguments):
+        times, seconds = clock.interleaved(contenders[::-1], *arguments)
+        return times[::-1], seconds
+
+    for name, turns in [("as it is", clock.interleaved), ("reversed", backwards)] * 5:
+        monkeypatch.setattr(latency, "interleaved", turns)
+        found = task.time(dense, sparse, data, settings).latency
+        speedups[name].append(found["decode"]["speedup"])
+    if found["noisy"]:
+        pytest.skip(f"times mean nothing on this machine now: {'; '.join(found['reasons'])}; seen {speedups}")
+    one, other = (statistics.median(each) for each in speedups.values())
+    assert abs(other / one - 1) < 0.05, speedups

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsebench.measure import macs, quality, sparsity
+from sparsebench.modules.base import Cost
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
 from tests.helpers import accounted, tiny_model
@@ -53,3 +54,22 @@ def test_sparse_macs_follow_measured_counts(skips):
 def test_ffn_of_a_gated_model_is_3df_per_token():
     sites = macs.dense_sites(tiny_model())
     assert sum(sites[f"0.{role}"].dense_macs for role in ("gate", "up", "down")) == 3 * D * F
+
+
+def test_nothing_is_executed_before_it_is_timed():
+    model = tiny_model()
+    costs, outside = macs.dense_sites(model), macs.outside_blocks(model, 10)
+    found, _ = macs.account(costs, costs, outside, 10)
+    assert found["executed"] is None
+    assert macs.executed(costs, costs, outside, skips=True) == brute_force(model, 10)
+    assert macs.per_sample("image", 1000.0, 10.0, 4.0, costs)["executed"] is None
+
+
+def test_a_sample_runs_all_products_of_the_sites_that_did_not_skip():
+    """4 tokens; a site of 100 products keeps 30 and another of 50 keeps 20; 5 per token are the router's."""
+    costs = {"0.ffn": Cost(100, 30, 5, 0, 0), "1.ffn": Cost(50, 20, 0, 0, 0)}
+    section = macs.per_sample("image", 2000.0, 10.0, 4.0, costs)
+    assert section["sparse"] == 2000 - 4 * 100 + 4 * 5
+    by_hand = {(): 2020, ("0.ffn",): 2020 - 280, ("1.ffn",): 2020 - 120, ("0.ffn", "1.ffn"): section["sparse"]}
+    for skipping, expected in by_hand.items():
+        assert macs.executed_per_sample(section, set(skipping)) == expected

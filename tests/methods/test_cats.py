@@ -103,7 +103,7 @@ def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
     model = rule.apply(tiny_model(), rule.fit(Loaded(tiny_model(), None, {}), data, worker), worker)
     assert engines.choose(model, worker.hardware) == "eager"
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
-    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware, 0.3)
+    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert (
         found["kernel"] == "cpu_numba" and 0 < found["parity_relative_error"] < 1e-4 and found["decode"]["speedup"] > 0
     )

@@ -314,6 +314,6 @@ def test_latency_of_a_hybrid_model_runs_the_skipping_kernel(engine, data, tmp_pa
     assert any(m.low_rank is not None for m in sparse_maps(model).values())
     assert engines.choose(model, worker.hardware) == engine
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
-    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware, 0.5)
+    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert found["kernel"] == "cpu_numba" and found["decode"]["sparse_engine"] == engine
     assert found["decode"]["speedup"] > 0 and 0 < found["parity_relative_error"] < 1e-4

@@ -519,7 +519,8 @@ def test_parity_and_nothing_skipped():
         errors = latency.parity(model, step)
         assert set(errors) == {"0.ffn", "1.ffn"} and max(errors.values()) < 1e-4
         ffn = conversion.ffns(model)[0]
-        with latency.all_kept(model):
+        with latency.dial(model) as turn:
+            turn(0.0)
             assert ffn.keep(x_of(1, 1, d=64)).all()
         assert not ffn.keep(x_of(1, 1, d=64)).all()
 

@@ -48,7 +48,11 @@ def test_figures_stand_in_columns(tmp_path):
     assert (row["perplexity_dense"], row["perplexity_sparse"], row["accuracy_sparse"]) == (10.0, 12.0, None)
     assert (row["sparsity"], row["macs_dense"], row["macs_sparse"], row["bytes_sparse"]) == (0.5, 100, 50, 200)
     assert (row["decode_dense_ms"], row["decode_sparse_ms"], row["speedup"]) == (1.0, 0.8, 1.25)
-    assert (row["kernel"], row["schema_version"], row["config_hash"]) == ("cpu_numba", run["schema_version"], run["config_hash"])
+    assert (row["kernel"], row["schema_version"], row["config_hash"]) == (
+        "cpu_numba",
+        run["schema_version"],
+        run["config_hash"],
+    )
 
 
 def test_classifiers_have_the_time_of_their_smallest_batch(tmp_path):

@@ -242,6 +242,22 @@ def test_csv_has_every_finished_row_with_unrounded_numbers(tmp_path):
     assert next(line for line in lines if line["model"] == "lenet5")["speedup"] == ""
 
 
+def test_spread_dense_engine_and_noise_stand_in_table_and_csv(tmp_path):
+    found = made()
+    dense = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.4}
+    sparse = {"median_ms": 0.5, "p10_ms": 0.45, "p90_ms": 0.6}
+    decode = {"dense": dense, "sparse": sparse, "dense_engine": "fused", "speedup": 2.0, "context": 128}
+    found["latency"] |= {"decode": decode, "noisy": True, "reasons": ["load"]}
+    _, groups, _, _ = reported(laid(tmp_path, found))
+    (line,) = csv.DictReader(io.StringIO(tables.as_csv(groups)))
+    expected = {"dense_p10_ms": "0.9", "dense_p90_ms": "1.4", "sparse_p10_ms": "0.45", "sparse_p90_ms": "0.6"}
+    assert {k: line[k] for k in expected} == expected and line["dense_engine"] == "fused" and line["noisy"] == "True"
+    table = tables.comparison(groups[0])
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert cells["dense ms"] == "1.000 [0.900, 1.400]" and cells["sparse ms"] == "0.500 [0.450, 0.600]"
+    assert cells["speed-up"] == "2.00x (noisy)" and cells["kernel"] == "fused / cpu_numba"
+
+
 def test_command_writes_all_four_kinds_and_counts(tmp_path):
     laid(tmp_path / "a", made(), made(sparsity=0.25, perplexity=10.5), failed())
     laid(tmp_path / "b", vision())

@@ -1,0 +1,98 @@
+"""What a person sees of a record: spread beside medians, the dense engine by name, nothing that was not measured."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsebench.records import terminal, tracking
+from tests.helpers import made
+
+
+def times(median, low, high):
+    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "samples_ms": [median] * 30}
+
+
+def record_with(noisy=False, executed=50, memory=None, **decode) -> dict:
+    """A finished record with all that the table reads."""
+    found = made()
+    dense, sparse = times(1.0, 0.9, 1.2), times(0.5, 0.4, 0.6)
+    found["macs"] |= {"executed": executed, "overhead": 0}
+    found["latency"] = {
+        "kernel": "cpu_numba", "device": "cpu", "noisy": noisy, "reasons": ["load average 7.0 on 2 cores"] if noisy else [],
+        "decode": {
+            "dense": dense, "sparse": sparse, "dense_engine": "fused", "sparse_engine": "eager", "context": 128,
+            "engines": {"dense/fused": dense, "dense/eager": times(3.0, 2.9, 3.1), "sparse/eager": sparse},
+            "refused": {"compiled": "no compiler"}, "speedup": 2.0, "speedup_p10": 1.5, "speedup_p90": 2.5,
+            "break_even": {"sparsity": 0.21, "p10": 0.15, "p90": None, "reason": None, "points": []}, **decode,
+        },
+        "prefill": {"dense": dense, "sparse": sparse, "tokens": 128, "kernel": "masked_dense"},
+    }  # fmt: skip
+    found["memory"] = {"weight_bytes": 100, "dense_weight_bytes": 200, "peak_bytes": 7e9, "peak_of": "process"}
+    found["memory"] |= memory or {}
+    return found
+
+
+def lines(found: dict) -> list[str]:
+    page = io.StringIO()
+    Console(file=page, width=220).print(terminal.table(found))
+    return page.getvalue().splitlines()
+
+
+def line(found: dict, word: str) -> str:
+    return next(each for each in lines(found) if word in each)
+
+
+def test_medians_stand_with_their_spread_and_the_dense_engine_by_name():
+    found = record_with()
+    decode = line(found, "decode, context 128")
+    assert "1.000" in decode and "0.500" in decode and "speed-up 2.00x" in decode
+    below = lines(found)[lines(found).index(decode) + 1]
+    assert "0.900 - 1.200" in below and "0.400 - 0.600" in below and "1.50 - 2.50x" in below
+    engine = line(found, "dense engine")
+    assert "fused" in engine and "eager 3.000" in engine and "no compiled" in engine
+    assert "21%" in line(found, "break-even") and "15% - not reached" in line(found, "break-even")
+
+
+def test_no_break_even_is_said_with_its_reason():
+    section = {
+        "sparsity": None,
+        "p10": None,
+        "p90": None,
+        "reason": "needs three measured sparsities, got 2",
+        "points": [],
+    }
+    found = record_with(break_even=section)
+    assert "none" in line(found, "break-even")
+    assert terminal.notes(found) == ["no break-even: needs three measured sparsities, got 2"]
+
+
+def test_noise_is_one_line_and_goes_into_the_line_of_json():
+    assert terminal.notes(record_with()) == []
+    (marked,) = terminal.notes(record_with(noisy=True))
+    assert marked == "NOISY, times are not to be trusted: load average 7.0 on 2 cores"
+    content = json.loads(terminal.headline(record_with(noisy=True), Path("x")))
+    assert content["noisy"] is True and content["dense_engine"] == "fused" and content["decode_speedup"] == 2.0
+    assert content["decode_dense_ms"] == {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.2}
+    assert content["decode_sparse_ms"] == {"median_ms": 0.5, "p10_ms": 0.4, "p90_ms": 0.6}
+
+
+def test_nothing_executed_where_nothing_was_timed():
+    found = record_with(executed=None) | {"latency": None}
+    assert "not timed" in line(found, "MACs executed")
+    content = json.loads(terminal.headline(found, Path("x")))
+    assert content["decode_speedup"] is None and content["decode_dense_ms"] is None and content["noisy"] is None
+
+
+def test_the_processs_peak_stands_in_no_column_of_a_model():
+    cells = [cell.strip() for cell in line(record_with(), "peak of the process").split("\u2502")[1:-1]]
+    assert "7 GB" in cells[0] and not any(cells[1:])
+    shown = line(record_with(memory={"peaks": {"prefill": {"dense": 4e9, "sparse": 2e9}}}), "peak memory, prefill")
+    assert "4 GB" in shown and "2 GB" in shown and "0.500x" in shown
+
+
+def test_wandb_names_the_dense_engine_and_the_noise():
+    flat = tracking.summary(record_with(noisy=True))
+    assert flat["latency/decode/dense_engine"] == "fused" and flat["latency/noisy"] is True
+    assert flat["latency/decode/dense/p90_ms"] == 1.2 and flat["latency/decode/speedup_p10"] == 1.5
