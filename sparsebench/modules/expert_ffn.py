@@ -203,7 +203,7 @@ class ExpertFFN(SparseModule):
         return self.last_product(x1.flatten(-2))
 
     def count(self, keep: torch.Tensor) -> None:
-        self.counter.add(keep.unsqueeze(-2) if keep.dim() <= 2 else keep, 0)
+        self.counter.add(keep)
 
     @property
     def running(self) -> str:
