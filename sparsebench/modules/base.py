@@ -75,7 +75,8 @@ class SiteSparsity:
     weight: int  # parameters of the map this input feeds: its weight in model-wide figures
     sparse_tokens: int
     dense_tokens: int
-    kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token
+    kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token, where pruned
+    nonzeros: int | None = None  # all nonzero weights, where the method prunes
 
 
 @dataclass

@@ -9,7 +9,10 @@ import torch
 
 from sparsebench import config
 from sparsebench.config.compose import compose_all
+from sparsebench.config.settings import Harness
 from sparsebench.measure import lm_eval
+from sparsebench.modules.input_sparse import swap
+from sparsebench.sites import sites
 from tests.helpers import record_of, tiny_model, tiny_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(
@@ -24,9 +27,13 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-ROWS = [{"question": f"Paragraph {i}. word{i}", "choices": [" of", " word", " zz"], "answer": i % 3} for i in range(12)]
+ROWS = [
+    {"question": f"Paragraph {i}. word{i}" + " and more" * (i % 5), "choices": [" of", " word", " zz"], "answer": i % 3}
+    for i in range(12)
+]
 
 
 @pytest.fixture
@@ -39,8 +46,7 @@ def task_folder(tmp_path):
 
 
 def settings(**changes):
-    limits = dict.fromkeys(("test_sequences", "dev_sequences", "task_limit", "task_path"))
-    return config.Evaluation(**{**limits, "batch_size": 4, "tasks": ["words"], **changes})
+    return Harness(**{"tasks": ["words"], "task_limit": None, "task_path": None, **changes})
 
 
 def by_hand(model, tokenizer) -> float:
@@ -61,11 +67,29 @@ def by_hand(model, tokenizer) -> float:
 @needs_lm_eval
 def test_score_is_what_a_loop_by_hand_gives(task_folder):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)))
+    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)), 4)
     assert found["words/acc"]["value"] == pytest.approx(by_hand(model, tokenizer))
     assert found["words/acc"]["higher_is_better"] and found["words/acc"]["stderr"] > 0
     with pytest.raises(ValueError, match="lm-eval knows no task nothing_like_it"):
-        lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]))
+        lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]), 4)
+
+
+@needs_lm_eval
+def test_the_batch_changes_no_answer(task_folder):
+    """With half of each question sparse, padding would move the boundary and with it the answers."""
+    found = []
+    for batch in (1, 8, 32):
+        model = tiny_model()
+        for site in sites(model):
+            swap(model, site, 0.8, prompt="half")
+        found.append(lm_eval.score(model, tiny_tokenizer(), settings(task_path=str(task_folder)), batch)["words/acc"])
+    assert found[0]["rows"] == found[1]["rows"] == found[2]["rows"] and len(found[0]["rows"]) == len(ROWS)
+
+
+def test_paired_error_by_hand():
+    dense, sparse = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}, {3: 1.0, 2: 1.0, 1: 0.0, 0: 1.0}  # differences 0, -1, 1, 0
+    assert lm_eval.paired(dense, sparse) == pytest.approx((2 / 3) ** 0.5 / 2)
+    assert lm_eval.paired(dense, None) is None
 
 
 @needs_lm_eval

@@ -64,6 +64,10 @@ class DSTF(Method):
         if problems:
             raise ValueError("\n".join(problems))
 
+    @property
+    def prunes(self) -> bool:
+        return self.stages in ("dual", "weight") and self.weight_sparsity > 0
+
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)
 
