@@ -80,6 +80,8 @@ class ImageClassification(Task[ImageAssessment]):
     def compare(self, dense, sparse, data, settings):
         test, requested = data.test, settings.method.requested
         protocol = {"split": "test", "size": test.size, "channels": test.channels, "augment": "none"}
+        if settings.eval.classifier.test_examples:
+            protocol["subset"] = "stratified by class, seed 0"
         section, multiplied, traffic = (
             routed_sections(requested, dense, sparse)
             if sparse.measured
