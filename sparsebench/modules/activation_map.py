@@ -1,7 +1,8 @@
 """The activation map of a convolutional network: a ReLU that stands alone, can be counted, and can drop more than ReLU.
 
-ReLU6 is such a map, too: it keeps its clip at 6. `isolate` gives every ReLU call of a traced network such a module of its own, however the network wrote it (a module,
-one module called twice, a function), so that methods and counters find maps by structure, not by the model's name.
+ReLU6 is such a map, too: it keeps its clip at 6. `isolate` gives every ReLU call of a traced network such a module of its
+own, however the network wrote it (a module, one module called twice, a function), so that methods and counters find maps
+by structure, not by the model's name.
 """
 
 from __future__ import annotations

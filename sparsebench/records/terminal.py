@@ -121,6 +121,10 @@ def table(found: dict) -> Table:
     macs, traffic = found["macs"], found["bytes"]
     per = f"per {macs.get('per', 'decoded token')}"
     grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
+    scored = macs.get("scored")
+    if scored and scored["sparse"] != macs["sparse"]:  # a prompt policy left some of the scored tokens dense
+        change_scored = ratio(scored["dense"], scored["sparse"])
+        grid.add_row("MACs, over the scored tokens", scaled(scored["dense"]), scaled(scored["sparse"]), change_scored)
     grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
     grid.add_row(
         "MACs the kernel executed",

@@ -7,9 +7,9 @@ import torch
 
 from sparsebench import config
 from sparsebench.config.compose import compose_all
+from sparsebench.data.labelled import Labelled
 from sparsebench.experts import conversion, routers
 from sparsebench.experts.clustering import Grouping
-from sparsebench.data.labelled import Labelled
 from sparsebench.measure import quality, sparsity
 from sparsebench.measure.quality import classification_quality, language_quality
 from sparsebench.methods.d2dmoe import ActivationPenalty, hoyer, projection_width, regularise

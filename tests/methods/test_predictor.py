@@ -10,8 +10,8 @@ from sparsebench.methods.prosparse import predictor
 from sparsebench.models import Loaded
 from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, swap
-from sparsebench.sites import find_blocks
 from sparsebench.records import state
+from sparsebench.sites import find_blocks
 from tests.helpers import CPU_KERNELS, KINDS, accounted, tiny_model, tiny_tokenizer, work
 
 data = KINDS["language"].data

@@ -152,8 +152,6 @@ def test_weights_from_files_and_what_is_refused(tmp_path):
     assert not EVIL.exists()
 
 
-from pathlib import Path  # noqa: E402
-
 EVIL = Path("evil-was-here")
 
 
