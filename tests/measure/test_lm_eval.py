@@ -105,7 +105,8 @@ def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, tas
     assert next(iter(found)) == "perplexity"
     accuracy = found["words/acc"]
     assert 0 <= accuracy["sparse"] <= 1 and math.isfinite(accuracy["dense_stderr"])
-    assert accuracy["protocol"]["prompt_policy"] == "all" and "lm-eval" in accuracy["protocol"]["harness"]
+    assert accuracy["difference_stderr"] is not None and found["perplexity"]["little_text"]
+    assert accuracy["protocol"]["prompt_policy"] == "p99" and "lm-eval" in accuracy["protocol"]["harness"]
 
 
 def test_a_missing_extra_is_named(monkeypatch):

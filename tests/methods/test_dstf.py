@@ -274,9 +274,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(trained, tmp_path, mon
 def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     """Check 10: pooled and layer-mean by hand; a tiny positive value is no zero."""
     module, data = network(trained), tiny_images()
-    settings = compose_all(["model=lenet5", "method=dense"])[0]["eval"]
-    evaluation = config.build(settings, "eval", [], config.Evaluation)
-    _, (maps, *_) = image_classification.quality(module, data.test, evaluation)
+    _, maps = quality.classification_quality(module, data.test, None, 16)
     found = image_classification.shares(maps)
     seen = {}
     for layer in maps_of(module):

@@ -287,7 +287,7 @@ def test_ranks_are_stored_in_whole_rows_and_charged_as_they_are():
     assert [f.shape for f in sparse.low_rank] == [(24, 8), (8, 20)] and sparse.rank == 3
     torch.testing.assert_close(sparse(x), (x @ low_rank[0]) @ low_rank[1])
     share = base.SiteSparsity(1.0, 1.0, 480, 2, 0)
-    assert sparse.costs({"0.q": share}, "0.q")["0.q"].overhead_macs == 3 * (24 + 20)
+    assert sparse.costs({"0.q": share})["0.q"].overhead_macs == 3 * (24 + 20)
     sparse.low_rank = None
     assert sparse.rank == 0 and not sparse(x).any()
 
