@@ -89,6 +89,9 @@ class Rows:
     def sequences(self, limit=None):
         return self.rows[:limit]
 
+    def scored_documents(self, count):
+        return torch.arange(count)[:, None].expand(count, self.sequence_length - 1)
+
 
 class TinyCNN(nn.Module):
     """Three products behind ReLUs: stride, padding, groups, one ReLU module called twice and one function."""

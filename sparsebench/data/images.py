@@ -1,11 +1,14 @@
 """Labelled images for classifiers: scikit-learn's digits, idx files (MNIST's format), torchvision's sets, class folders.
 
-Pixels stay bytes until they are on the device, where they are resized and normalised. fit is for training, dev for
-choices, test is only ever scored; an image that occurs twice is kept once, so no picture stands in two splits.
+Pixels stay bytes until they are on the device, where they are normalised. An image that has the network's size is left
+alone; others are brought to it by a `Recipe`, the weights' own where they have one. fit is for training, dev for choices,
+test is only ever scored; an image that occurs twice is kept once, so no picture stands in two splits. A set without
+images to fit on (one per class, or a `val` folder alone) can still be evaluated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import struct
@@ -25,10 +28,38 @@ from torchvision.transforms import v2
 from sparsebench import cache
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
-from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, unique_rows
+from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, subset, unique_rows
 
 TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 IDX_TRAIN, IDX_TEST = "train", "t10k"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images become the network's input.
+
+    size: side of the network's input. resize: shorter side before the centre crop to `size`; None: the whole image is
+    resized to size x size, nothing is cut off.
+    """
+
+    name: str
+    size: int
+    resize: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    def shape(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [C, H, W] -> [C, size, size]; an image of that size is left alone."""
+        if image.shape[-2:] == (self.size, self.size):
+            return image
+        side = (self.size, self.size) if self.resize is None else [self.resize]
+        mode = v2.InterpolationMode(self.interpolation)
+        return v2.functional.center_crop(v2.functional.resize(image, side, mode, antialias=True), self.size)
+
+    def describe(self) -> dict:
+        other = "to size x size" if self.resize is None else f"shorter side to {self.resize}, centre crop"
+        return {**vars(self), "images_of_this_size": "left alone", "other_images": f"{other}, antialiased"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +80,7 @@ class Memory:
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         self.images, self.labels = images, labels
 
-    def read(self, rows: torch.Tensor, train: bool) -> torch.Tensor:
+    def read(self, rows: torch.Tensor, train: bool, recipe: Recipe) -> torch.Tensor:
         return self.images[rows]
 
     def fingerprints(self) -> list[str]:
@@ -59,16 +90,19 @@ class Memory:
 class Files:
     """Image files, decoded when they are asked for; brought to one square size there."""
 
-    def __init__(self, paths: list[str], labels: torch.Tensor, size: int, augment: str):
+    def __init__(self, paths: list[str], labels: torch.Tensor, size: int | None = None, augment: str = "none"):
         self.paths, self.labels, self.pool = paths, labels, ThreadPoolExecutor()
-        plain = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        self.plain, self.crop = v2.Compose(plain), v2.Compose(crop) if augment == "resized-crop-flip" else None
+        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()] if size else []
+        self.crop = v2.Compose(crop) if augment == "resized-crop-flip" else None
+        self.plain = self.alone = 0  # images read without augmentation, and those of them that had the right size
 
-    def read(self, rows: torch.Tensor, train: bool) -> torch.Tensor:
-        decoded = self.pool.map(decode, [self.paths[i] for i in rows.tolist()])
-        transform = self.crop if train and self.crop else self.plain
-        return torch.stack([transform(image) for image in decoded])
+    def read(self, rows: torch.Tensor, train: bool, recipe: Recipe) -> torch.Tensor:
+        decoded = list(self.pool.map(decode, [self.paths[i] for i in rows.tolist()]))
+        if train and self.crop:
+            return torch.stack([self.crop(image) for image in decoded])
+        self.plain += len(decoded)
+        self.alone += sum(image.shape[-2:] == (recipe.size, recipe.size) for image in decoded)
+        return torch.stack([recipe.shape(image) for image in decoded])
 
     def fingerprints(self) -> list[str]:
         """Of size and first 64 KiB of each file: a whole ImageNet would take an hour to read."""
@@ -92,25 +126,52 @@ class ImageSplit:
 
     def __init__(self, name: str, store: Memory | Files, rows: torch.Tensor, classes: int, settings: Images):
         self.name, self.store, self.rows, self.classes, self.settings = name, store, rows, classes, settings
-        first = store.read(rows[:1], train=False)
-        self.size = settings.size or first.shape[-1]
-        self.channels = settings.channels or first.shape[1]
+        size = settings.size or store.images.shape[-1]
+        self.channels = settings.channels or (store.images.shape[1] if isinstance(store, Memory) else 3)
+        resize = round(size * 256 / 224) if isinstance(store, Files) else None
+        norm = (tuple(settings.mean), tuple(settings.std))
+        self.recipe = Recipe("of the data set", size, resize, *norm)
         self.digests: list[str] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.recipe.size
+
+    @property
+    def facts(self) -> dict:
+        """For the record: the share of the images read so far that had the network's size."""
+        store = self.store
+        return {"left_alone": store.alone / store.plain} if isinstance(store, Files) and store.plain else {}
+
+    def needed(self) -> None:
+        """Raise ValueError where there is no image."""
+        if not len(self.rows):
+            raise ValueError(
+                f"dataset={self.settings.name}: its {self.name} split holds no image (a set to evaluate on only), and "
+                f"what was asked for needs one"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, rows: torch.Tensor) -> Bytes:
+        self.needed()
         chosen = self.rows[rows]
-        images = self.store.read(chosen, train=True)
+        images = self.store.read(chosen, True, self.recipe)
         if self.settings.augment in ("shift", "shift-flip"):
             images = shifted(images, self.settings.shift, flip=self.settings.augment == "shift-flip")
         return Bytes(images, self.store.labels[chosen], self.prepare)
 
     def batches(self, limit: int | None, batch_size: int, device: torch.device) -> Iterator[Labelled]:
-        rows = self.rows[:limit]
+        self.needed()
+        rows = self.rows[subset(self.store.labels[self.rows], limit)]
         for part in rows.split(batch_size):
-            yield Bytes(self.store.read(part, train=False), self.store.labels[part], self.prepare).to(device)
+            yield Bytes(self.store.read(part, False, self.recipe), self.store.labels[part], self.prepare).to(device)
+
+    def read_files(self, paths: list[str]) -> torch.Tensor:
+        """Images that are not of the set, uint8 [N, 3, size, size], cropped only where the set's own would be."""
+        recipe = self.recipe if isinstance(self.store, Files) else dataclasses.replace(self.recipe, resize=None)
+        return Files(paths, torch.zeros(len(paths))).read(torch.arange(len(paths)), False, recipe)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [N, channels, size, size], normalised, on the device of `images`."""
@@ -118,9 +179,7 @@ class ImageSplit:
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         x = x.expand(-1, self.channels, -1, -1) if x.shape[1] == 1 else x
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.settings.mean, self.settings.std)
-        )
+        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.recipe.mean, self.recipe.std))
         return ((x - mean) / std).contiguous()
 
     def fingerprints(self) -> list[str]:
@@ -230,28 +289,39 @@ class Images:
         train, test, classes = reader(self)
         seen: set[str] = set()
         held = torch.tensor(unique_rows(test.fingerprints(), seen)) if test else None
-        kept = torch.tensor(unique_rows(train.fingerprints(), seen))
-        repeated = len(train.labels) - len(kept) + (len(test.labels) - len(held) if test else 0)
+        kept = torch.tensor(unique_rows(train.fingerprints(), seen) if train else [], dtype=torch.int64)
+        repeated = (len(train.labels) if train else 0) - len(kept) + (len(test.labels) - len(held) if test else 0)
         shares = {"fit": 1 - self.dev_share, "dev": self.dev_share}
         if test is None:
             shares = {"fit": 1 - self.dev_share - self.test_share, "dev": self.dev_share, "test": self.test_share}
-        rows = {name: kept[part] for name, part in stratified(train.labels[kept], shares).items()}
+            if int(train.labels[kept].bincount().max()) < len(SPLITS):  # too few of each class for three splits
+                shares = {"fit": 0.0, "dev": 0.0, "test": 1.0}
+        labels = train.labels[kept] if train else kept
+        rows = {name: kept[part] for name, part in stratified(labels, shares).items()}
         splits = {
-            n: ImageSplit(n, *((test, held) if test and n == "test" else (train, rows[n])), len(classes), self)
+            n: ImageSplit(n, *((test, held) if test and n == "test" else (train or test, rows[n])), len(classes), self)
             for n in SPLITS
         }
-        for name, split in splits.items():
-            if not len(split):
-                raise ValueError(f"dataset={self.name}: no image for the {name} split")
+        if not len(splits["test"]):
+            raise ValueError(f"dataset={self.name}: no image for the test split")
+        for split in splits.values():
             if len(self.mean) not in (1, split.channels):
                 raise ValueError(f"dataset.mean must have 1 or {split.channels} numbers, got {len(self.mean)}")
         info = {
             "name": self.name, "source": self.path or self.torchvision_name or self.source, "size": splits["fit"].size,
             "channels": splits["fit"].channels, "augment": [self.augment, self.shift],
+            "preprocessing": splits["test"].recipe.describe(),
             "repeated_images_left_out": repeated,
             "split_rule": f"stratified by class: {shares}" + ("; the set's own test part" if test else ""),
         }  # fmt: skip
         return LabelledData(**splits, classes=classes, info=info, kind="vision")
+
+
+def use_recipe(data: LabelledData, recipe: Recipe) -> None:
+    """Bring the images of a set to the network as its weights were trained to see them."""
+    for split in (data.fit, data.dev, data.test):
+        split.recipe = recipe
+    data.info["preprocessing"] = recipe.describe()
 
 
 def digits(settings: Images) -> tuple[Memory, None, list[str]]:
@@ -315,12 +385,13 @@ def torchvision_set(settings: Images) -> tuple[Memory, Memory, list[str]]:
     return (*parts, [str(c) for c in part.classes])
 
 
-def folders(settings: Images) -> tuple[Files, Files | None, list[str]]:
-    """Class folders (ImageNet's layout): <path>/train and <path>/val (or test), or the classes directly in <path>."""
+def folders(settings: Images) -> tuple[Files | None, Files | None, list[str]]:
+    """Class folders (ImageNet's layout): <path>/train and <path>/val (or test), one of them alone, or the classes
+    directly in <path>."""
     root, parts = Path(settings.path), []
     names = [next((n for n in group if (root / n).is_dir()), None) for group in (("train",), ("val", "test"))]
     try:
-        for name in names if names[0] else [""]:
+        for name in names if any(names) else [""]:
             if name is not None:
                 parts.append(torchvision.datasets.ImageFolder(str(root / name)))
     except FileNotFoundError as error:
@@ -328,4 +399,5 @@ def folders(settings: Images) -> tuple[Files, Files | None, list[str]]:
     if len({tuple(p.classes) for p in parts}) > 1:
         raise ValueError(f"dataset.path: {root}/train and {root}/{names[1]} have different classes")
     stores = [Files([f for f, _ in p.samples], torch.tensor(p.targets), settings.size, settings.augment) for p in parts]
-    return stores[0], stores[1] if len(stores) > 1 else None, parts[0].classes
+    train = stores.pop(0) if names[0] or not any(names) else None
+    return train, stores[0] if stores else None, parts[0].classes

@@ -42,7 +42,7 @@ class LabelledSplit(Protocol):
         """The examples for training, augmented where the data set says so."""
 
     def batches(self, limit: int | None, batch_size: int, device: torch.device) -> Iterator[Labelled]:
-        """The first `limit` examples (None = all) in order, never augmented."""
+        """All examples in order, or `limit` of them as `subset` picks them; never augmented."""
 
     def fingerprints(self) -> list[str]:
         """A digest of the content of each example."""
@@ -73,7 +73,7 @@ class LabelledData:
         splits = {}
         for split in (self.fit, self.dev, self.test):
             joined = hashlib.sha256("".join(sorted(split.fingerprints())).encode()).hexdigest()
-            splits[split.name] = {split.unit: len(split), "fingerprint": joined}
+            splits[split.name] = {split.unit: len(split), "fingerprint": joined, **getattr(split, "facts", {})}
         return {**self.info, "classes": len(self.classes), **splits, "disjoint": True}
 
 
@@ -91,7 +91,25 @@ def stratified(labels: torch.Tensor, shares: dict[str, float], seed: int = 0) ->
             end = len(rows) if i == len(shares) - 1 else at + round(share * len(rows))
             pieces[name].append(rows[at:end])
             at = end
-    return {name: torch.cat(parts).sort().values for name, parts in pieces.items()}
+    none = torch.empty(0, dtype=torch.int64)
+    return {name: torch.cat([none, *parts]).sort().values for name, parts in pieces.items()}
+
+
+def subset(labels: torch.Tensor, count: int | None, seed: int = 0) -> torch.Tensor:
+    """Row indices, sorted, of `count` examples (None = all) in which every class has its share, to within one.
+
+    labels int64 [N]. Which rows is decided by `seed` only; a smaller subset is part of a larger one.
+    """
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    generator, place = torch.Generator().manual_seed(seed), torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator).double()
+        # ranks of a class spread evenly over [0, 1), each class from a start of its own: the lowest places are a
+        # sample in proportion
+        place[rows] = (order + torch.rand(1, generator=generator, dtype=torch.float64)) / len(rows)
+    return place.argsort(stable=True)[:count].sort().values
 
 
 def unique_rows(fingerprints: list[str], seen: set[str]) -> list[int]:

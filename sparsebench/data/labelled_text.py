@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, unique_rows
+from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, subset, unique_rows
 from sparsebench.data.text import Text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -50,12 +50,12 @@ class TextSplit:
         return Labelled({"input_ids": ids, "attention_mask": mask}, self.labels[rows])
 
     def batches(self, limit: int | None, batch_size: int, device: torch.device) -> Iterator[Labelled]:
-        for rows in torch.arange(len(self))[:limit].split(batch_size):
+        for rows in subset(self.labels, limit).split(batch_size):
             yield self[rows].to(device)
 
     def lengths(self, limit: int | None) -> torch.Tensor:
-        """Tokens of each text, padding left out; float64."""
-        return torch.tensor([len(t) for t in self.tokens[:limit]], dtype=torch.float64)
+        """Tokens of each text that `batches(limit, ...)` gives, padding left out; float64."""
+        return torch.tensor([len(self.tokens[i]) for i in subset(self.labels, limit).tolist()], dtype=torch.float64)
 
     def fingerprints(self) -> list[str]:
         return [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]

@@ -52,6 +52,7 @@ class Split:
         self.tokenizer: Any = None
         self._tokens: list[int] = []
         self._used = 0  # documents turned into tokens so far
+        self._ends: list[int] = []  # where each of them ends among the tokens
 
     def sequences(self, limit: int | None = None) -> torch.Tensor:
         """The first `limit` windows (None = all), int64 [N, sequence_length]; N is less where the text is short."""
@@ -61,6 +62,7 @@ class Split:
             encoded = self.tokenizer([d.text for d in batch], add_special_tokens=False, return_attention_mask=False)
             for ids in encoded["input_ids"]:
                 self._tokens += ([self.tokenizer.bos_token_id] if self.bos == "document" else []) + ids
+                self._ends.append(len(self._tokens))
             self._used += len(batch)
         count = len(self._tokens) // body
         count = count if limit is None else min(count, limit)
@@ -73,6 +75,16 @@ class Split:
         if self.bos == "window":
             windows = torch.cat([torch.full((count, 1), self.tokenizer.bos_token_id), windows], dim=1)
         return windows
+
+    def scored_documents(self, count: int) -> torch.Tensor:
+        """The number of the document that each scored token of the first `count` windows is of, [count, T - 1].
+
+        Every token but a window's first is scored; a BOS put before a window is nobody's.
+        """
+        body = self.sequence_length - (1 if self.bos == "window" else 0)
+        places = torch.arange(count * body).view(count, body)
+        places = places if self.bos == "window" else places[:, 1:].contiguous()
+        return torch.searchsorted(torch.tensor(self._ends), places, right=True)
 
     def describe(self) -> dict:
         """For the record: how much of the split was used, and a fingerprint of the documents."""

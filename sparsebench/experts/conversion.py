@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsebench.modules.activations import activation_of
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.neuron_sparse import ROLES
@@ -20,16 +21,6 @@ from sparsebench.training.loop import Training
 log = logging.getLogger(__name__)
 
 KINDS = ("language", "vision", "classification")
-ACTIVATION_KEYS = ("hidden_act", "activation_function", "hidden_activation")
-
-
-def activation_of(module: nn.Module) -> str:
-    """The model's FFN activation by the name transformers gives it. Raises ValueError where its config names none."""
-    for key in ACTIVATION_KEYS:
-        name = getattr(module.config, key, None)
-        if isinstance(name, str):
-            return name
-    raise ValueError(f"model: its config names no activation ({', '.join(ACTIVATION_KEYS)})")
 
 
 def convert(module: nn.Module, size: int, activation: str | None, blocks: list[Block] | None = None) -> list[ExpertFFN]:
@@ -38,7 +29,7 @@ def convert(module: nn.Module, size: int, activation: str | None, blocks: list[B
     activation: None = the model's own. blocks: as found before other maps were replaced. Raises ValueError where a
     block's FFN is fused or `size` does not divide it.
     """
-    name = activation or activation_of(module)
+    name = activation or activation_of(module.config)
     return [convert_one(module, block, size, name) for block in blocks or find_blocks(module)]
 
 

@@ -24,8 +24,9 @@ def random_router(d: int, width: int | None, experts: int, generator: torch.Gene
 def fit_routers(module, expert_ffns: list[ExpertFFN], label: Callable, loss: Callable, data, settings: Training, work):
     """Train all routers together on dense activations of the frozen model (D2DMoE, stage 3; MoEfication).
 
-    label(ffn, x1) gives targets [..., E]; loss(scores, targets) of the valid tokens of one module. Nothing but router
-    weights is changed. Returns the history.
+    label(ffn, x1) gives targets [M, E] for the valid tokens x1 [M, f]; loss(scores, targets) of one module. The frozen
+    model and the labels are computed in float32, whatever precision the routers train in. Nothing but router weights is
+    changed. Returns the history.
     """
     module.requires_grad_(False)
     for ffn in expert_ffns:
@@ -33,24 +34,28 @@ def fit_routers(module, expert_ffns: list[ExpertFFN], label: Callable, loss: Cal
         ffn.router.requires_grad_(True)
     rows, _ = passes.rows_and_loss(data, settings)
     seen: dict[str, tuple] = {}
+    mask: torch.Tensor | None = None
 
     def see(ffn, x, z, a, x1):
-        seen[ffn.site] = (x.detach(), label(ffn, x1.detach()))
+        x, x1 = (each.flatten(0, -2) if mask is None else each[mask] for each in (x.detach(), x1.detach()))
+        seen[ffn.site] = (x, label(ffn, x1))
+
+    module.eval()
+    trained = nn.ModuleList(ffn.router for ffn in expert_ffns)  # nothing else is prepared for mixed precision
 
     def router_loss(_, batch):
-        module.eval()
-        with torch.no_grad():
-            passes.forward(module, batch)
+        nonlocal mask
         mask, total = passes.valid(batch), 0.0
+        with torch.no_grad(), torch.autocast(expert_ffns[0].first.device.type, enabled=False):
+            passes.forward(module, batch)
         for ffn in expert_ffns:
             x, target = seen.pop(ffn.site)
-            x, target = (x, target) if mask is None else (x[mask], target[mask])
             total = total + loss(ffn.router(x), target)
         return total / len(expert_ffns)
 
     with watching(expert_ffns, see):
         history = train(
-            module, rows, settings, folder=work.folder / "routers", seed=work.seed, loss=router_loss, track=work.log,
+            trained, rows, settings, folder=work.folder / "routers", seed=work.seed, loss=router_loss, track=work.log,
             label="fit/router",
         )  # fmt: skip
     module.requires_grad_(False)

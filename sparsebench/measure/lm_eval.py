@@ -1,7 +1,9 @@
 """Zero- and few-shot tasks of lm-eval (an extra), run on the live dense and sparse model: `eval.lm_eval.tasks=[hellaswag,piqa]`.
 
 Nothing is exported: the harness gets the module itself, so what is scored is what the run built. The prompt policy of
-the method decides which tokens of a question are sparse, and stands in the protocol beside the harness's version.
+the method decides which tokens of a question are sparse, and stands in the protocol beside the harness's version. The
+harness pads without telling the model; here only questions of one length share a batch, so that none is padded and the
+policy sees real lengths.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import logging
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +34,25 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
         raise ValueError(
             f"eval.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)} (own tasks: eval.lm_eval.task_path=<folder>)"
         )
-    model = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
+
+    class Unpadded(HFLM):
+        """Batches of equal lengths."""
+
+        def _loglikelihood_tokens(self, requests, *args, **kwargs):
+            groups: dict[int, list[int]] = {}
+            for i, (_, context, continuation) in enumerate(requests):
+                groups.setdefault(len(context) + len(continuation), []).append(i)
+            found = [(0.0, False)] * len(requests)
+            for places in groups.values():
+                scored = super()._loglikelihood_tokens([requests[i] for i in places], *args, **kwargs)
+                for i, each in zip(places, scored, strict=True):
+                    found[i] = each
+            return found
+
+    model = Unpadded(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
     log.info("lm-eval: %s", ", ".join(settings.tasks))
     found = lm_eval.simple_evaluate(
-        model=model, tasks=list(settings.tasks), limit=settings.task_limit, task_manager=manager, log_samples=False,
+        model=model, tasks=list(settings.tasks), limit=settings.task_limit, task_manager=manager, log_samples=True,
         bootstrap_iters=1000,
     )  # fmt: skip
     scores: dict[str, dict] = {}
@@ -50,12 +69,36 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
                 "higher_is_better": bool(found["higher_is_better"].get(task, {}).get(metric, True)),
                 "shots": found["n-shot"].get(task),
                 "version": found["versions"].get(task),
+                "rows": values_by_row(found["samples"].get(task, []), metric, variant, float(value)),
             }
     firsts = {name.partition("/")[0]: name for name in reversed(scores)}.values()
     if len(firsts) > 1 and len({scores[n]["higher_is_better"] for n in firsts}) == 1:
         mean = sum(scores[n]["value"] for n in firsts) / len(firsts)
-        scores["task_mean"] = {**scores[next(iter(firsts))], "value": mean, "stderr": None, "version": None}
+        scores["task_mean"] = {
+            **scores[next(iter(firsts))],
+            "value": mean,
+            "stderr": None,
+            "version": None,
+            "rows": None,
+        }
     return scores
+
+
+def values_by_row(samples: list[dict], metric: str, variant: str, value: float) -> dict[int, float] | None:
+    """The metric of each row, by its number in the task; None where `value` is not their mean (e.g. a perplexity)."""
+    mine = {s["doc_id"]: s.get(metric) for s in samples if s.get("filter", "none") == variant}
+    if not mine or not all(isinstance(v, (bool, int, float, np.number)) for v in mine.values()):
+        return None
+    rows = {i: float(v) for i, v in mine.items()}
+    return rows if abs(sum(rows.values()) / len(rows) - value) < 1e-9 else None
+
+
+def paired(dense: dict[int, float] | None, sparse: dict[int, float] | None) -> float | None:
+    """Standard error of the difference of two means over the same rows; None where rows are not known."""
+    if not dense or not sparse or len(dense) < 2:
+        return None
+    differences = [sparse[i] - each for i, each in dense.items()]
+    return float(np.std(differences, ddof=1)) / len(differences) ** 0.5
 
 
 def compare(dense: dict[str, dict], sparse: dict[str, dict], settings: Any, prompt_policy: str) -> dict:
@@ -66,6 +109,7 @@ def compare(dense: dict[str, dict], sparse: dict[str, dict], settings: Any, prom
             "sparse": sparse[name]["value"],
             "dense_stderr": dense[name]["stderr"],
             "sparse_stderr": sparse[name]["stderr"],
+            "difference_stderr": paired(dense[name]["rows"], sparse[name]["rows"]),
             "higher_is_better": dense[name]["higher_is_better"],
             "protocol": {
                 "harness": f"lm-eval {version('lm-eval')}",

@@ -129,6 +129,42 @@ def account(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, c
     return macs, traffic
 
 
+def over_scored_tokens(
+    dense: dict[str, Cost], sparse: dict[str, Cost], measured: dict[str, SiteSparsity], outside: Outside, context: int
+) -> tuple[dict, dict]:
+    """`scored` of the record's macs and bytes: means over the tokens that quality was scored on, same unit.
+
+    Where a prompt policy left some of them dense, those cost what a dense token costs (pruned weights stay pruned);
+    figures per decoded token assume that none was. So quality and these costs are of the same tokens.
+    """
+    sites, traffic = {}, 0.0
+    for name, cost in sparse.items():
+        found = measured.get(name)
+        tokens = found.sparse_tokens + found.dense_tokens if found else 0
+        share = found.sparse_tokens / tokens if tokens else 1.0
+        left = dense[name].dense_macs if found is None or found.nonzeros is None else found.nonzeros
+        sites[name] = {
+            "dense_macs": cost.dense_macs,
+            "sparse_macs": share * cost.sparse_macs + (1 - share) * left,
+            "overhead_macs": share * cost.overhead_macs,
+        }
+        traffic += share * cost.sparse_bytes + (1 - share) * dense[name].dense_bytes
+    rest, rest_bytes = outside.head_macs + outside.attention_macs, outside.head_bytes + outside.cache_bytes
+    unit = f"mean over the scored tokens, each as if decoded at batch 1, context {context}"
+    macs = {
+        "dense": sum(c.dense_macs for c in dense.values()) + rest,
+        "sparse": sum(s["sparse_macs"] + s["overhead_macs"] for s in sites.values()) + rest,
+        "unit": f"multiply-accumulates, {unit}",
+        "per_site": sites,
+    }
+    moved = {
+        "dense": sum(c.dense_bytes for c in dense.values()) + rest_bytes,
+        "sparse": traffic + rest_bytes,
+        "unit": f"bytes of weights and KV cache, {unit}",
+    }
+    return macs, moved
+
+
 def unit_per(sample: str) -> dict[str, str]:
     """What the figures of an `image` or a `text` are, for the record."""
     unit = f"multiply-accumulates per {sample}, mean over the test {sample}s; FLOPs = 2 x MACs"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sparsebench.data.text import batches
-from sparsebench.measure import sparsity
+from sparsebench.measure import sparsity, uncertainty
 
 ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 
@@ -21,18 +22,22 @@ ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> dict:
     """exp of the token-mean NLL over disjoint windows `sequences` [N, T]; every token but a window's first is scored.
 
-    Sums are taken in float64 over tokens (never a mean of window means). Raises FloatingPointError where the NLL is not
-    finite.
+    Sums are taken in float64 over tokens (never a mean of window means). `losses`: NLL of every scored token, float32
+    array [N, T - 1]. Raises FloatingPointError where the NLL is not finite.
     """
-    total, count = 0.0, 0
+    total, count, losses = 0.0, 0, []
     for batch in batches(sequences, batch_size, module):
         logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += float(nll.double().sum())
         count += nll.numel()
+        losses.append(nll.view(len(batch), -1).float().cpu().numpy())
     if not math.isfinite(total):
         raise FloatingPointError("the model's negative log-likelihood is not finite (NaN or infinite weights?)")
-    return {"perplexity": math.exp(min(total / count, 700.0)), "nll": total / count, "tokens": count}
+    nll = total / count
+    return {
+        "perplexity": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count, "losses": np.concatenate(losses)
+    }  # fmt: skip
 
 
 def language_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
@@ -40,6 +45,7 @@ def language_quality(module: nn.Module, split, limit: int | None, batch_size: in
     sequences = split.sequences(limit)
     with sparsity.counting(module) as counters:
         metrics = perplexity(module, sequences, batch_size)
+    metrics["pieces"] = uncertainty.Pieces.of(metrics.pop("losses"), split.scored_documents(len(sequences)).numpy())
     metrics["sequences"] = len(sequences)
     metrics["fingerprint"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
     return metrics, counters
@@ -47,17 +53,24 @@ def language_quality(module: nn.Module, split, limit: int | None, batch_size: in
 
 def compare(dense: dict, sparse: dict, protocol: dict) -> dict:
     """The record's quality section from the metrics of both models."""
-    ratio = math.exp(min(sparse["nll"] - dense["nll"], 700.0))
+    both = (dense["pieces"], sparse["pieces"])
+    found = uncertainty.perplexities(*both)
     return {
         "perplexity": {
             "dense": dense["perplexity"],
             "sparse": sparse["perplexity"],
-            "ratio": ratio,
+            **found,
             "higher_is_better": False,
             "protocol": {**protocol, "tokens": dense["tokens"], "sequences": dense["sequences"],
                          "fingerprint": dense["fingerprint"]},
+            "losses": uncertainty.kept(*both),
         },
-        "nll": {"dense": dense["nll"], "sparse": sparse["nll"], "higher_is_better": False, "protocol": "as perplexity"},
+        "nll": {
+            "dense": dense["nll"], "sparse": sparse["nll"],
+            **{f"{n}_stderr": m["pieces"].stderr(m["pieces"].influence) for n, m in (("dense", dense), ("sparse", sparse))},
+            "difference_stderr": both[0].stderr(both[1].influence - both[0].influence),
+            "higher_is_better": False, "protocol": "as perplexity",
+        },
     }  # fmt: skip
 
 
@@ -78,13 +91,18 @@ class ClassCounts:
     def __init__(self, classes: int):
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # [true, predicted]
         self.nll = 0.0
+        self.losses: list[np.ndarray] = []  # NLL of each example
+        self.right: list[np.ndarray] = []
         self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)  # examples, right ones, summed confidence
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """Count one batch: scores [N, C], labels [N]."""
         scores, labels = scores.detach().double().cpu(), labels.cpu()
-        self.nll += float(F.cross_entropy(scores, labels, reduction="sum"))
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        self.nll += float(losses.sum())
         confidence, predicted = scores.softmax(-1).max(-1)
+        self.losses.append(losses.numpy())
+        self.right.append((predicted == labels).numpy())
         classes = len(self.confusion)
         pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
         self.confusion += pairs.view(classes, classes)
@@ -108,6 +126,8 @@ class ClassCounts:
             "per_class": [r / n if n else None for r, n in zip(right.tolist(), totals, strict=True)],
             "confusion": self.confusion.tolist(),
             "examples": count,
+            "losses": np.concatenate(self.losses),
+            "right": np.concatenate(self.right),
         }
 
 
@@ -123,12 +143,33 @@ def classification_quality(module: nn.Module, split, limit: int | None, batch_si
 
 
 def compare_classes(dense: dict, sparse: dict, protocol: dict) -> dict:
-    """The record's quality section of a classifier; accuracy in [0, 1] with its standard error over examples."""
-    accuracy = {"dense": dense["accuracy"], "sparse": sparse["accuracy"], "higher_is_better": True}
-    accuracy["stderr"] = math.sqrt(dense["accuracy"] * (1 - dense["accuracy"]) / dense["examples"])
-    section = {"accuracy": {**accuracy, "protocol": {**protocol, "examples": dense["examples"]}}}
+    """The record's quality section of a classifier; accuracy in [0, 1].
+
+    Standard errors are over examples, those of differences paired: an example that both models get right adds nothing.
+    `discordant` counts the others, from which McNemar's test can be made.
+    """
+    right = {"dense": dense["right"].astype(float), "sparse": sparse["right"].astype(float)}
+    change = right["sparse"] - right["dense"]
+    losses = {"dense": dense["losses"], "sparse": sparse["losses"]}
+    section = {
+        "accuracy": {
+            "dense": dense["accuracy"], "sparse": sparse["accuracy"],
+            **{f"{name}_stderr": uncertainty.mean_stderr(values) for name, values in right.items()},
+            "difference_stderr": uncertainty.mean_stderr(change),
+            "discordant": {"gained": int((change > 0).sum()), "lost": int((change < 0).sum())},
+            "higher_is_better": True,
+            "protocol": {**protocol, "examples": dense["examples"]},
+            "losses": {
+                "encoding": "base64, one value per example: `right` one bit each, `nll` float32 in nats",
+                **{f"{name}_right": uncertainty.packed(values, "bits") for name, values in right.items()},
+                **{f"{name}_nll": uncertainty.packed(values, "f4") for name, values in losses.items()},
+            },
+        }
+    }  # fmt: skip
     for name in ("nll", "ece"):
         section[name] = {
             "dense": dense[name], "sparse": sparse[name], "higher_is_better": False, "protocol": "as accuracy",
         }  # fmt: skip
+    section["nll"] |= {f"{name}_stderr": uncertainty.mean_stderr(values) for name, values in losses.items()}
+    section["nll"]["difference_stderr"] = uncertainty.mean_stderr(losses["sparse"] - losses["dense"])
     return section

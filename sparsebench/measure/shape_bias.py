@@ -58,16 +58,15 @@ def measure(module, data, folder: str, batch_size: int) -> dict:
     """`score` of a classifier (torch module); images are brought to its input as those of the data set are."""
     import torch
 
-    from sparsebench.data.images import Files
     from sparsebench.measure.quality import logits
 
     listed = images(Path(folder))
     groups = groups_of(Path(folder), {name for _, *cues in listed for name in cues}, data.classes)
     names, device = sorted(groups), next(module.parameters()).device
-    store = Files([str(path) for path, _, _ in listed], torch.zeros(len(listed)), data.test.size, "none")
+    paths = [str(path) for path, _, _ in listed]
     answers: list[str] = []
-    for rows in torch.arange(len(listed)).split(batch_size):
-        pixels = store.read(rows, train=False).to(device)
+    for start in range(0, len(paths), batch_size):
+        pixels = data.test.read_files(paths[start : start + batch_size]).to(device)
         pixels = pixels if data.test.channels == 3 else pixels.float().mean(1, keepdim=True).round().byte()
         with torch.no_grad():
             chances = logits(module, data.test.prepare(pixels)).float().softmax(-1)

@@ -37,14 +37,18 @@ def set_token_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
             module.counter.token_mask = mask
 
 
-def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteSparsity]:
-    """Counts to shares, per site. A module that skips in several maps at once names them in `covers`."""
+def summarise(model: nn.Module, counters: dict[str, Counter], prunes: bool = False) -> dict[str, SiteSparsity]:
+    """Counts to shares, per site. A module that skips in several maps at once names them in `covers`.
+
+    prunes: whether the method prunes weights too. Zeros that a model happens to have are no method's saving.
+    """
     found = {}
     for site, module in measured_modules(model):
         counter = counters[site]
         kept, channels = int(counter.kept.sum()), counter.kept.numel()
         tokens = counter.sparse_tokens + counter.dense_tokens
         dropped = counter.sparse_tokens * channels - kept
+        pruned = prunes and isinstance(module, InputSparseLinear)
         for name, weight in module.covers.items():
             found[name] = SiteSparsity(
                 sparsity=dropped / (tokens * channels) if tokens else 0.0,
@@ -54,18 +58,14 @@ def summarise(model: nn.Module, counters: dict[str, Counter]) -> dict[str, SiteS
                 weight=weight,
                 sparse_tokens=counter.sparse_tokens,
                 dense_tokens=counter.dense_tokens,
-                kept_nonzeros=kept_nonzeros(module, counter),
+                kept_nonzeros=kept_nonzeros(module, counter) if pruned else None,
+                nonzeros=int(torch.count_nonzero(module.weight)) if pruned else None,
             )
     return found
 
 
-def kept_nonzeros(module: nn.Module, counter: Counter) -> float | None:
-    """Nonzero weights in kept channels, exact mean per sparse token; None for modules that aren't linear maps.
-
-    Where weights are dense this is (1 - sparsity) m n; where they are pruned too, it is what both sparsities leave.
-    """
-    if not isinstance(module, InputSparseLinear):
-        return None
+def kept_nonzeros(module: InputSparseLinear, counter: Counter) -> float:
+    """Nonzero weights in kept channels, exact mean per sparse token: what both sparsities leave."""
     nonzeros = (module.weight != 0).sum(0)  # per input channel
     if not counter.sparse_tokens:
         return float(nonzeros.sum())

@@ -53,6 +53,11 @@ class Method:
         """Which tokens of a multi-token call are sparse (a field `prompt`)."""
         return str(vars(self).get("prompt", "all"))
 
+    @property
+    def prunes(self) -> bool:
+        """Whether it sets weights to 0, so that MACs count nonzero weights only."""
+        return False
+
     def problems(self, settings: Settings) -> list[str]:
         """Lines about settings that can't work together, as far as they show before a model is loaded."""
         return []

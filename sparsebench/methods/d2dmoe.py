@@ -17,6 +17,7 @@ from torch import nn
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.experts import clustering, conversion, passes, routers
 from sparsebench.methods.base import Method, Work
+from sparsebench.modules.activations import activation_of
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.modules.input_sparse import replace
 from sparsebench.records.state import State
@@ -70,8 +71,8 @@ class ActivationPenalty:
 
     def see(self, ffn, x, z, a, x1) -> None:
         if ffn.training:
-            each = regularise(self.name, z, a)
-            self.values[ffn.site] = (each if self.mask is None else each[self.mask]).mean()
+            z, a = (z, a) if self.mask is None else (z[self.mask], a[self.mask])
+            self.values[ffn.site] = regularise(self.name, z, a).mean()
             self.zeros, self.elements = self.zeros + int((a == 0).sum()), self.elements + a.numel()
 
     def coefficient(self, step: int) -> float:
@@ -138,7 +139,7 @@ class D2DMoE(Method):
 
     def students(self, module: nn.Module, generator: torch.Generator) -> dict[str, ExpertFFN]:
         """A two-layer MLP for each projection, by path, initialised like nn.Linear."""
-        by_path, name = {}, self.activation or conversion.activation_of(module)
+        by_path, name = {}, self.activation or activation_of(module.config)
         for path, linear, site in conversion.linear_maps(module, tuple(self.projections)):
             n, d = linear.weight.shape
             # the specified h, brought to a multiple of the number of experts

@@ -45,9 +45,13 @@ class RouterPenalty:
     def coefficient(self, step: int) -> float:
         return 1.0
 
+    def gates(self, ffn: ExpertFFN) -> torch.Tensor:
+        """Soft scores of the last pass, padding left out."""
+        return ffn.soft_scores if self.mask is None else ffn.soft_scores[self.mask]
+
     def terms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(L_eff, L_sep), means over the modules."""
-        gates = [f.soft_scores if self.mask is None else f.soft_scores[self.mask] for f in self.expert_ffns]
+        gates = [self.gates(ffn) for ffn in self.expert_ffns]
         eff = torch.stack([efficiency(g) for g in gates]).mean()
         return eff, torch.stack([separability(g, self.tau, self.epsilon) for g in gates]).mean()
 
@@ -55,7 +59,7 @@ class RouterPenalty:
         eff, sep = self.terms()
         self.last = {"efficiency": float(eff.detach()), "separability": float(sep.detach())}
         for ffn in self.expert_ffns:
-            self.last |= {f"selected/{ffn.site}": float((ffn.soft_scores > self.tau).float().mean())}
+            self.last |= {f"selected/{ffn.site}": float((self.gates(ffn) > self.tau).float().mean())}
             ffn.soft_scores = None
         return self.eta * eff + self.lam * sep
 

@@ -22,7 +22,7 @@ from sparsebench.training.loop import Training, train
 
 
 def activation_labels(ffn: ExpertFFN, x1: torch.Tensor) -> torch.Tensor:
-    """Sum of |x1| per expert (ReLU activations are their own magnitude), divided by the batch's largest; [..., E]."""
+    """Sum of |x1| per expert (ReLU activations are their own magnitude), divided by the largest of the batch's tokens; [M, E]."""
     sums = ffn.sums(x1)
     return sums / sums.max().clamp(min=1e-12)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, Table, add_tables, check, keep_table, shares
@@ -100,12 +101,11 @@ class Teal(Method):
         layer, group = site.layer, site.group
         counts = state.tensors[f"signed.{layer}.{group}.counts"]
         centers = state.tensors[f"signed.{layer}.{group}.centers"]
-        if self.threshold_rule == "signed-hist":
-            return signed_quantile(centers, counts, (1 + p) / 2)
-        order = centers.abs().argsort()
-        cumulative = counts[order].cumsum(0)
-        index = min(int(torch.searchsorted(cumulative, p * float(cumulative[-1]))), len(order) - 1)
-        return float(centers.abs()[order[index]])
+        rule = signed_quantile if self.threshold_rule == "signed-hist" else abs_quantile
+        try:
+            return rule(centers, counts, (1 + p) / 2 if rule is signed_quantile else p)
+        except ValueError as error:
+            raise ValueError(f"method.histograms: {site.name} at sparsity {p:g}: {error}") from error
 
     def apply(self, module, state: State, work: Work):
         """Replace every projection whose sparsity is above 0 by an input-sparse one."""
@@ -121,15 +121,35 @@ class Teal(Method):
 def signed_quantile(centers: torch.Tensor, counts: torch.Tensor, q: float) -> float:
     """Quantile q of a signed histogram, linear between bin centres: what the official code computes with q = (1+p)/2.
 
-    Right only for a distribution symmetric about 0; beyond |x|-sparsity of about 98 % it lies in the catch-all bins.
+    Right only for a distribution symmetric about 0. Raises ValueError where q lies in the outermost bins, which hold all
+    that lies beyond the inner ones.
     """
     cumulative = counts.cumsum(0)
     target = q * float(cumulative[-1])
     index = int(torch.searchsorted(cumulative, target))
-    if index in (0, len(counts)):
-        return float(centers[min(index, len(counts) - 1)])
+    if index in (0, len(counts) - 1, len(counts)):
+        raise ValueError(f"beyond the last inner bin, which reaches {float(cumulative[-2] / cumulative[-1]):.2%}")
     low, high = float(cumulative[index - 1]), float(cumulative[index])
     return float(centers[index - 1] + (target - low) / (high - low) * (centers[index] - centers[index - 1]))
+
+
+def abs_quantile(centers: torch.Tensor, counts: torch.Tensor, p: float) -> float:
+    """The t with P(|x| <= t) = p of a signed histogram, values spread evenly over each inner bin.
+
+    The outermost bins hold all that lies beyond the inner ones, so nothing is known of where. Raises ValueError where t
+    would lie there.
+    """
+    inner = centers[1:-1].double()
+    middles = (inner[:-1] + inner[1:]) / 2
+    ends = inner[[0, -1]] + torch.stack([inner[0] - inner[1], inner[-1] - inner[-2]]) / 2
+    edges = torch.cat([ends[:1], middles, ends[1:]]).numpy()
+    below = torch.cat([counts[:1], counts[1:-1]]).double().cumsum(0).numpy() / float(counts.sum())  # P(x <= edge)
+    reach = min(-edges[0], edges[-1])
+    tried = np.unique(np.clip(np.abs(np.append(edges, 0.0)), 0, reach))  # between these P(|x| <= t) is linear in t
+    shares = np.interp(tried, edges, below) - np.interp(-tried, edges, below)
+    if p > shares[-1]:
+        raise ValueError(f"beyond the last inner bin, which reaches {shares[-1]:.2%}")
+    return float(np.interp(p, shares, tried))
 
 
 def read_lookup(file: Path, roles: list[str]) -> Table:

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.measure import quality
 from sparsebench.methods.base import Method, Work
-from sparsebench.modules.activations import StatisticalTopK, TopK
+from sparsebench.modules.activations import StatisticalTopK, TopK, activation_of
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.neuron_sparse import ffn_path, last_map, swap
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
@@ -83,9 +83,7 @@ class TopKSparsity(Method):
 
     def activation_of(self, module: nn.Module) -> str:
         """phi by name: the one set, or the model's own."""
-        config = module.config
-        own = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-        return self.activation or own
+        return self.activation or activation_of(module.config)
 
     def swap(self, module: nn.Module, kernel: str | None) -> list[tuple[nn.Module, int]]:
         """Install the sparse maps, in use (`kernel`) or in training (None). Returns (where k is held, group size)."""

@@ -7,6 +7,7 @@ torchvision where its server answers, from a file, from training here, or are ra
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
+from sparsebench.data.images import Recipe, use_recipe
 from sparsebench.measure import quality, shape_bias
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate, maps_of
@@ -28,15 +30,18 @@ from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training, classification_loss
 from sparsebench.training.work import Work
 
-TORCHVISION = ("resnet18", "resnet34", "resnet50", "googlenet", "densenet121")
+log = logging.getLogger(__name__)
+
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "googlenet", "densenet121", "mobilenet_v2")
 VIT = {  # hidden size, blocks, heads, patch; vit_b_16's shapes are torchvision's
     "vit_b_16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
     "vit_tiny": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4},
 }
-STEMS = {  # first convolution and first pooling
+STEMS = {  # first convolution and first pooling (None: the first convolution alone halves the image)
     "resnet": ("conv1", "maxpool"),
     "densenet": ("features.conv0", "features.pool0"),
     "googlenet": ("conv1.conv", "maxpool1"),
+    "mobilenet": ("features.0.0", None),
 }
 
 
@@ -129,7 +134,7 @@ class Vision:
         if self.stem == "cifar" or channels != old.in_channels:
             new = nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **shape)
             module.get_submodule(first.rpartition(".")[0]).register_module(first.rpartition(".")[2], new)
-        if self.stem == "cifar":
+        if self.stem == "cifar" and pool is not None:
             module.get_submodule(pool.rpartition(".")[0]).register_module(pool.rpartition(".")[2], nn.Identity())
         return module
 
@@ -143,7 +148,9 @@ class Vision:
             if self.path is None and not path.exists():
                 torchvision.models.get_model_weights(self.architecture).DEFAULT.get_state_dict(check_hash=True)
             fill(module, read_weights(path), str(path))
-            source = str(path)
+            source, recipe = str(path), self.recipe(path, size)
+            if recipe is not None and channels == len(recipe.mean):
+                use_recipe(data, recipe)
         module = (module if self.architecture in VIT else isolate(module)).to(work.hardware.torch_device)
         training = None
         if self.weights == "scratch":
@@ -163,6 +170,18 @@ class Vision:
             "dev_after_training": training,
         }
         return Loaded(module, None, info)
+
+    def recipe(self, path: Path, size: int) -> Recipe | None:
+        """How images of `size` are prepared for torchvision's weights of this name; None for other weights."""
+        if self.architecture not in (*TORCHVISION, "vit_b_16"):
+            return None
+        for weights in torchvision.models.get_model_weights(self.architecture):
+            if weights.url.rpartition("/")[2] == path.name:
+                own = weights.transforms()
+                resize = round(size * own.resize_size[0] / own.crop_size[0])
+                norm = (tuple(own.mean), tuple(own.std))
+                return Recipe(f"torchvision {weights}", size, resize, *norm, own.interpolation.value)
+        return None
 
     def trained(self, module: nn.Module, work: Work, data) -> Path:
         """The folder of this network trained by `model.train` on data.fit with work.seed; trained first where missing."""

@@ -1,7 +1,8 @@
 """The activation map of a convolutional network: a ReLU that stands alone, can be counted, and can drop more than ReLU.
 
-`isolate` gives every ReLU call of a traced network such a module of its own, however the network wrote it (a module,
-one module called twice, a function), so that methods and counters find maps by structure, not by the model's name.
+ReLU6 is such a map, too: it keeps its clip at 6. `isolate` gives every ReLU call of a traced network such a module of its
+own, however the network wrote it (a module, one module called twice, a function), so that methods and counters find maps
+by structure, not by the model's name.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ def spatial_topk(z: torch.Tensor, keep: float) -> torch.Tensor:
 
 
 class ActivationMap(SparseModule):
-    """y = ReLU(x); then 0 where y < threshold (FATReLU keeps y >= threshold); then top-k per channel map.
+    """y = ReLU(x), at most `ceiling`; then 0 where y < threshold (FATReLU keeps y >= threshold); then top-k per channel map.
 
     Args:
         site: name in records.
         threshold: FATReLU's t, or None for plain ReLU.
         keep: share of each channel map that `spatial_topk` keeps, or None.
+        ceiling: 6 for ReLU6, None for ReLU.
     """
 
-    def __init__(self, site: str, threshold: float | None = None, keep: float | None = None):
+    def __init__(
+        self, site: str, threshold: float | None = None, keep: float | None = None, ceiling: float | None = None
+    ):
         super().__init__()
-        self.site, self.threshold, self.keep = site, threshold, keep
+        self.site, self.threshold, self.keep, self.ceiling = site, threshold, keep, ceiling
 
     def new_counter(self) -> MapCounter:
         return MapCounter()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(x)
+        y = F.relu(x) if self.ceiling is None else F.hardtanh(x, 0.0, self.ceiling)
         if self.threshold:
             y = torch.where(y >= self.threshold, y, 0)
         if self.keep is not None and y.dim() == 4:
@@ -70,7 +74,7 @@ def maps_of(module: nn.Module) -> Iterator[ActivationMap]:
 def isolate(module: nn.Module) -> nn.Module:
     """The same network as a traced one in which every ReLU that feeds a convolution or linear map is an ActivationMap.
 
-    Parameter names and values stay. Raises ValueError where the network can't be traced.
+    Parameter names and values stay. Raises ValueError where the network can't be traced, and where no such ReLU is found.
     """
     try:
         graph = fx.Tracer().trace(module)
@@ -85,26 +89,41 @@ def isolate(module: nn.Module) -> nn.Module:
             repeat += 1
             site = f"{name}.{repeat}"
         target = f"maps.{len(sites)}"
-        sites[site] = ActivationMap(site)
+        sites[site] = ActivationMap(site, ceiling=6.0 if is_relu6(node, module) else None)
         with graph.inserting_after(node):
-            replacement = graph.create_node("call_module", target, (node.args[0],))
+            replacement = graph.create_node("call_module", target, (input_of(node),))
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
+    if not sites:
+        raise ValueError(f"model: no ReLU or ReLU6 before a convolution or linear map in {type(module).__name__}")
     module.maps = nn.ModuleList(sites.values())
     return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
 
 def is_relu(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(module.get_submodule(node.target), nn.ReLU)
-    return node.op == "call_function" and node.target in (F.relu, torch.relu)
+        return isinstance(module.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_, F.relu6)
+
+
+def is_relu6(node: fx.Node, module: nn.Module) -> bool:
+    return node.target is F.relu6 or (
+        node.op == "call_module" and isinstance(module.get_submodule(node.target), nn.ReLU6)
+    )
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """What a ReLU call reads."""
+    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def site_name(node: fx.Node) -> str:
     """The path of the ReLU module, or of the module that made its input with `relu` for the last part."""
     if node.op == "call_module":
         return str(node.target)
-    source = node.args[0]
+    source = input_of(node)
     parent = str(source.target).rpartition(".")[0] if source.op == "call_module" else ""
     return f"{parent}.relu" if parent else node.name
 

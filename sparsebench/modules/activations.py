@@ -12,6 +12,17 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")  # the first one set counts (Gemma has two)
+
+
+def activation_of(config) -> str:
+    """A model's FFN activation by the name transformers gives it. Raises ValueError where its config names none."""
+    for key in ACTIVATION_KEYS:
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name in ACT2FN:
+            return name
+    raise ValueError(f"model: its config names no activation of transformers ({', '.join(ACTIVATION_KEYS)})")
+
 
 class Activation(nn.Module):
     """phi(z) without further zeros: any activation of transformers by name, e.g. `silu`."""

@@ -28,16 +28,15 @@ class Counter:
         self.dense_tokens = 0
         self.token_mask: torch.Tensor | None = None  # [B, T] bool, False on padding
 
-    def add(self, keep: torch.Tensor, dense_tokens: int) -> None:
-        """Count one call. keep [B, T, n] bool; the first `dense_tokens` positions were left dense by policy."""
-        keep = keep.reshape(-1, keep.shape[-2], keep.shape[-1])
-        sparse, valid = keep[:, dense_tokens:], None
-        if self.token_mask is not None:
-            valid = self.token_mask[:, dense_tokens:]
-            self.dense_tokens += int(self.token_mask[:, :dense_tokens].sum())
-        else:
-            self.dense_tokens += keep.shape[0] * dense_tokens
-        rows = sparse[valid] if valid is not None else sparse.reshape(-1, sparse.shape[-1])
+    def add(self, keep: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Count one call. keep [..., n] bool; dense: bool, its shape without n, True on tokens left dense by policy."""
+        rows = keep.reshape(-1, keep.shape[-1])
+        valid = None if self.token_mask is None else self.token_mask.flatten().to(rows.device)
+        if dense is not None:
+            dense = dense.flatten()
+            self.dense_tokens += int((dense if valid is None else dense & valid).sum())
+            valid = ~dense if valid is None else valid & ~dense
+        rows = rows if valid is None else rows[valid]
         self.kept += rows.sum(0)
         self.sparse_tokens += rows.shape[0]
 
@@ -76,7 +75,8 @@ class SiteSparsity:
     weight: int  # parameters of the map this input feeds: its weight in model-wide figures
     sparse_tokens: int
     dense_tokens: int
-    kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token
+    kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token, where pruned
+    nonzeros: int | None = None  # all nonzero weights, where the method prunes
 
 
 @dataclass

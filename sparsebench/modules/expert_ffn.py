@@ -152,12 +152,14 @@ class ExpertFFN(SparseModule):
         return F.linear(x1, self.last.t(), self.last_bias)
 
     def norms(self, x1: torch.Tensor) -> torch.Tensor:
-        """||x1_e B_e|| [..., E] by h' (B B') h with one Gram matrix [m, m] per expert, in float32 at least."""
+        """||x1_e B_e|| [..., E] by h' (B B') h with one Gram matrix [m, m] per expert, in float32 at least (also where
+        autocast would take less)."""
         experts = self.last.detach().to(torch.promote_types(self.last.dtype, torch.float32))
         experts = experts.unflatten(0, (self.num_experts, -1))
-        gram = experts @ experts.transpose(1, 2)
-        h = x1.to(gram.dtype).unflatten(-1, (self.num_experts, -1))
-        return ((torch.einsum("...ei,eij->...ej", h, gram) * h).sum(-1)).clamp(min=0).sqrt()
+        with torch.autocast(experts.device.type, enabled=False):
+            gram = experts @ experts.transpose(1, 2)
+            h = x1.to(gram.dtype).unflatten(-1, (self.num_experts, -1))
+            return ((torch.einsum("...ei,eij->...ej", h, gram) * h).sum(-1)).clamp(min=0).sqrt()
 
     def sums(self, x1: torch.Tensor) -> torch.Tensor:
         """Sum of |x1| over each expert's neurons [..., E]: the sum of ReLU activations where those are x1."""
@@ -203,7 +205,7 @@ class ExpertFFN(SparseModule):
         return self.last_product(x1.flatten(-2))
 
     def count(self, keep: torch.Tensor) -> None:
-        self.counter.add(keep.unsqueeze(-2) if keep.dim() <= 2 else keep, 0)
+        self.counter.add(keep)
 
     @property
     def running(self) -> str:

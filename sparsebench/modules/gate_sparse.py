@@ -11,7 +11,8 @@ from torch import nn
 
 from sparsebench import kernels
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
-from sparsebench.modules.input_sparse import dense_prefix, replace
+from sparsebench.modules.input_sparse import replace
+from sparsebench.modules.tokens import left_dense, per_row
 from sparsebench.sites import Block
 
 
@@ -49,15 +50,13 @@ class GateSparseFFN(SparseModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gates = self.activation(self.gate(x))
-        tokens = x.shape[-2] if x.dim() > 2 else 1
-        dense = dense_prefix(self.prompt, tokens)
-        keep = self.keep(gates)
+        keep, dense = self.keep(gates), left_dense(self.prompt, x)
         if self.counter is not None:
-            self.counter.add(keep.unsqueeze(-2) if x.dim() <= 2 else keep, dense)
-        if dense:
-            keep[..., :dense, :] = True
+            self.counter.add(keep & (gates != 0), dense)  # a gate of exactly 0 is skipped whatever the threshold
+        if dense is not None:
+            keep = keep | dense.unsqueeze(-1)
         active = torch.where(keep, gates, 0)
-        name = self.kernel_name if tokens == 1 and self.counter is None else "masked_dense"
+        name = self.kernel_name if self.counter is None and per_row(x) == 1 else "masked_dense"
         backend = kernels.serving(name, active, self.down, "neuron_sparse_ffn")
         return backend.neuron_sparse_ffn(x, active, self.up.weight, self.down)
 

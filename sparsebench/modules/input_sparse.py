@@ -14,27 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
+from sparsebench.modules.tokens import follow, left_dense, per_row
 from sparsebench.sites import LinearMap
 
-PROMPT_POLICIES = ("none", "half", "last10", "p99", "all")
-
-
-def dense_prefix(policy: str, tokens: int) -> int:
-    """How many leading tokens of a call with `tokens` positions stay dense. One-token calls are always sparse.
-
-    none: all stay dense; half: the last T//2 are sparse; last10: the last T - int(0.9 T) (R-Sparse's release);
-    p99: the last int(0.99 T); all: every token is sparse. (TEAL, official code, `--prefill`; R-Sparse, prefill_ratio.)
-    """
-    if tokens == 1:
-        return 0
-    sparse = {
-        "none": 0,
-        "half": tokens // 2,
-        "last10": tokens - int(0.9 * tokens),
-        "p99": int(0.99 * tokens),
-        "all": tokens,
-    }
-    return tokens - sparse[policy]
+PROMPT_POLICIES = ("none", "half", "last10", "p99", "all")  # what they mean: modules/tokens.py
 
 
 class InputSparseLinear(SparseModule, LinearMap):
@@ -46,8 +29,8 @@ class InputSparseLinear(SparseModule, LinearMap):
         threshold: keep x_i iff |x_i| c_i > threshold (strictly).
         scale: c [n], e.g. column norms; None = 1.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
-        top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, ties included); a negative
-            threshold still keeps all.
+        top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, ties included; zeros among them
+            are dropped, as they are by any threshold); a negative threshold still keeps all.
         low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None. Filled up with zeros to a multiple of 8
             ranks, so that kernels read whole rows of 16 bytes; `rank` is r.
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
@@ -95,24 +78,20 @@ class InputSparseLinear(SparseModule, LinearMap):
         """bool, the shape of x [..., n]."""
         if self.top_k is None:
             return masked_dense.kept(x, self.threshold, self.scale)
-        return top_k_kept(x, self.top_k, self.scale) | (self.threshold < 0)
+        return (top_k_kept(x, self.top_k, self.scale) & (x != 0)) | (self.threshold < 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[-2] if x.dim() > 2 else 1
-        if tokens == 1 and self.counter is None:
+        if self.counter is None and per_row(x) == 1:
             rule = {"threshold": self.threshold, "scale": self.scale}
             rule = rule if self.top_k is None else {"keep": self.keep(x)}
             return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
                 x, self.weight, self.bias, **rule, low_rank=self.low_rank
             )
-        dense = dense_prefix(self.prompt, tokens)
-        if dense == tokens and self.counter is None:
-            return F.linear(x, self.weight, self.bias)
-        keep = self.keep(x)
+        keep, dense = self.keep(x), left_dense(self.prompt, x)
         if self.counter is not None:
-            self.counter.add(keep.unsqueeze(-2) if x.dim() <= 2 else keep, dense)
-        if dense:
-            keep[..., :dense, :] = True
+            self.counter.add(keep, dense)
+        if dense is not None:
+            keep = keep | dense.unsqueeze(-1)
         return masked_dense.input_sparse_linear(x, self.weight, self.bias, keep=keep, low_rank=self.low_rank)
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
@@ -143,8 +122,10 @@ def top_k_kept(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> to
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` in the place that `path` names."""
+    """Put `module` in the place that `path` names; with a prompt policy it will need the model's real lengths."""
     parent, _, name = path.rpartition(".")
+    if getattr(module, "prompt", "all") != "all":
+        follow(model)
     setattr(model.get_submodule(parent), name, module)
 
 

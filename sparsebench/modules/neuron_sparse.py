@@ -127,7 +127,7 @@ class NeuronSparseFFN(SparseModule):
             x1 = a * (u.relu() if self.up_activation == "relu" else u)
         if self.counter is not None:
             active = (a if "up" in self.skipped_roles else x1) != 0
-            self.counter.add(active.unsqueeze(-2) if active.dim() <= 2 else active, 0)
+            self.counter.add(active)
         return self.last(x1)
 
     @property

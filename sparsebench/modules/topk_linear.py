@@ -9,7 +9,8 @@ from torch import nn
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
 from sparsebench.modules.activations import topk, topk_mask
-from sparsebench.modules.input_sparse import InputSparseLinear, dense_prefix
+from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.tokens import left_dense, per_row
 
 
 def kept_count(share: float, size: int) -> int:
@@ -51,20 +52,19 @@ class TopKLinear(InputSparseLinear):
         self.count, self.block, self.rescale = count, block, rescale
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
-        return topk_mask(x.abs(), self.count, self.block) | (self.threshold < 0)
+        """bool, the shape of x: the k largest, without zeros where fewer than k are none."""
+        return (topk_mask(x.abs(), self.count, self.block) & (x != 0)) | (self.threshold < 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[-2] if x.dim() > 2 else 1
-        if not self.rescale and (tokens > 1 or self.counter is not None):
+        one = per_row(x) == 1 and self.counter is None
+        if not self.rescale and not one:
             return super().forward(x)
-        keep = self.keep(x)
+        keep, dense = self.keep(x), left_dense(self.prompt, x)
         if self.counter is not None:
-            self.counter.add(keep.unsqueeze(-2) if x.dim() <= 2 else keep, dense_prefix(self.prompt, tokens))
-        if tokens > 1 and self.prompt != "all":
-            keep[..., : dense_prefix(self.prompt, tokens), :] = True
+            self.counter.add(keep, dense)
+        if dense is not None:
+            keep = keep | dense.unsqueeze(-1)
         if self.rescale:
             x = rescaled(torch.where(keep, x, 0), x)
-        backend = (
-            kernels.serving(self.kernel_name, x, self.weight) if tokens == 1 and self.counter is None else masked_dense
-        )
+        backend = kernels.serving(self.kernel_name, x, self.weight) if one else masked_dense
         return backend.input_sparse_linear(x, self.weight, self.bias, keep=keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,44 @@ def ratio(dense: float | None, sparse: float | None) -> str:
     return f"{sparse / dense:.3f}x" if dense and sparse is not None else "-"
 
 
+def rounded(value: float, stderr: float | None) -> str:
+    """A figure to the digit its standard error reaches (its first, or its second where that starts with 1); 4 digits
+    where it has none."""
+    if not stderr or not math.isfinite(stderr):
+        return f"{value:.4g}"
+    return f"{value:.{digits(stderr)}f}"
+
+
+def digits(stderr: float) -> int:
+    """Decimals that a figure of this standard error can have."""
+    first = math.floor(math.log10(stderr))
+    return int(max(0, -first + (stderr / 10**first < 1.95)))
+
+
+def uncertain(value: float, stderr: float | None, unit: str = "", sign: str = "") -> str:
+    """10.98 ± 0.03, in significant digits only."""
+    if not stderr or not math.isfinite(stderr):
+        return f"{value:{sign}.4g}{unit}"
+    return f"{value:{sign}.{digits(stderr)}f} ± {stderr:.{digits(stderr)}f}{unit}"
+
+
+def change(name: str, metric: dict[str, Any]) -> str:
+    """From dense to sparse, with its paired standard error: a ratio, of shares a difference in points."""
+    if name == "accuracy":
+        stderr = metric.get("difference_stderr")
+        points = 100 * (metric["sparse"] - metric["dense"])
+        return uncertain(points, 100 * stderr, " points", "+") if stderr else f"{points:+.2f} points"
+    if metric.get("ratio") is not None:
+        return uncertain(metric["ratio"], metric.get("ratio_stderr"), "x")
+    return ratio(metric["dense"], metric["sparse"])
+
+
+def in_words(name: str, metric: dict[str, Any]) -> str:
+    """The sparse model's figure and the change: 10.98 ± 0.03 (1.093 ± 0.003x)."""
+    mark = ", little text" if metric.get("little_text") else ""
+    return f"{uncertain(metric['sparse'], metric.get('sparse_stderr'))} ({change(name, metric)}{mark})"
+
+
 def headline(found: dict[str, Any], path: Path) -> str:
     """One line of JSON for scripts: the main figures of a record and where it lies."""
     quality, latency = found.get("quality") or {}, found.get("latency") or {}
@@ -33,10 +72,11 @@ def headline(found: dict[str, Any], path: Path) -> str:
         "status": found["status"],
         "name": found["name"],
         "record": str(path),
-        f"{name}_dense": metric.get("dense"),
-        f"{name}_sparse": metric.get("sparse"),
+        **{f"{name}_{side}": significant(metric, side) for side in ("dense", "sparse")},
         "sparsity_model_wide": (found.get("sparsity") or {}).get("model_wide"),
     }
+    if metric.get("sparse") is not None:
+        content[name] = in_words(name, metric)
     part, times = timed(latency)
     content[f"{part}_speedup"] = times.get("speedup")
     for side in ("dense", "sparse"):
@@ -44,7 +84,15 @@ def headline(found: dict[str, Any], path: Path) -> str:
     content["dense_engine"], content["noisy"] = times.get("dense_engine"), latency.get("noisy")
     if found["error"]:
         content["error"] = found["error"]["message"]
-    return json.dumps(content)
+    return json.dumps(content, ensure_ascii=False)
+
+
+def significant(metric: dict[str, Any], side: str) -> float | None:
+    """A figure of either model without digits that even the (paired) error of the difference does not reach."""
+    value, errors = metric.get(side), [metric.get(f"{side}_stderr"), metric.get("difference_stderr")]
+    if value is None or not any(errors):
+        return value
+    return float(rounded(value, min(e for e in errors if e)))
 
 
 def timed(latency: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -95,14 +143,17 @@ def table(found: dict[str, Any]) -> Table:
     for name, metric in found["quality"].items():
         if name == "nll":
             continue
-        change = ratio(metric["dense"], metric["sparse"])
-        if name == "accuracy":
-            change = f"{100 * (metric['sparse'] - metric['dense']):+.2f} points"
-        grid.add_row(name, f"{metric['dense']:.4g}", f"{metric['sparse']:.4g}", change)
+        label = f"{name}, {metric['tokens']} tokens: LITTLE TEXT" if metric.get("little_text") else name
+        both = (uncertain(metric[side], metric.get(f"{side}_stderr")) for side in ("dense", "sparse"))
+        grid.add_row(label, *both, change(name, metric))
     sparsity_rows(grid, found["sparsity"])
     macs, traffic = found["macs"], found["bytes"]
     per = f"per {macs.get('per', 'decoded token')}"
     grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
+    scored = macs.get("scored")
+    if scored and scored["sparse"] != macs["sparse"]:  # a prompt policy left some of the scored tokens dense
+        change_scored = ratio(scored["dense"], scored["sparse"])
+        grid.add_row("MACs, over the scored tokens", scaled(scored["dense"]), scaled(scored["sparse"]), change_scored)
     grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
     ran = (
         ("not timed", "")

@@ -77,7 +77,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                if key not in ("samples_ms", "per_site", "config", "env"):
+                if key not in ("samples_ms", "per_site", "losses", "config", "env"):
                     walk(f"{prefix}/{key}" if prefix else key, inner)
         elif isinstance(value, (int, float, str, bool)):
             figures[prefix] = value

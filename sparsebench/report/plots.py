@@ -129,8 +129,8 @@ def quality_plots(group: Group, look: dict) -> dict[str, Figure]:
     found = {
         "sparsity": against(group, look, lambda r: r.sparsity, "Quality against measured sparsity",
                             "sparsity, model-wide, measured on test tokens", lambda r: 0.0, sign=-1),
-        "macs": against(group, look, lambda r: r.macs, "Quality against MACs",
-                        "MACs, share of the dense model's", lambda r: 1.0),
+        "macs": against(group, look, lambda r: r.scored_macs, "Quality against MACs",
+                        "MACs over the scored tokens, share of the dense model's", lambda r: 1.0),
         "ffn-macs": against(group, look, lambda r: r.ffn_macs, "Quality against the MACs of the FFNs",
                             "MACs of FFN maps and routers, share of the dense FFNs'", lambda r: 1.0),
     }  # fmt: skip

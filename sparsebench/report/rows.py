@@ -45,7 +45,8 @@ class Row:
     higher_is_better: bool = False
     requested: float | None = None
     sparsity: float | None = None
-    macs: float | None = None  # sparse / dense, counted
+    macs: float | None = None  # sparse / dense, counted, per decoded token (or image, text)
+    scored_macs: float | None = None  # the same over the tokens that quality was scored on
     ffn_macs: float | None = None  # sparse / dense of the FFNs' maps alone, routers and predictors included
     executed: float | None = None  # sparse / dense, as the kernel ran
     bytes: float | None = None  # sparse / dense
@@ -192,7 +193,9 @@ def make_row(path: Path, found: dict) -> Row:
     measured = found.get("sparsity") or {}
     row.requested, row.sparsity = measured.get("requested"), measured.get("model_wide")
     row.macs, row.executed = (share(costs.get(k), costs.get("dense")) for k in ("sparse", "executed"))
-    row.ffn_macs = ffn_share(costs.get("per_site") or {})
+    scored = costs.get("scored") or costs  # without a prompt policy, and in older records, the same
+    row.scored_macs = share(scored.get("sparse"), scored.get("dense"))
+    row.ffn_macs = ffn_share(scored.get("per_site") or {})
     row.bytes = share(traffic.get("sparse"), traffic.get("dense"))
     row.fit_seconds = (found.get("fit") or {}).get("seconds")
     row.times = dict(timings(found.get("latency") or {}))

@@ -2,8 +2,8 @@
 
 A trained network with ReLUs is sparse before any method touches it, so its own map sparsity stands beside the method's
 and every change is given in points and relative to it. Expert FFNs of a vision transformer are counted per token and
-reported per image (`routed`); everything else `macs.dense` counts all products, `macs.sparse` those with both
-operands non-zero; `macs.executed` is what the kernels that ran really did.
+reported per image (`routed`); everything else `macs.dense` counts all products, `macs.sparse` those with a non-zero
+activation (and weight, where the method prunes); `macs.executed` is what the kernels that ran really did.
 """
 
 from __future__ import annotations
@@ -80,10 +80,13 @@ class ImageClassification(Task[ImageAssessment]):
     def compare(self, dense, sparse, data, settings):
         test, requested = data.test, settings.method.requested
         protocol = {"split": "test", "size": test.size, "channels": test.channels, "augment": "none"}
-        sections = (
-            routed_sections(requested, dense, sparse) if sparse.measured else map_sections(requested, dense, sparse)
+        if settings.eval.classifier.test_examples:
+            protocol["subset"] = "stratified by class, seed 0"
+        section, multiplied, traffic = (
+            routed_sections(requested, dense, sparse)
+            if sparse.measured
+            else map_sections(requested, dense, sparse, settings.method.prunes)
         )
-        section, multiplied, traffic = sections
         return Comparison(
             quality=quality.compare_classes(dense.metrics, sparse.metrics, protocol),
             sparsity=section,
@@ -139,7 +142,9 @@ def is_product(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv2d, nn.Linear))
 
 
-def map_sections(requested: float | None, dense: ImageAssessment, sparse: ImageAssessment) -> tuple[dict, dict, dict]:
+def map_sections(
+    requested: float | None, dense: ImageAssessment, sparse: ImageAssessment, prunes: bool
+) -> tuple[dict, dict, dict]:
     """Sections sparsity, macs and bytes of a network with activation maps."""
     section = shares(sparse.maps) | {"requested": requested, "sparse_token_fraction": 1.0}
     section |= {
@@ -160,7 +165,7 @@ def map_sections(requested: float | None, dense: ImageAssessment, sparse: ImageA
         "nonzero_weights": sparse.nonzero_bytes,
         "unit": "bytes of conv and linear weights read per forward pass; pruned weights are stored as zeros",
     }
-    return section, multiplications(dense, sparse), traffic
+    return section, multiplications(dense, sparse, prunes), traffic
 
 
 def routed_sections(
@@ -192,8 +197,12 @@ def shares(maps: dict[str, MapCounter]) -> dict:
     }
 
 
-def multiplications(dense: ImageAssessment, sparse: ImageAssessment) -> dict:
-    """The record's macs section, per image, from the products counted on the test images."""
+def multiplications(dense: ImageAssessment, sparse: ImageAssessment, prunes: bool) -> dict:
+    """The record's macs section, per image, from the products counted on the test images.
+
+    prunes: whether the method set weights to 0; zeros that a network happens to have are not credited to it.
+    """
+    counted = "both" if prunes else "activation"
     found, base, attention = sparse.products, dense.products, sparse.attention_macs
     images = next(iter(found.values())).images
     total = {k: sum(getattr(p, k) for p in found.values()) / images for k in ("dense", "both", "activation", "weight")}
@@ -202,23 +211,24 @@ def multiplications(dense: ImageAssessment, sparse: ImageAssessment) -> dict:
     independent = 1 - (1 - reductions["activation"]) * (1 - reductions["weight"])
     return {
         "dense": total["dense"] + attention,
-        "sparse": total["both"] + attention,
+        "sparse": total[counted] + attention,
         "executed": None,  # until layers were timed
         "overhead": 0,
         **macs.unit_per("image"),
-        "definition": "sparse: both operands non-zero, by mask convolution; padding, biases and norms cost nothing",
+        "definition": f"sparse: {'both operands' if prunes else 'activation'} non-zero, by mask convolution; padding, "
+        "biases and norms cost nothing",
         "parts": {"attention": attention},
         "reduction": reductions | {"if_independent": independent, "baseline": natural},
         "reduction_gain_points": 100 * (reductions["both"] - natural),
-        "per_site": {name: site_cost(p, base.get(name)) for name, p in found.items()},
+        "per_site": {name: site_cost(p, base.get(name), counted) for name, p in found.items()},
     }
 
 
-def site_cost(found: Products, base: Products | None) -> dict:
+def site_cost(found: Products, base: Products | None, counted: str) -> dict:
     each = found.per_image()
     return {
-        "dense_macs": each["dense"], "sparse_macs": each["both"], "activation_only": each["activation"],
-        "weight_only": each["weight"], "baseline_macs": base.per_image()["both"] if base else None,
+        "dense_macs": each["dense"], "sparse_macs": each[counted], "activation_only": each["activation"],
+        "weight_only": each["weight"], "baseline_macs": base.per_image()[counted] if base else None,
     }  # fmt: skip
 
 

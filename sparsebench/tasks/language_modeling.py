@@ -29,7 +29,7 @@ class LanguageModeling(Task[LanguageAssessment]):
     def assess(self, loaded, module, data, settings):
         text, harness = settings.eval.text, settings.eval.lm_eval
         metrics, counters = quality.language_quality(module, data.test, text.test_sequences, text.batch_size)
-        measured = sparsity.summarise(module, counters)
+        measured = sparsity.summarise(module, counters, settings.method.prunes)
         asked = settings.eval.neurons.enabled
         return LanguageAssessment(
             metrics=metrics,
@@ -53,6 +53,9 @@ class LanguageModeling(Task[LanguageAssessment]):
             scores |= lm_eval.compare(dense.harness, sparse.harness, settings.eval.lm_eval, method.prompt_policy)
         costs = dense.costs | sparse.costs
         multiplied, traffic = macs.account(dense.costs, costs, sparse.outside, settings.measure.context)
+        multiplied["scored"], traffic["scored"] = macs.over_scored_tokens(
+            dense.costs, costs, sparse.measured, sparse.outside, settings.measure.context
+        )
         return Comparison(
             quality=scores,
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),

@@ -52,6 +52,8 @@ class TextClassification(Task[TextAssessment]):
 
     def compare(self, dense, sparse, data, settings):
         protocol = {"split": "test", "max_tokens": data.test.max_tokens, "padding": "masked, not counted"}
+        if settings.eval.classifier.test_examples:
+            protocol["subset"] = "stratified by class, seed 0"
         tokens, attention = float(sparse.lengths.mean()), sparse.attention_macs
         blocks = sum(c.dense_macs for c in dense.costs.values())
         head = dense.linear_macs - blocks  # pooler and head, once per text

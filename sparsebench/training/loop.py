@@ -186,6 +186,8 @@ def train(
     `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Under FSDP
     the module stays sharded: take its weights with finetune.weights. Raises Diverged, naming the step.
     """
+    if not len(rows):
+        raise ValueError(f"{label}: the data set holds nothing to train on (a set to evaluate on only)")
     on_cpu = next(module.parameters()).device.type == "cpu"
     precision = ("no" if on_cpu else "bf16") if settings.precision == "auto" else settings.precision
     AcceleratorState._reset_state()  # an earlier training of this process may have used another precision

@@ -3,10 +3,14 @@
 import gzip
 import struct
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+from sparsebench.data.images import Recipe, decode, use_recipe
+from sparsebench.data.labelled import subset
 from tests.helpers import image_settings, tiny_images
 
 
@@ -94,6 +98,81 @@ def test_class_folders(tmp_path):
     assert data.fit[torch.arange(5)].to("cpu").inputs.shape == (5, 3, 16, 16)
     (batch,) = data.test.batches(None, 10, "cpu")
     assert batch.inputs.shape == (4, 3, 16, 16) and batch.labels.tolist() == [0, 0, 1, 1]
+
+
+def class_folders(root, count, sizes, classes=("cat", "dog"), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture = torch.randint(0, 256, (*sizes[i % len(sizes)], 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(picture.numpy()).save(root / name / f"{i}.png")
+
+
+def folder_settings(path, **changes):
+    norm = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
+    return image_settings(source="folder", path=str(path), **{"size": 16, **norm, **changes})
+
+
+def test_images_of_the_right_size_are_left_alone(tmp_path):
+    """Others are resized to 256/224 of the size and cropped; the record says which happened to how many."""
+    class_folders(tmp_path, 10, [(16, 16), (16, 16), (24, 30), (16, 16), (16, 16)])
+    data = folder_settings(tmp_path).load(0)
+    (batch,) = data.test.batches(None, 10, "cpu")
+    for row, image in zip(data.test.rows.tolist(), batch.inputs, strict=True):
+        stored = torch.from_numpy(np.array(Image.open(data.test.store.paths[row]))).permute(2, 0, 1).float() / 255
+        if stored.shape[-1] == 16:
+            torch.testing.assert_close(image, (stored - 0.5) / 0.5)
+    facts = data.describe()
+    right = sum(Image.open(data.test.store.paths[i]).size == (16, 16) for i in data.test.rows.tolist())
+    assert facts["test"]["left_alone"] == right / len(data.test.rows)
+    assert facts["preprocessing"]["resize"] == 18 and facts["preprocessing"]["images_of_this_size"] == "left alone"
+    use_recipe(data, Recipe("mine", 16, 20, (0.1,) * 3, (0.2,) * 3))
+    (again,) = data.test.batches(None, 10, "cpu")
+    assert again.inputs.shape == batch.inputs.shape and data.describe()["preprocessing"]["name"] == "mine"
+    alone = [Image.open(data.test.store.paths[i]).size == (16, 16) for i in data.test.rows.tolist()]
+    torch.testing.assert_close(again.inputs[alone] * 0.2 + 0.1, batch.inputs[alone] * 0.5 + 0.5)
+
+
+def test_other_files_are_cropped_only_where_the_sets_own_are(tmp_path):
+    class_folders(tmp_path, 1, [(16, 16)])
+    class_folders(tmp_path, 1, [(20, 40)], classes=("wide",))
+    paths = [str(tmp_path / "cat" / "0.png"), str(tmp_path / "wide" / "0.png")]
+    as_stored = torch.from_numpy(np.array(Image.open(paths[0]))).permute(2, 0, 1)
+    data = tiny_images(size=16)
+    for split in (data.test, folder_settings(tmp_path).load(0).test):
+        found = split.read_files(paths)
+        assert torch.equal(found[0], as_stored) and found[1].shape == (3, 16, 16)
+    whole = torchvision.transforms.v2.functional.resize(decode(paths[1]), [16, 16], antialias=True)
+    assert torch.equal(data.test.read_files(paths)[1], whole)  # sets in memory are never cropped
+
+
+@pytest.mark.parametrize("layout", ["one of each class", "val alone"])
+def test_a_set_can_be_for_evaluation_only(tmp_path, layout):
+    root, count = (tmp_path, 1) if layout == "one of each class" else (tmp_path / "val", 4)
+    class_folders(root, count, [(16, 16)], classes=("a", "b", "c"))
+    data = folder_settings(tmp_path).load(0)
+    data.check_disjoint()
+    assert [len(s) for s in (data.fit, data.dev, data.test)] == [0, 0, 3 * count] and data.classes == ["a", "b", "c"]
+    assert data.fit.channels == 3 and data.fit.size == 16 and data.describe()["fit"]["images"] == 0
+    with pytest.raises(ValueError, match=r"its dev split holds no image \(a set to evaluate on only\)"):
+        next(data.dev.batches(None, 4, "cpu"))
+
+
+def test_a_limit_takes_its_share_of_every_class(tmp_path):
+    """A set sorted by class: 12 of 120 images are 4 of each class, the same ones every time, part of any larger subset."""
+    data = tiny_images(count=360)
+    split = data.test
+    split.rows = split.rows[split.store.labels[split.rows].argsort(stable=True)]
+    few = torch.cat([b.labels for b in split.batches(12, 5, "cpu")])
+    assert few.bincount().tolist() == [4, 4, 4]
+    labels = split.store.labels[split.rows]
+    assert set(subset(labels, 12).tolist()) < set(subset(labels, 50).tolist())
+    assert subset(labels, None).tolist() == subset(labels, 500).tolist() == list(range(120))
+    uneven = torch.tensor([0] * 80 + [1] * 20)
+    for count in (1, 5, 10, 33, 99):
+        shares = uneven[subset(uneven, count)].bincount(minlength=2)
+        assert int(shares.sum()) == count and abs(int(shares[0]) - 0.8 * count) <= 1
 
 
 def test_test_batches_are_plain_and_in_order():

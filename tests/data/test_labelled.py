@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sparsebench.data.labelled import Labelled, LabelledData, stratified, unique_rows
-from sparsebench.measure import quality
+from sparsebench.measure import quality, uncertainty
 from sparsebench.training.loop import classification_loss, train
 from tests.helpers import training_settings
 
@@ -78,14 +79,30 @@ def test_a_class_without_examples_has_no_accuracy():
     assert counts.metrics()["per_class"] == [1.0, 1.0, None]
 
 
+def counted(accuracy, first, **figures):
+    """Metrics over 100 examples of which those from `first` on, as many as `accuracy` says, are right."""
+    right = np.zeros(100, dtype=bool)
+    right[first : first + round(100 * accuracy)] = True
+    return {"accuracy": accuracy, "examples": 100, "right": right, "losses": np.full(100, figures["nll"]), **figures}
+
+
 def test_compare_names_direction_protocol_and_error():
     section = quality.compare_classes(
-        {"accuracy": 0.9, "nll": 1.0, "ece": 0.1, "examples": 100},
-        {"accuracy": 0.8, "nll": 2.0, "ece": 0.2, "examples": 100},
+        counted(0.9, 0, nll=1.0, ece=0.1),
+        counted(0.8, 15, nll=2.0, ece=0.2),
         {"split": "test"},
     )
     assert section["accuracy"]["higher_is_better"] and not section["nll"]["higher_is_better"]
-    assert section["accuracy"]["stderr"] == pytest.approx(0.03)
+    accuracy = section["accuracy"]
+    assert accuracy["dense_stderr"] == pytest.approx((0.9 * 0.1 / 99) ** 0.5)
+    assert accuracy["discordant"] == {"gained": 5, "lost": 15}
+    # McNemar's variance: (b + c - (b - c)^2 / n) / n, with n - 1
+    assert accuracy["difference_stderr"] == pytest.approx(((20 - 100 / 100) / 99 / 100) ** 0.5)
+    unpaired = (accuracy["dense_stderr"] ** 2 + accuracy["sparse_stderr"] ** 2) ** 0.5
+    assert accuracy["difference_stderr"] < unpaired
+    assert section["nll"]["difference_stderr"] == 0  # each example lost the same
+    right = uncertainty.unpacked(accuracy["losses"]["sparse_right"], "bits")[:100]
+    assert right.sum() == 80 and right[:15].sum() == 0
     assert section["accuracy"]["protocol"] == {"split": "test", "examples": 100}
 
 

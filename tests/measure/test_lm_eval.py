@@ -11,6 +11,8 @@ from sparsebench import config
 from sparsebench.config.compose import compose_all
 from sparsebench.config.settings import Harness
 from sparsebench.measure import lm_eval
+from sparsebench.modules.input_sparse import swap
+from sparsebench.sites import sites
 from tests.helpers import record_of, tiny_model, tiny_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(
@@ -25,9 +27,13 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-ROWS = [{"question": f"Paragraph {i}. word{i}", "choices": [" of", " word", " zz"], "answer": i % 3} for i in range(12)]
+ROWS = [
+    {"question": f"Paragraph {i}. word{i}" + " and more" * (i % 5), "choices": [" of", " word", " zz"], "answer": i % 3}
+    for i in range(12)
+]
 
 
 @pytest.fixture
@@ -69,6 +75,24 @@ def test_score_is_what_a_loop_by_hand_gives(task_folder):
 
 
 @needs_lm_eval
+def test_the_batch_changes_no_answer(task_folder):
+    """With half of each question sparse, padding would move the boundary and with it the answers."""
+    found = []
+    for batch in (1, 8, 32):
+        model = tiny_model()
+        for site in sites(model):
+            swap(model, site, 0.8, prompt="half")
+        found.append(lm_eval.score(model, tiny_tokenizer(), settings(task_path=str(task_folder)), batch)["words/acc"])
+    assert found[0]["rows"] == found[1]["rows"] == found[2]["rows"] and len(found[0]["rows"]) == len(ROWS)
+
+
+def test_paired_error_by_hand():
+    dense, sparse = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}, {3: 1.0, 2: 1.0, 1: 0.0, 0: 1.0}  # differences 0, -1, 1, 0
+    assert lm_eval.paired(dense, sparse) == pytest.approx((2 / 3) ** 0.5 / 2)
+    assert lm_eval.paired(dense, None) is None
+
+
+@needs_lm_eval
 def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, task_folder, tmp_path):
     process = sparsebench(
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}",
@@ -81,7 +105,8 @@ def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, tas
     assert next(iter(found)) == "perplexity"
     accuracy = found["words/acc"]
     assert 0 <= accuracy["sparse"] <= 1 and math.isfinite(accuracy["dense_stderr"])
-    assert accuracy["protocol"]["prompt_policy"] == "all" and "lm-eval" in accuracy["protocol"]["harness"]
+    assert accuracy["difference_stderr"] is not None and found["perplexity"]["little_text"]
+    assert accuracy["protocol"]["prompt_policy"] == "p99" and "lm-eval" in accuracy["protocol"]["harness"]
 
 
 def test_a_missing_extra_is_named(monkeypatch):

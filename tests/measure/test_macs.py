@@ -5,7 +5,7 @@ import torch
 
 from sparsebench.measure import macs, quality, sparsity
 from sparsebench.modules.base import Cost
-from sparsebench.modules.input_sparse import InputSparseLinear, replace
+from sparsebench.modules.input_sparse import InputSparseLinear, replace, swap
 from sparsebench.sites import find_blocks
 from tests.helpers import accounted, tiny_model
 
@@ -73,3 +73,39 @@ def test_a_sample_runs_all_products_of_the_sites_that_did_not_skip():
     by_hand = {(): 2020, ("0.ffn",): 2020 - 280, ("1.ffn",): 2020 - 120, ("0.ffn", "1.ffn"): section["sparse"]}
     for skipping, expected in by_hand.items():
         assert macs.executed_per_sample(section, set(skipping)) == expected
+
+
+@pytest.mark.parametrize(("prompt", "share"), [("all", 1), ("half", 8 / 16), ("none", 0)])
+def test_costs_over_the_scored_tokens_are_of_the_tokens_scored(prompt, share):
+    """Of 16 tokens `half` leaves 8 dense: they cost what dense tokens cost, whatever a decoded token costs."""
+    model = tiny_model()
+    dense = macs.dense_sites(model)
+    site = find_blocks(model)[0].sites["down"]
+    swap(model, site, 0.05, prompt=prompt)
+    with sparsity.counting(model) as counters:
+        quality.perplexity(model, torch.randint(0, 300, (3, 16)), 3)
+    measured = sparsity.summarise(model, counters)
+    decoded, traffic = accounted(dense, model, measured, context=1, skips=True)
+    sparse = dense | macs.site_costs(model, measured)
+    scored, moved = macs.over_scored_tokens(dense, sparse, measured, macs.outside_blocks(model, 1), 1)
+    assert scored["dense"] == decoded["dense"] and moved["dense"] == traffic["dense"]
+    saved = measured["0.down"].sparsity * D * F  # over all tokens, dense ones included
+    assert scored["dense"] - scored["sparse"] == pytest.approx(saved)
+    assert moved["dense"] - moved["sparse"] == pytest.approx(4 * saved)
+    assert saved == pytest.approx(share * (decoded["dense"] - decoded["sparse"]))
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+def test_accidental_zero_weights_are_no_saving(prunes):
+    model = tiny_model()
+    dense, site = macs.dense_sites(model), find_blocks(model)[0].sites["down"]
+    model.get_submodule(site.path).weight[:, ::2] = 0
+    swap(model, site, 0.0, prompt="half")
+    with sparsity.counting(model) as counters:
+        quality.perplexity(model, torch.randint(0, 300, (3, 16)), 3)
+    measured = sparsity.summarise(model, counters, prunes)
+    found, _ = accounted(dense, model, measured, context=1, skips=True)
+    assert found["dense"] - found["sparse"] == (D * F // 2 if prunes else 0)
+    sparse = dense | macs.site_costs(model, measured)
+    scored, _ = macs.over_scored_tokens(dense, sparse, measured, macs.outside_blocks(model, 1), 1)
+    assert scored["dense"] - scored["sparse"] == (D * F // 2 if prunes else 0)  # pruned for dense tokens, too

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sparsebench import config, tasks
 from sparsebench.config.compose import compose_all
+from sparsebench.data.images import Files, Recipe
 from sparsebench.measure import shape_bias
 from sparsebench.models import Loaded
 from tests.helpers import tiny_cnn, tiny_images
@@ -80,6 +81,10 @@ class Data:
     def __init__(self, classes):
         self.classes, self.test = classes, self
         self.size, self.channels = 16, 1
+
+    def read_files(self, paths):
+        recipe = Recipe("of the set", self.size, None, (0.0,), (1.0,))
+        return Files(paths, torch.zeros(len(paths))).read(torch.arange(len(paths)), False, recipe)
 
     def prepare(self, pixels):
         return pixels.float() / 255

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sparsebench.measure import sparsity
-from sparsebench.modules.input_sparse import InputSparseLinear, dense_prefix
+from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.tokens import dense_prefix
 
 
 def counted(x, threshold=0.5, prompt="all", mask=None):

@@ -7,15 +7,16 @@ import torch
 
 from sparsebench import config
 from sparsebench.config.compose import compose_all
+from sparsebench.data.labelled import Labelled
 from sparsebench.experts import conversion, routers
 from sparsebench.experts.clustering import Grouping
-from sparsebench.measure import sparsity
+from sparsebench.measure import quality, sparsity
 from sparsebench.measure.quality import classification_quality, language_quality
 from sparsebench.methods.d2dmoe import ActivationPenalty, hoyer, projection_width, regularise
 from sparsebench.methods.moefication import activation_labels
 from sparsebench.models import Loaded
 from sparsebench.sites import find_blocks
-from sparsebench.training.loop import Training, train
+from sparsebench.training.loop import Training, order, train
 from tests.helpers import QUICK_TRAINING, built, tiny_images, tiny_model, tiny_vit, work
 
 
@@ -73,10 +74,13 @@ def test_groups_are_averaged_apart_and_padding_counts_nowhere():
     expected = sum(hoyer(a)[mask.bool()].mean() for a in seen.values())
     assert float(penalty.value()) == pytest.approx(float(expected), rel=1e-5)
     assert penalty.coefficient(0) == pytest.approx(1 / 50) and penalty.coefficient(49) == penalty.coefficient(99) == 1
-    penalty.remove()
+    assert penalty.stats()["zeros"] > 0.2
+    model(input_ids=rows, attention_mask=mask, use_cache=False)
+    real = [float((a == 0)[mask.bool()].float().mean()) for a in seen.values()]
+    assert penalty.stats()["zeros"] == pytest.approx(sum(real) / 2, abs=1e-6)  # logged zeros, too, are of tokens only
     for hook in hooks:
         hook.remove()
-    assert penalty.stats()["zeros"] > 0.2
+    penalty.remove()
 
 
 def test_penalty_makes_activations_sparser(data, tmp_path):
@@ -116,6 +120,61 @@ def test_router_training_changes_routers_only(name, data, tmp_path):
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert changed and all(".router." in k for k in changed)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+class Padded:
+    """Texts of 5 to 11 tokens whose padding is loud: id 319 repeated."""
+
+    unit, classes = "texts", 2
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, rows):
+        ids, mask = torch.full((len(rows), 12), 319), torch.zeros(len(rows), 12, dtype=torch.int64)
+        for i, row in enumerate(rows.tolist()):
+            length = 5 + row % 7
+            ids[i, :length], mask[i, :length] = torch.arange(length) + row, 1
+        return Labelled({"input_ids": ids, "attention_mask": mask}, torch.zeros(len(rows), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_labels_are_float32_and_of_real_tokens(precision, tmp_path):
+    """Whatever precision the routers train in, labels are those of a float32 pass over tokens that are no padding."""
+    model, seen = tiny_model(), []
+    found = conversion.convert(model, 16, "relu")
+    for ffn in found:
+        ffn.router = routers.random_router(64, 8, ffn.num_experts, torch.Generator().manual_seed(0), outer="abs")
+    plain = copy.deepcopy(model)
+
+    def label(ffn, x1):
+        seen.append((ffn.site, x1, ffn.norms(x1)))
+        return seen[-1][2]
+
+    node = compose_all(["method=d2dmoe"])[0]["method"]["router"]
+    settings = config.build(
+        {**node, "steps": 1, **QUICK_TRAINING, "warmup": 0, "precision": precision}, "t", [], Training
+    )
+    data = type("Data", (), {"fit": Padded()})
+    routers.fit_routers(model, found, label, torch.nn.functional.mse_loss, data, settings, work(tmp_path))
+    batch, expected = Padded()[order(12, 0, 0)[:8]], []
+
+    def see(ffn, x, z, a, x1):
+        expected.append(ffn.norms(x1)[batch.inputs["attention_mask"].bool()])
+
+    with torch.no_grad(), conversion.watching(conversion.ffns(plain), see):
+        quality.logits(plain, batch.inputs)
+    assert len(seen) == 2 and all(x1.dtype == torch.float32 for _, x1, _ in seen)
+    for (_, _, labels), right in zip(seen, expected, strict=True):
+        torch.testing.assert_close(labels, right, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_ignore_autocast():
+    ffn = conversion.convert(tiny_model(), 16, "relu")[0]
+    x1 = torch.randn(64, 160)
+    plain = ffn.norms(x1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ffn.norms(x1), plain)
 
 
 def test_moefication_labels():

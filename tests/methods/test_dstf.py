@@ -196,8 +196,30 @@ def test_alpha_0_is_plain_fine_tuning_bit_for_bit(trained, tmp_path):
     plain = network(trained).requires_grad_(True)
     train(plain, tiny_images().fit, dstf.train, folder=tmp_path / "b", seed=0, loss=classification_loss)
     assert all(torch.equal(fit.tensors[k], v) for k, v in plain.state_dict().items())
-    control = fitted(method("method.stages=finetune"), trained, tmp_path / "c")
+    overrides = ("method.stages=finetune", "method.alpha=0.0", "method.l1_steps=0", "method.finetune_steps=0")
+    control = fitted(method(*overrides), trained, tmp_path / "c")
     assert all(torch.equal(control.tensors[k], v) for k, v in plain.state_dict().items())
+
+
+def test_the_control_has_the_steps_and_candidates_of_dual(trained, tmp_path, monkeypatch):
+    """As many optimiser steps and as many trainings to choose from, and no two candidates alike."""
+    taken = {}
+
+    def counted(module, rows, settings, *, folder, seed, **arguments):
+        taken[variant].append((folder.name, settings.steps, seed))
+        return train(module, rows, settings, folder=folder, seed=seed, **arguments)
+
+    monkeypatch.setattr("sparsebench.methods.dstf.method.train", counted)
+    for variant in ("dual", "finetune"):
+        taken[variant] = []
+        found = fitted(method(f"method.stages={variant}"), trained, tmp_path / variant).info["extra"]["dstf"]["search"]
+        assert len([r for r in found if r["stage"] == 3]) == 2
+    assert (
+        sum(steps for _, steps, _ in taken["dual"])
+        == sum(steps for _, steps, _ in taken["finetune"])
+        == 5 + 10 + 2 * 20
+    )
+    assert taken["finetune"] == [("control", 15, 0), ("control-0", 20, 0), ("control-1", 20, 1)]
 
 
 def test_the_sparsest_admissible_strength_is_chosen(trained, tmp_path):
@@ -252,9 +274,8 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(trained, tmp_path, mon
 def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     """Check 10: pooled and layer-mean by hand; a tiny positive value is no zero."""
     module, data = network(trained), tiny_images()
-    settings = config.build_settings(compose_all(["model=lenet5", "method=dense", "hardware=cpu"])[0])
-    task = image_classification.ImageClassification()
-    found = image_classification.shares(task.assess(Loaded(module, None, {}), module, data, settings).maps)
+    _, maps = quality.classification_quality(module, data.test, None, 16)
+    found = image_classification.shares(maps)
     seen = {}
     for layer in maps_of(module):
         layer.register_forward_hook(lambda m, _, y: seen.__setitem__(m.site, y))

@@ -284,7 +284,7 @@ def test_both_sparsities_and_what_both_leave_are_reported(name, data, tmp_path):
     _, counters = quality.language_quality(model, data.test, 4, 4)
     for hook in hooks:
         hook.remove()
-    measured = sparsity.summarise(model, counters)
+    measured = sparsity.summarise(model, counters, rule.prunes)
     found = language_modeling.describe_sparsity(rule.requested, measured, dense, sparsity.zero_weights(model))
     assert found["weights"] == pytest.approx(0.5, abs=2e-3) and found["model_wide"] == pytest.approx(0.25)
     counted, _ = accounted(dense, model, measured, context=1, skips=True)

@@ -10,6 +10,7 @@ from sparsebench.methods.prosparse import predictor
 from sparsebench.models import Loaded
 from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, swap
+from sparsebench.records import state
 from sparsebench.sites import find_blocks
 from tests.helpers import CPU_KERNELS, KINDS, accounted, tiny_model, tiny_tokenizer, work
 
@@ -108,6 +109,29 @@ def test_approximate_prosparse(tmp_path):
     _, counters = quality.language_quality(exact, data().test, None, 4)
     for site, share in sparsity.summarise(exact, counters).items():
         assert share.sparsity <= measured[site].sparsity + 0.02  # predictors only switch off more
+
+
+def test_predictors_are_of_the_threshold_in_use(tmp_path):
+    """Another threshold is another state (its key says so), and a state's predictors serve no other threshold."""
+    predictor = "method.predictor={" + ",".join(f"{k}:{v}" for k, v in SETTINGS.items()) + "}"
+    given = ["method=prosparse", "hardware=cpu", *QUICK, predictor, "method.thresholds=[0.3]",
+             "method.threshold_tolerance=1e9"]  # fmt: skip
+    variants = {
+        "exact": ["method.threshold=0"], "own": ["method.approximate=true"],
+        "zero": ["method.approximate=true", "method.threshold=0"],
+    }  # fmt: skip
+    keys, fits = {}, {}
+    for name, more in variants.items():
+        (composed,) = compose_all([*given, *more])
+        settings = config.build_settings(composed)
+        keys[name] = state.key(settings, composed, {"versions": {}})
+        loaded = Loaded(tiny_model(), tiny_tokenizer(), {})
+        fits[name] = settings.method, settings.method.fit(loaded, data(), work(tmp_path / name))
+    assert keys["exact"] == keys["own"] != keys["zero"]
+    assert [found.info["predictor_threshold"] for _, found in fits.values()] == [0.3, 0.3, 0.0]
+    with pytest.raises(ValueError, match=r"threshold must be 0.3 with this state's predictors, got 0"):
+        fits["zero"][0].apply(tiny_model(), fits["own"][1], work(tmp_path))
+    assert fits["zero"][0].apply(tiny_model(), fits["zero"][1], work(tmp_path)) is not None
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

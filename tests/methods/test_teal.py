@@ -11,7 +11,7 @@ from sparsebench.calibration import allocation, block_error
 from sparsebench.calibration.allocation import Greedy, search, table_of
 from sparsebench.calibration.histograms import observe
 from sparsebench.measure import quality, sparsity
-from sparsebench.methods.teal import Teal, signed_quantile
+from sparsebench.methods.teal import Teal, abs_quantile, signed_quantile
 from sparsebench.models.language import Loaded
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.records import state
@@ -281,6 +281,16 @@ def test_published_histograms_and_tables_are_read(shared_data, tmp_path):
             official = [signed.threshold(fit, site, p) for p in (0.25, 0.5, 0.65, 0.9)]
             assert direct == sorted(direct) and official == sorted(official)
             assert direct == pytest.approx(official, rel=0.1)  # activations are close to symmetric about 0
+            name = f"signed.{layer}.{site.group}"
+            centers, counts = (fit.tensors[f"{name}.{part}"] for part in ("centers", "counts"))
+            last = float(centers[1:-1].abs().max())
+            for p in (0.25, 0.5, 0.9):
+                t = teal.threshold(fit, site, p)
+                inside = counts[centers.abs() <= t].sum() / counts.sum()
+                assert float(inside) == pytest.approx(p, abs=float(counts.max() / counts.sum()) * 2 + 1e-3)
+            with pytest.raises(ValueError, match=rf"{site.name} at sparsity 0.9999: beyond the last inner bin"):
+                teal.threshold(fit, site, 0.9999)
+            assert teal.threshold(fit, site, 0.95) < last
 
 
 def test_missing_layers_of_an_import_are_named(shared_data, tmp_path):
@@ -293,3 +303,30 @@ def test_missing_layers_of_an_import_are_named(shared_data, tmp_path):
     teal = method(histograms=str(shared_data / "teal-llama2-7b"))
     with pytest.raises(ValueError, match=r"no layer-2 .*2 of 4 layers missing"):
         teal.fit(Loaded(model, None, {}), None, work(tmp_path))
+
+
+def coarse(values, inner=20, reach=2.0):
+    """A signed histogram as the official ones are: equal inner bins over [-reach, reach], catch-alls at both ends."""
+    edges = torch.linspace(-reach, reach, inner + 1)
+    places = torch.bucketize(values, edges)
+    counts = places.bincount(minlength=inner + 2).double()
+    centers = torch.cat([torch.tensor([-9.0]), (edges[:-1] + edges[1:]) / 2, torch.tensor([9.0])]).double()
+    return centers, counts
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.25, 0.5, 0.8, 0.9])
+def test_thresholds_lie_between_the_bins_of_an_import(p):
+    """Bins 0.2 wide: without going inside them 25 % asked were up to 31 % by count. Not symmetric on purpose."""
+    values = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 2.2 - 0.8
+    found = abs_quantile(*coarse(values), p)
+    assert float((values.abs() <= found).double().mean()) == pytest.approx(p, abs=0.01)
+
+
+def test_beyond_the_last_inner_bin_an_import_is_refused():
+    centers, counts = coarse(torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
+    assert abs_quantile(centers, counts, 0.95) < 2
+    with pytest.raises(ValueError, match="beyond the last inner bin, which reaches 95"):
+        abs_quantile(centers, counts, 0.97)
+    assert signed_quantile(centers, counts, 0.97) < 2
+    with pytest.raises(ValueError, match="beyond the last inner bin, which reaches 97"):
+        signed_quantile(centers, counts, 0.99)

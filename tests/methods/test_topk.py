@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from sparsebench import config, kernels
@@ -10,6 +11,7 @@ from sparsebench.measure import quality, sparsity
 from sparsebench.models.language import Loaded
 from sparsebench.modules.activations import StatisticalTopK, TopK, topk, topk_mask
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
+from sparsebench.records.state import State
 from tests.helpers import KINDS, tiny_model, tiny_tokenizer, work
 
 data, logits = KINDS["language"].data, KINDS["language"].logits
@@ -209,3 +211,27 @@ def test_bad_settings(overrides, message):
 def test_qsparse_has_a_file_of_its_own():
     method = config.build_settings(compose_all(["method=qsparse", "hardware=cpu"])[0]).method
     assert (method.variant, method.backward, method.activation, method.anneal) == ("qsparse", "ste", "relu2", 0.0)
+
+
+def test_zeros_among_the_largest_are_counted_as_zeros():
+    """Of 10 inputs 7 are exactly 0 and k = 6: three are kept, 0.7 are dropped, whatever the mask of k says."""
+    layer, x = TopKLinear(nn.Linear(10, 4), "0.q", 6), torch.zeros(2, 5, 10)
+    x[..., :3] = rand(2, 5, 3)
+    with sparsity.counting(layer) as counters:
+        y = layer(x)
+    assert sparsity.summarise(layer, counters)["0.q"].sparsity == pytest.approx(0.7)
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("variant", ["lazy", "qsparse"])
+def test_gemma_names_its_activation_otherwise(variant, tmp_path):
+    """Gemma-2 has hidden_activation and no hidden_act; at keep=1 its own activation must come back."""
+    shape = transformers.Gemma2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, rows = transformers.Gemma2ForCausalLM(shape).eval().requires_grad_(False), torch.randint(0, 320, (2, 12))
+    expected = logits(model, rows)
+    method = build(f"method.variant={variant}", "method.keep=1.0", "method.activation=null", "method.train=null")
+    torch.testing.assert_close(logits(method.apply(model, State(), work(tmp_path)), rows), expected)

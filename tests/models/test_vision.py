@@ -1,6 +1,7 @@
 """Image models and the traced form in which every ReLU is a module; top-k per channel map (docs/methods/spatial_topk.md)."""
 
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -17,7 +18,7 @@ from sparsebench.records import record
 from tests.helpers import TinyCNN, built, record_of, tiny_cnn, tiny_images, work
 
 # ReLU calls per pass; DenseNet's first is not among them: what it feeds passes another ReLU before any convolution.
-MAPS = {"resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densenet121": 120}
+MAPS = {"resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densenet121": 120, "mobilenet_v2": 35}
 
 
 def vision_model(name="lenet5", **changes):
@@ -27,7 +28,7 @@ def vision_model(name="lenet5", **changes):
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_every_relu_call_is_a_map_of_its_own_and_the_output_stays(name):
     torch.manual_seed(0)
-    module = vision_model(name, weights="random", stem="cifar").plain(3, 10, 32).eval()
+    module = vision_model("resnet18", architecture=name, weights="random", stem="cifar").plain(3, 10, 32).eval()
     x, names = torch.randn(1, 3, 32, 32), list(module.state_dict())
     with torch.no_grad():
         before = module(x)
@@ -46,6 +47,60 @@ def test_maps_are_relus_that_feed_products():
             return torch.relu(super().forward(x))
 
     assert [m.site for m in maps_of(isolate(Net()))] == ["relu", "relu.2", "relu_2"]
+
+
+class Net6(nn.Module):
+    """ReLU6 as a module, as a function and as a method's neighbour."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+        self.relu6, self.head = nn.ReLU6(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = nn.functional.relu6(input=self.conv2(self.relu6(self.conv1(x) * 20)))
+        return self.head(self.conv3(x).relu().mean((2, 3)))
+
+
+def test_relu6_is_a_map_that_keeps_its_clip():
+    torch.manual_seed(0)
+    x, module = torch.randn(4, 1, 8, 8), Net6().eval()
+    with torch.no_grad():
+        before = module(x)
+        traced = isolate(module)
+        assert torch.equal(traced(x), before)
+    first, second, third = maps_of(traced)
+    assert [m.ceiling for m in (first, second, third)] == [6.0, 6.0, None]
+    z = torch.tensor([-1.0, 0.5, 3.0, 8.0])
+    assert first(z).tolist() == [0, 0.5, 3, 6] and third(z).tolist() == [0, 0.5, 3, 8]
+    first.threshold = 1.0
+    assert first(z).tolist() == [0, 0, 3, 6]
+    first.threshold, first.keep = None, 0.5
+    assert first(z.view(1, 1, 2, 2)).flatten().tolist() == [0, 0, 3, 6]
+
+
+def test_a_network_without_maps_is_refused():
+    with pytest.raises(ValueError, match="no ReLU or ReLU6 before a convolution or linear map in Sequential"):
+        isolate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)))
+
+
+def test_the_weights_own_recipe_decides():
+    """ResNet-50's second weights were trained to be seen through 232 pixels, its first ones through 256."""
+    model = vision_model("resnet50")
+    found = {}
+    for weights in torchvision.models.ResNet50_Weights:
+        found[weights.name] = model.recipe(Path("/somewhere", weights.url.rpartition("/")[2]), 224)
+    assert found["IMAGENET1K_V1"].resize == 256 and found["IMAGENET1K_V2"].resize == 232
+    assert found["IMAGENET1K_V1"].mean == (0.485, 0.456, 0.406) and "IMAGENET1K_V1" in found["IMAGENET1K_V1"].name
+    assert model.recipe(Path("mine.safetensors"), 224) is None
+    assert (
+        model.recipe(Path(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]), 112).resize == 116
+    )
+    theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    picture = torch.randint(0, 256, (3, 300, 260), dtype=torch.uint8)
+    shaped = found["IMAGENET1K_V2"].shape(picture)
+    norm = [torch.tensor(v).view(3, 1, 1) for v in (theirs.mean, theirs.std)]
+    torch.testing.assert_close((shaped.float() / 255 - norm[0]) / norm[1], theirs(picture), rtol=0, atol=0.02)
 
 
 def test_what_can_not_be_traced_is_an_error():
@@ -96,8 +151,6 @@ def test_weights_from_files_and_what_is_refused(tmp_path):
         vision_model(weights="pretrained", path=str(tmp_path / "evil.pth")).load(work(tmp_path), data)
     assert not EVIL.exists()
 
-
-from pathlib import Path  # noqa: E402
 
 EVIL = Path("evil-was-here")
 

@@ -2,7 +2,8 @@
 
 1 the trained network; 2 weight L1, global magnitude pruning, fine-tuning with the masks kept; 3 Transformed-L1 on the
 activation maps, masks frozen, at several strengths: the largest sparsity on data.dev whose accuracy there is at least
-the baseline's is taken. Only the abstract of the paper was at hand; what the YAML marks [choice] is ours.
+the baseline's is taken. The control `finetune` has the same stages, steps and number of candidates without pruning and
+penalties; its candidates differ in the order of the data. Only the abstract of the paper was at hand; what the YAML marks [choice] is ours.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class DSTF(Method):
         if problems:
             raise ValueError("\n".join(problems))
 
+    @property
+    def prunes(self) -> bool:
+        return self.stages in ("dual", "weight") and self.weight_sparsity > 0
+
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)
 
@@ -79,14 +84,25 @@ class DSTF(Method):
         if self.stages in ("dual", "weight") and self.weight_sparsity > 0:
             masks = self.prune(start, data, work)
             rows.append({"stage": 2, **self.score(start, data, work)})
+        steps = self.l1_steps + self.finetune_steps
+        if self.stages == "finetune" and steps:
+            if not self.stage("control", start, data, work, steps, None, {}):
+                raise Diverged("method.train.lr: the control diverged")
+            rows.append({"stage": 2, **self.score(start, data, work)})
         chosen, candidates = start, []
         if self.stages in ("dual", "activation", "finetune"):
             alphas, weights, scale = self.coefficients(start, data, work)
             best = None
-            for strength, alpha in alphas:
+            for number, (strength, alpha) in enumerate(alphas):
                 module = copy.deepcopy(start)
                 row = {"stage": 3, "strength": strength, "alpha": alpha}
-                if not self.sparsify(module, masks, alpha, weights, data, work):
+                if self.stages == "finetune":
+                    name, penalty = f"control-{number}", None
+                    row["seed"] = work.seed + number
+                else:
+                    name, penalty = f"maps-{alpha:.6g}", self.penalty(module, alpha, weights)
+                seed = row.get("seed", work.seed)
+                if not self.stage(name, module, data, work, self.train.steps, penalty, masks, seed):
                     candidates.append({**row, "diverged": True})
                     continue
                 row |= self.score(module, data, work)
@@ -144,7 +160,7 @@ class DSTF(Method):
             "weight_sparsity": effective_macs.weight_sparsity(module),
         }  # fmt: skip
 
-    def stage(self, name: str, module: nn.Module, data, work: Work, steps: int, penalty, masks) -> bool:
+    def stage(self, name, module: nn.Module, data, work: Work, steps: int, penalty, masks, seed=None) -> bool:
         """Train `module` in place; a stage that finished before is read back. False where training diverged."""
         path = work.folder / f"{name}.safetensors"
         settings = dataclasses.replace(self.train, steps=steps)
@@ -153,7 +169,8 @@ class DSTF(Method):
         def run() -> State:
             try:
                 history = train(
-                    module, data.fit, settings, folder=work.folder / name, seed=work.seed, loss=classification_loss,
+                    module, data.fit, settings, folder=work.folder / name, seed=work.seed if seed is None else seed,
+                    loss=classification_loss,
                     penalty=penalty, after_step=keeper.apply, track=work.log, label=f"dstf/{name}",
                 )  # fmt: skip
             except Diverged as error:
@@ -196,7 +213,7 @@ class DSTF(Method):
         the training loss is near 0 by then. With `per_layer` each map has an equal share in that ratio [choice].
         """
         if self.stages == "finetune":
-            return [(0.0, 0.0)], None, {}
+            return [(0.0, 0.0)] * (len(self.strengths) if self.alpha is None else 1), None, {}
         sites = [m.site for m in maps_of(module)]
         if isinstance(self.alpha, list):
             if len(self.alpha) != len(sites):
@@ -229,11 +246,11 @@ class DSTF(Method):
             return [(self.alpha * total / entropy, self.alpha)], weights, scale
         return [(s, s * entropy / total) for s in self.strengths], weights, scale
 
-    def sparsify(self, module, masks, alpha, weights, data, work: Work) -> bool:
-        """Stage 3 at one alpha, in place; False where it diverged."""
-        function = penalties.regulariser(self.regulariser, self.beta)
-        penalty = penalties.MapPenalty(module, function, alpha, weights, self.reg_norm)
-        return self.stage(f"maps-{alpha:.6g}", module, data, work, self.train.steps, penalty, masks)
+    def penalty(self, module: nn.Module, alpha: float, weights: dict | None) -> penalties.MapPenalty:
+        """Stage 3's term at one alpha."""
+        return penalties.MapPenalty(
+            module, penalties.regulariser(self.regulariser, self.beta), alpha, weights, self.reg_norm
+        )
 
 
 def rank(row: dict) -> tuple:

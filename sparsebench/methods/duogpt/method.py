@@ -66,6 +66,10 @@ class DuoGPT(Method):
             raise ValueError("\n".join(lines))
 
     @property
+    def prunes(self) -> bool:
+        return self.weight_sparsity > 0
+
+    @property
     def rule(self) -> pruning.Rule:
         return pruning.Rule(
             self.weight_sparsity, self.pattern, self.alpha, self.damping, self.order, self.block, self.compat_lazy

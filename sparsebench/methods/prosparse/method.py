@@ -51,7 +51,11 @@ def expected_sparsity(lambda_last: float) -> float:
 
 @dataclass(kw_only=True)
 class ProSparse(Method):
-    """Settings; `threshold` (null = the one chosen on dev) and `approximate` can be changed without training again."""
+    """Settings; `threshold` (null = the one chosen on dev) and `approximate` can be changed without training again.
+
+    Predictors learn which neurons are active at one threshold, so approximate=true with a threshold that is set is a fit
+    of its own, with predictors for that threshold.
+    """
 
     name: str = setting(**NAME_PATTERN)
     control: str | None = setting(choices=CONTROLS)
@@ -71,6 +75,8 @@ class ProSparse(Method):
     operating_point: ClassVar = ("threshold", "approximate")
 
     def __post_init__(self):
+        if self.approximate and self.threshold is not None:
+            self.operating_point = ()  # predictors are of one threshold, which is part of the state's key
         problems = []
         if len(self.stages) != len(self.lambdas) or not self.stages:
             problems.append(f"lambdas must have one value per stage ({len(self.stages)}), got {len(self.lambdas)}")
@@ -140,10 +146,15 @@ class ProSparse(Method):
             state.info["threshold"] = max(row["threshold"] for row in table if row["perplexity"] <= limit)
             state.info["extra"] |= {"thresholds_on_dev": table, "threshold": state.info["threshold"]}
         if self.predictor is not None and self.control != "continued":
-            self.set_threshold(module, state.info["threshold"])
+            own = self.approximate and self.threshold is not None and self.takes_threshold
+            state.info["predictor_threshold"] = self.threshold if own else state.info["threshold"]
+            self.set_threshold(module, state.info["predictor_threshold"])
             tensors, state.info["extra"]["predictor"] = predictor.fit(module, data, self.predictor, work)
             state.tensors |= tensors
         return state
+
+    def used_threshold(self, state: State) -> float:
+        return state.info["threshold"] if self.threshold is None or not self.takes_threshold else self.threshold
 
     def set_threshold(self, module: nn.Module, threshold: float) -> None:
         for _, ffn in base.measured_modules(module):
@@ -170,7 +181,11 @@ class ProSparse(Method):
         """The trained weights, the FFNs of the variant with their threshold, and the predictors where asked for."""
         if self.train is not None:
             finetune.load_weights(module, state.tensors)
-        threshold = state.info["threshold"] if self.threshold is None else self.threshold
+        threshold = self.used_threshold(state)
+        if self.approximate and state.info["predictor_threshold"] != threshold:
+            raise ValueError(
+                f"method.threshold must be {state.info['predictor_threshold']:g} with this state's predictors, got {threshold:g}"
+            )
         predictors = predictor.build(module, state.tensors) if self.approximate else None
         self.swap(module, threshold, work.hardware.kernel_name, predictors)
         return module

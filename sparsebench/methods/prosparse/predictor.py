@@ -75,7 +75,7 @@ class Predictor(SparseModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wanted = (self.logits(x) > 0) | (self.threshold < 0)
         if self.counter is not None:
-            self.counter.add(wanted.unsqueeze(-2) if wanted.dim() <= 2 else wanted, 0)
+            self.counter.add(wanted)
         return wanted
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
