@@ -8,71 +8,21 @@ from a fixed context length on. Samples are kept, the median is quoted.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from sparsebench import engines, kernels
+from sparsebench.engines.check import all_kept
 from sparsebench.measure import macs, quality
 from sparsebench.measure.clock import Contender, break_even, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
 from sparsebench.modules.base import MANY, measured_modules, sparse_modules
 
 BLOCK = 8  # decode steps per sample on a GPU
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, per projection
-
-
-@contextmanager
-def all_kept(module: nn.Module) -> Iterator[None]:
-    """Every threshold at -1: the sparse kernels run but skip nothing. For the break-even sparsity."""
-    saved = [(m, m.threshold.clone()) for _, m in measured_modules(module)]
-    for sparse, _ in saved:
-        sparse.threshold.fill_(-1)
-    try:
-        yield
-    finally:
-        for sparse, threshold in saved:
-            sparse.threshold.copy_(threshold)
-
-
-def parity(module: nn.Module, step: Callable[[], object]) -> dict[str, float]:
-    """Relative error ||y - y_ref|| / ||y_ref|| of the kernel at every sparse module over one decode step.
-
-    Each module's own input is given to its kernel and to masked-dense, so rounding near a threshold can't grow from
-    layer to layer.
-    """
-    errors: dict[str, float] = {}
-
-    def compare(sparse, args, output):
-        chosen, sparse.kernel_name = sparse.kernel_name, "masked_dense"
-        reference = type(sparse).forward(sparse, *args).float()
-        sparse.kernel_name = chosen
-        norm = float(reference.norm())
-        errors[sparse.site] = float((output.float() - reference).norm()) / (norm or 1.0)
-
-    hooks = [m.register_forward_hook(compare) for _, m in measured_modules(module)]
-    try:
-        step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return errors
-
-
-def check_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
-    """The largest error. Raises ArithmeticError above the tolerance of the dtype, naming where (NaN never passes)."""
-    if not errors:
-        return 0.0
-    worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
-    if not errors[worst] <= TOLERANCE[dtype]:
-        raise ArithmeticError(
-            f"the sparse kernel differs from masked-dense at {worst}: {errors[worst]:.2e} > {TOLERANCE[dtype]:.0e}"
-        )
-    return errors[worst]
+CHECKED = 4  # decode steps for which an engine is compared with the model
 
 
 def skips(sparse: nn.Module) -> bool:
@@ -178,11 +128,11 @@ def decode_sparsity(dense: nn.Module, sparse: nn.Module, decoder, tokens: Iterat
 
 
 def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) -> tuple[dict, float, float, float]:
-    """(decode section, worst parity error, seconds of building and compiling, seconds of warm-up).
+    """(decode section, relative error of the sparse step against the model, seconds of building and compiling, seconds of warm-up).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding.
     """
-    device, dtype = hardware.torch_device, hardware.torch_dtype
+    device = hardware.torch_device
     block = BLOCK if device.type == "cuda" else 1
     prompt, following = tokens[: settings.context][None], tokens[settings.context :]
 
@@ -190,17 +140,19 @@ def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) ->
         return following[i % len(following)].view(1, 1)
 
     start = time.perf_counter()
-    engine = engines.choose(sparse, hardware)
+
+    def verified(module, name, keep_all=False):
+        steps = torch.stack([token(i).view(()) for i in range(CHECKED)])
+        return engines.verified(module, prompt, block, hardware, name, steps, keep_all)
+
     plain = "compiled" if device.type == "cuda" and hardware.engine != "eager" else "eager"
-    decoders = {f"dense/{plain}": engines.decoder(dense, prompt, block, hardware, plain)}
-    decoders[f"sparse/{engine}"] = sparse_decoder = engines.decoder(sparse, prompt, block, hardware, engine)
+    dense_decoder, _, dense_refused = verified(dense, plain)
+    sparse_decoder, errors, refused = verified(sparse, engines.choose(sparse, hardware))
+    engine = sparse_decoder.engine
+    decoders = {f"dense/{dense_decoder.engine}": dense_decoder, f"sparse/{engine}": sparse_decoder}
     if engine == "fused":
-        decoders["dense/fused"] = engines.decoder(sparse, prompt, block, hardware, engine, keep_all=True)
-        errors = sparse_decoder.parity(token(0))
-    else:
-        eager = engines.decoder(sparse, prompt, block, hardware, "eager")
-        errors = parity(sparse, lambda: eager.step(token(0)))
-    error = check_parity(errors, dtype)
+        decoders["dense/fused"] = verified(sparse, engine, keep_all=True)[0]
+    error = errors.get("sparse", errors["dense"])
     for each in decoders.values():  # what is compiled or captured at its first steps
         for i in range(3):
             each.rewind()
@@ -222,6 +174,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware, skipping: bool) ->
     section = {
         "dense": found[fastest], "dense_engine": fastest.partition("/")[2],
         "sparse": found[f"sparse/{engine}"], "sparse_engine": engine,
+        "parity": errors, "engine_refused": refused or dense_refused,
         "context": settings.context, "steps_per_sample": block, "engines": found,
     }  # fmt: skip
     eager = engines.decoder(sparse, prompt, block, hardware, "eager")

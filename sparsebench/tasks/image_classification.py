@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsebench.engines import check
 from sparsebench.measure import clock, effective_macs, latency, macs, memory, quality, shape_bias, sparsity
 from sparsebench.measure.effective_macs import Products
 from sparsebench.modules.activation_map import maps_of
@@ -254,7 +255,7 @@ def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware)
         with torch.no_grad():
             wanted = reference(layer, x)
             error = float((fast(x) - wanted).norm() / (wanted.norm() + 1e-30))
-        latency.check_parity({name: error}, dtype)
+        check.check_parity({name: error}, dtype)
         contenders = [call(layer, x), call(fast, x), call(fast, full)]
         times, _ = clock.interleaved(contenders, measurement.warmup, measurement.samples, hardware.torch_device)
         dense_ms, sparse_ms, full_ms = (clock.summary(t)["median_ms"] for t in times)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsebench import kernels
-from sparsebench.engines import Decoder
+from sparsebench.engines import Decoder, check
 from sparsebench.measure import clock, latency, memory, sparsity
 from sparsebench.measure.clock import Contender
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
@@ -88,18 +88,18 @@ def test_sparse_decode_equals_masked_dense_logits():
 def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
     model, ids = sparse_copy(), torch.randint(0, 320, (1, 12))
     decoder = Decoder(model, ids[:, :11], 1, compiled=False)
-    assert latency.check_parity(latency.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32) < 1e-5
+    assert check.check_parity(check.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32) < 1e-5
     backend = kernels.load("cpu_numba")
     right = backend.input_sparse_linear
     monkeypatch.setattr(backend, "input_sparse_linear", lambda *a, **k: right(*a, **k) * 1.001)
     decoder.rewind()
     with pytest.raises(ArithmeticError, match=r"differs from masked-dense at \d\.\w+"):
-        latency.check_parity(latency.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32)
+        check.check_parity(check.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32)
 
 
 def test_nan_never_passes_parity():
     with pytest.raises(ArithmeticError, match="at b"):
-        latency.check_parity({"a": 1e-9, "b": float("nan")}, torch.float32)
+        check.check_parity({"a": 1e-9, "b": float("nan")}, torch.float32)
 
 
 def settings():
@@ -164,7 +164,7 @@ def test_decode_counts_its_own_sparsity_where_scoring_had_no_sparse_token():
 
 def test_nothing_skipped_restores_the_thresholds():
     model = sparse_copy(0.25)
-    with latency.all_kept(model):
+    with check.all_kept(model):
         assert all(float(m.threshold) == -1 for m in model.modules() if isinstance(m, InputSparseLinear))
     assert all(float(m.threshold) == 0.25 for m in model.modules() if isinstance(m, InputSparseLinear))
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from sparsebench import kernels
+from sparsebench.engines import check
 from sparsebench.experts import clustering, conversion, routers
 from sparsebench.experts.clustering import Grouping
-from sparsebench.measure import latency, macs, sparsity
+from sparsebench.measure import macs, sparsity
 from sparsebench.modules.base import MANY
 from sparsebench.modules.expert_ffn import ExpertFFN, Router, select
 from sparsebench.sites import find_blocks
@@ -516,10 +517,10 @@ def test_parity_and_nothing_skipped():
     routers.harden(model, "max", 0.8, kernel=CPU[0])
     step = lambda: model(input_ids=torch.tensor([[3]]), use_cache=False)  # noqa: E731
     with torch.no_grad():
-        errors = latency.parity(model, step)
+        errors = check.parity(model, step)
         assert set(errors) == {"0.ffn", "1.ffn"} and max(errors.values()) < 1e-4
         ffn = conversion.ffns(model)[0]
-        with latency.all_kept(model):
+        with check.all_kept(model):
             assert ffn.keep(x_of(1, 1, d=64)).all()
         assert not ffn.keep(x_of(1, 1, d=64)).all()
 
