@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import transformers
+
+from sparsebench import neutral
+from sparsebench.engines import check
+from sparsebench.models import Loaded
+from sparsebench.modules import rotated_norm
+from sparsebench.modules.base import SparseModule
+from sparsebench.modules.gate_sparse import GateSparseFFN
+from sparsebench.sites import find_blocks, weight_of
+from tests.helpers import Rows, built, logits, work
 
 # Each field is set where a family's configuration has it.
 SMALL = {
@@ -44,3 +55,130 @@ def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a method must do with a family: its model or a refusal in one line
+
+METHODS = {  # the training-free methods and the probes; sparsity of inputs or neurons
+    "teal": (), "teal_rotated": (), "wina": (), "wina_plain": (), "larosa": (), "rsparse": (), "cats": (), "duogpt": (),
+    "topk": ("method.train=null", "method.activation=null", "method.keep=0.5", "method.probe_sequences=4"),
+    "qsparse": ("method.train=null", "method.activation=null", "method.probe_sequences=4"),
+}  # fmt: skip
+CALIBRATED = ("teal", "teal_rotated", "wina", "wina_plain", "larosa", "rsparse", "cats", "duogpt")
+ROWS = torch.randint(1, 320, (12, 16), generator=torch.Generator().manual_seed(11))
+
+
+class Windows:
+    """Random windows as fit, dev and test."""
+
+    kind = "language"
+    fit = dev = test = Rows(ROWS)
+
+
+@functools.cache
+def method_of(name: str):
+    given = [*METHODS[name], *(["method.calibration_tokens=64", "method.prompt=all"] if name in CALIBRATED else [])]
+    return built("method", f"method={name}", *given)
+
+
+def outcome(kind: str, name: str, folder) -> str:
+    """`equal` where the method fits the family, else its refusal in one line.
+
+    Equal means: with nothing dropped the model's logits are the dense ones, and at its operating point they are those
+    of `reference`. Raises AssertionError where either is not so.
+    """
+    method = method_of(name)
+    model = family(kind)
+    inputs, expected = neutral.probe(model, Windows)
+    try:
+        state = method.fit(Loaded(model, None, {}), Windows, work(folder))
+        sparse = method.apply(family(kind), state, work(folder))
+        neutral.check(method, sparse, inputs, expected)
+    except ValueError as error:
+        assert "\n" not in str(error), f"{kind}, {name}: more than one line: {error}"
+        return str(error)
+    found, wanted = logits(sparse, ROWS[:2]), reference(family(kind), sparse, state, ROWS[:2])
+    dense = logits(family(kind), ROWS[:2])
+    assert check.distance(found.flatten(0, 1), dense.flatten(0, 1)) > 1e-3, f"{kind}, {name}: nothing was dropped"
+    error = check.distance(found.flatten(0, 1), wanted.flatten(0, 1))
+    assert error < 1e-2, f"{kind}, {name}: logits differ from masked inputs of the dense model by {error:.2g}"
+    return "equal"
+
+
+def reference(dense, sparse, state, rows) -> torch.Tensor:
+    """Logits of the dense model whose maps' inputs lose what the sparse model's rules say, by hooks alone."""
+    modules = {m.site: m for m in sparse.modules() if isinstance(m, SparseModule)}
+    hooks = []
+    for block in find_blocks(dense):
+        for role, site in block.sites.items():
+            linear = dense.get_submodule(site.path)
+            if f"weight.{site.name}" in state.tensors:
+                weight_of(linear).copy_(state.tensors[f"weight.{site.name}"])
+            if site.name in modules:
+                hooks += hooked_map(linear, modules[site.name], *basis_of(dense, block, site, state))
+        if f"{block.index}.ffn" in modules:
+            hooks += hooked_ffn(dense, block, modules[f"{block.index}.ffn"])
+    try:
+        return logits(dense, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def basis_of(dense, block, site, state):
+    """(Q, norm weight) of a rotated input, or (None, None)."""
+    name = f"basis.{block.index}.{site.group}"
+    if name not in state.tensors:
+        return None, None
+    norm = rotated_norm.norms(dense, block)[site.group]
+    return state.tensors[name].double(), dense.get_submodule(norm).weight.double()
+
+
+def kept_entries(x, rule):
+    """bool, the shape of x [..., n]: the top k, or what is above the threshold."""
+    score = x.abs() if getattr(rule, "scale", None) is None else x.abs() * rule.scale
+    count = getattr(rule, "count", getattr(rule, "top_k", None))
+    if count is None:
+        return score > rule.threshold
+    return torch.zeros_like(score).scatter(-1, score.topk(count, -1).indices, 1).bool()
+
+
+def hooked_map(linear, rule, basis, gain):
+    """Zero the dropped inputs of one map, in the basis where they were chosen; what a low rank puts back is added."""
+    dropped = []
+
+    def mask(_, args):
+        x = args[0].double()
+        z = x if basis is None else (x / gain) @ basis
+        kept = torch.where(kept_entries(z.float(), rule), z, 0)
+        y = kept if basis is None else kept @ basis.T * gain
+        dropped[:] = [(x - y).float()]
+        return (y.float(),)
+
+    def remainder(_, args, output):
+        a, b = rule.low_rank
+        return output + dropped[0] @ a @ b
+
+    hooks = [linear.register_forward_pre_hook(mask)]
+    return hooks + ([linear.register_forward_hook(remainder)] if getattr(rule, "low_rank", None) is not None else [])
+
+
+def hooked_ffn(dense, block, rule):
+    """Zero the neurons whose activation is dropped: small gates (CATS), all but the k largest (top-k)."""
+    first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
+    last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
+    own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
+    act = next(m for n, m in own.named_children() if n in ("act", "act_fn"))
+    seen = []
+
+    def mask(_, args):
+        a = act(seen[0])
+        if isinstance(rule, GateSparseFFN):
+            keep = a.abs() >= rule.threshold
+        else:
+            keep = torch.zeros_like(a).scatter(-1, a.topk(rule.activation.count, -1).indices, 1).bool()
+        return (torch.where(keep, args[0], 0),)
+
+    return [first.register_forward_hook(lambda _, args, z: seen.__setitem__(slice(None), [z])),
+            last.register_forward_pre_hook(mask)]  # fmt: skip

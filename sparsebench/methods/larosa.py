@@ -40,6 +40,7 @@ class Larosa(Method):
         """`basis.<layer>.<group>`: Q [n, n] of the normalised input (the norm's weight divided out of the maps' input)."""
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
+        rotated_norm.check_fed(module, blocks)
         grams: dict[tuple[int, str], torch.Tensor] = {}
 
         def observer(key, eps):

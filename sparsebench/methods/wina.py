@@ -59,6 +59,8 @@ class Wina(Method):
         """
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
+        if self.rotate:
+            rotated_norm.check_fed(module, blocks)
         bases = bases_of(module, blocks) if self.rotate else {}
         with rotated_norm.rotated(module, blocks, bases) if bases else nullcontext():
             sites = [s for b in blocks for s in b.sites.values() if self.scaled(s)]

@@ -91,6 +91,31 @@ class Cost:
     executed_macs: float | None = None  # by a kernel that skips inputs only; None = sparse_macs
 
 
+class Calls:
+    """A forward pre-hook of a model that notes how many sequences of how many tokens the present call has.
+
+    Some models flatten [B, T, n] to [B T, n] before a map (OPT before fc1), and which tokens are sparse depends on T.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] | None = None
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        self.shape = None if inputs is None or inputs.dim() < 2 else tuple(inputs.shape[:2])
+
+
+def noted_calls(model: nn.Module) -> Calls:
+    """The hook of a model, registered where it is missing: on the whole and on its body, which calibration calls alone."""
+    known = next((h for h in model._forward_pre_hooks.values() if isinstance(h, Calls)), None)
+    if known is None:
+        known = Calls()
+        for part in {model, getattr(model, "base_model", model)}:
+            part.register_forward_pre_hook(known, with_kwargs=True)
+    return known
+
+
 class SparseModule(nn.Module):
     """A module that a method put into a model. What it does not say is taken as: nothing counted, free, simulated.
 
@@ -102,6 +127,12 @@ class SparseModule(nn.Module):
     site: str = ""
     kernel_name: str = "masked_dense"  # the backend asked for
     counter: Counter | MapCounter | None = None
+    calls: Calls | None = None  # of the model it was put into
+
+    def unflattened(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x [B T, n] of a model that flattens its tokens as [B, T, n]; None where x is not that or is one token."""
+        shape = self.calls.shape if self.calls is not None and x.dim() == 2 and len(x) > 1 else None
+        return x.unflatten(0, shape) if shape is not None and shape[0] * shape[1] == len(x) else None
 
     def new_counter(self) -> Counter | MapCounter:
         """An empty counter of its channels, on its device."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
-from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
+from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule, noted_calls
 from sparsebench.sites import LinearMap
 
 PROMPT_POLICIES = ("none", "half", "last10", "p99", "all")
@@ -98,6 +98,9 @@ class InputSparseLinear(SparseModule, LinearMap):
         return top_k_kept(x, self.top_k, self.scale) | (self.threshold < 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = self.unflattened(x)
+        if whole is not None:
+            return self.forward(whole).flatten(0, 1)
         tokens = x.shape[-2] if x.dim() > 2 else 1
         if tokens == 1 and self.counter is None:
             rule = {"threshold": self.threshold, "scale": self.scale}
@@ -144,6 +147,8 @@ def top_k_kept(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> to
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` in the place that `path` names."""
+    if isinstance(module, SparseModule):
+        module.calls = noted_calls(model)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

@@ -50,6 +50,51 @@ def norms(model: nn.Module, block: Block) -> dict[str, str]:
     return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, found, strict=True)}
 
 
+def check_fed(model: nn.Module, blocks: list[Block]) -> None:
+    """Prove on a few tokens that each norm is an RMSNorm and that its output is what the maps of its group read.
+
+    Raises ValueError naming the block where it is not so: norms behind attention and FFN, or one that scales otherwise.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    wrong: list[str] = []
+
+    def keep(path):
+        def see(norm, args, output):
+            h = args[0].double()
+            expected = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight.double()
+            if float((output - expected).norm()) > 0.02 * float(expected.norm()):
+                wrong.append(f"{path} is no RMSNorm")
+            outputs[path] = output
+
+        return see
+
+    def compare(norm, site):
+        def see(_, args):
+            if norm not in outputs or not torch.equal(args[0], outputs[norm]):
+                wrong.append(f"{site.path} does not read {norm}")
+
+        return see
+
+    hooks = []
+    for block in blocks:
+        found = norms(model, block)
+        hooks += [model.get_submodule(p).register_forward_hook(keep(p)) for p in found.values()]
+        hooks += [
+            model.get_submodule(s.path).register_forward_pre_hook(compare(found[s.group], s))
+            for s in block.sites.values()
+            if s.group in GROUPS
+        ]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if wrong:
+        raise ValueError(f"method: a rotation needs norms in front of the maps they feed, and {wrong[0]}")
+
+
 def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:
     """W diag(g), float64 [m, n]: a map with the weight g of the norm before it (no mean is subtracted: RMSNorm has none)."""
     site = block.sites[role]

@@ -54,6 +54,9 @@ class TopKLinear(InputSparseLinear):
         return topk_mask(x.abs(), self.count, self.block) | (self.threshold < 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = self.unflattened(x)
+        if whole is not None:
+            return self.forward(whole).flatten(0, 1)
         tokens = x.shape[-2] if x.dim() > 2 else 1
         if not self.rescale and (tokens > 1 or self.counter is not None):
             return super().forward(x)
