@@ -111,7 +111,7 @@ def reference(dense, sparse, state, rows) -> torch.Tensor:
     modules = {m.site: m for m in sparse.modules() if isinstance(m, SparseModule)}
     hooks = []
     for block in find_blocks(dense):
-        for role, site in block.sites.items():
+        for site in block.sites.values():
             linear = dense.get_submodule(site.path)
             if f"weight.{site.name}" in state.tensors:
                 weight_of(linear).copy_(state.tensors[f"weight.{site.name}"])
@@ -138,7 +138,10 @@ def basis_of(dense, block, site, state):
 def kept_entries(x, rule):
     """bool, the shape of x [..., n]: the top k, or what is above the threshold."""
     score = x.abs() if getattr(rule, "scale", None) is None else x.abs() * rule.scale
-    count = getattr(rule, "count", getattr(rule, "top_k", None))
+    if hasattr(rule, "count"):  # the lowest index wins a tie, and with one value head heads tie at a text's first token
+        order = score.argsort(-1, descending=True, stable=True)[..., : rule.count]
+        return torch.zeros_like(score).scatter(-1, order, 1).bool()
+    count = rule.top_k
     if count is None:
         return score > rule.threshold
     return torch.zeros_like(score).scatter(-1, score.topk(count, -1).indices, 1).bool()

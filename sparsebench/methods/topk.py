@@ -84,7 +84,8 @@ class TopKSparsity(Method):
     def activation_of(self, module: nn.Module) -> str:
         """phi by name: the one set, or the model's own."""
         config = module.config
-        own = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        names = ("hidden_act", "hidden_activation", "activation_function")  # of most families, Gemma, GPT-2
+        own = next((getattr(config, n) for n in names if getattr(config, n, None)), None)
         return self.activation or own
 
     def swap(self, module: nn.Module, kernel: str | None) -> list[tuple[nn.Module, int]]:

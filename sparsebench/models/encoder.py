@@ -18,6 +18,7 @@ from sparsebench.config.identity import digest
 from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded
+from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import files, machine
 from sparsebench.sites import find_blocks
 from sparsebench.training.from_scratch import byte_bpe
@@ -60,9 +61,8 @@ class Encoder:
         torch.manual_seed(work.seed)
         if self.weights == "pretrained":
             source = {"revision": self.revision, "local_files_only": not hub.reachable()}
-            module = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source
-            )
+            auto = transformers.AutoModelForSequenceClassification
+            module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
             if module.config.num_labels != len(data.classes):
                 raise ValueError(
                     f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
@@ -81,7 +81,7 @@ class Encoder:
             module = self.plain(data)
         if self.weights == "scratch":
             folder = self.trained(module, tokenizer, work, data)
-            module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            module = load_whole(transformers.AutoModelForSequenceClassification, str(folder), dtype=torch.float32)
             origin, dev = str(folder), json.loads((folder / "training.json").read_text())["dev"]
         module = module.to(hardware.torch_device, hardware.torch_dtype).eval().requires_grad_(False)
         info = {

@@ -14,6 +14,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.models import Loaded
+from sparsebench.models.checkpoint import load_whole
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training
@@ -93,9 +94,10 @@ class CausalLM:
             with torch.device(hardware.torch_device):
                 module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
         else:
-            module = transformers.AutoModelForCausalLM.from_pretrained(
-                location, config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source()
-            ).to(hardware.torch_device)
+            module = load_whole(
+                transformers.AutoModelForCausalLM, location, self.num_layers,
+                config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
+            ).to(hardware.torch_device)  # fmt: skip
         tokens_from = location
         if self.weights == "random" and hub.model_problem(location, "") is not None:
             tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
