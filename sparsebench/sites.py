@@ -101,7 +101,9 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def find_blocks(model: nn.Module) -> list[Block]:
     """The model's blocks in order. Raises ValueError where no list of equal blocks with a known layout is found."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    nearest: tuple[int, str, nn.Module, str | None] | None = None  # blocks that fit, the first that does not, the layout
+    nearest: tuple[int, str, nn.Module, str | None] | None = (
+        None  # blocks that fit, the first that does not, the layout
+    )
     for name, stack in stacks:
         for family, layout in LAYOUTS.items():
             fitting = [fits(block, layout) for block in stack]

@@ -139,7 +139,7 @@ def kept_entries(x, rule):
     """bool, the shape of x [..., n]: the top k, or what is above the threshold."""
     score = x.abs() if getattr(rule, "scale", None) is None else x.abs() * rule.scale
     if hasattr(rule, "count"):  # the lowest index wins a tie, and with one value head heads tie at a text's first token
-        order = score.argsort(-1, descending=True, stable=True)[..., : rule.count]
+        order = score.argsort(dim=-1, descending=True, stable=True)[..., : rule.count]
         return torch.zeros_like(score).scatter(-1, order, 1).bool()
     count = rule.top_k
     if count is None:

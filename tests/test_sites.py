@@ -66,6 +66,8 @@ def tiny_phi3():
 def test_a_block_that_differs_from_the_others_is_named():
     model = tiny_model(layers=3)
     model.model.layers[1].mlp.router = nn.Linear(64, 4)
-    with pytest.raises(ValueError, match=r"model.layers.1 is a block of an unknown structure \(2 other blocks are") as line:
+    with pytest.raises(
+        ValueError, match=r"model.layers.1 is a block of an unknown structure \(2 other blocks are"
+    ) as line:
         find_blocks(model)
     assert "mlp.router" in str(line.value) and "GPT-NeoX, Pythia" in str(line.value)

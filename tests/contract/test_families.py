@@ -32,7 +32,9 @@ def test_every_family_and_every_method(kind, tmp_path):
 
 def test_a_family_of_unknown_structure_names_the_block():
     for kind in ("bloom", "glm", "apertus"):
-        with pytest.raises(ValueError, match=r"\.0 is a block of an unknown structure; its linear maps: .*known families"):
+        with pytest.raises(
+            ValueError, match=r"\.0 is a block of an unknown structure; its linear maps: .*known families"
+        ):
             find_blocks(family(kind))
 
 
