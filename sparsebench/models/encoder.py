@@ -17,7 +17,7 @@ from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.config.identity import digest
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded
+from sparsebench.models import Loaded, positions
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import files, machine
 from sparsebench.sites import find_blocks
@@ -49,8 +49,12 @@ class Encoder:
             raise ValueError("weights=scratch needs model.train, got null")
 
     def problems(self, settings: Any) -> list[str]:
-        problem = hub.model_problem(self.path, "model.path") if self.weights == "pretrained" else None
-        return [problem] if problem else []
+        pretrained = self.weights == "pretrained"
+        problem = hub.model_problem(self.path, "model.path") if pretrained else None
+        if problem:
+            return [problem]
+        config = positions.known_config(self.path if pretrained else "", None if pretrained else self.architecture)
+        return positions.problems(self.name, config, {"dataset.max_tokens": getattr(settings.dataset, "max_tokens", 0)})
 
     def load(self, work: Work, data) -> Loaded:
         """The classifier on the target's device in its dtype; `data` gets its tokenizer.

@@ -7,6 +7,7 @@ leaves embedding, head and the maps that write to the stream alone. [choice]
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -117,7 +118,7 @@ def degenerate(values: torch.Tensor) -> Iterator[tuple[int, int]]:
         *(torch.nonzero(values[:-1] - values[1:] > DEGENERATE * values[0]).flatten() + 1).tolist(),
         len(values),
     ]
-    return ((a, b) for a, b in zip(starts, starts[1:], strict=False) if b - a > 1)
+    return ((a, b) for a, b in itertools.pairwise(starts) if b - a > 1)
 
 
 def principal_basis(gram: torch.Tensor, within: torch.Tensor | None = None) -> torch.Tensor:
