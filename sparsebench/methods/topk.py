@@ -82,10 +82,14 @@ class TopKSparsity(Method):
         return size - round((size - target) * min(1.0, (step + 1) / over)) if over else target
 
     def activation_of(self, module: nn.Module) -> str:
-        """phi by name: the one set, or the model's own."""
+        """phi by name: the one set, or the model's own. Raises ValueError where neither is known."""
         config = module.config
         names = ("hidden_act", "hidden_activation", "activation_function")  # of most families, Gemma, GPT-2
         own = next((getattr(config, n) for n in names if getattr(config, n, None)), None)
+        if (self.activation or own) not in ACT2FN:
+            raise ValueError(
+                f"method.activation must be given for {type(module).__name__}: its configuration names none"
+            )
         return self.activation or own
 
     def swap(self, module: nn.Module, kernel: str | None) -> list[tuple[nn.Module, int]]:
