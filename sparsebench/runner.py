@@ -1,7 +1,8 @@
 """One run from top to bottom.
 
 config -> model + dataset -> dense = task.assess -> method.fit (train or calibrate) -> state -> method.apply
-       -> neutral.check (with nothing dropped it is the dense model) -> sparse = task.assess -> task.compare -> time dense against sparse -> record
+       -> neutral.check (with nothing dropped it is the dense model) -> sparse = task.assess -> task.compare
+       -> time dense against sparse -> record
 """
 
 from __future__ import annotations
