@@ -1,7 +1,8 @@
 """One run from top to bottom.
 
 config -> model + dataset -> dense = task.assess -> method.fit (train or calibrate) -> state -> method.apply
-       -> sparse = task.assess -> task.compare -> time dense against sparse -> record
+       -> neutral.check (with nothing dropped it is the dense model) -> sparse = task.assess -> task.compare
+       -> time dense against sparse -> record
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from sparsebench import config, ranks, tasks
 from sparsebench.data.base import Data
-from sparsebench.measure import estimate, memory
+from sparsebench.measure import estimate, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
 from sparsebench.records import machine, state
@@ -51,6 +52,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     dense = task.assess(loaded, loaded.module, data, settings)
     untouched = copy.deepcopy(loaded.module) if settings.measure.latency or task.keeps_dense else None
 
+    inputs, expected = neutral.probe(loaded.module, data)
     log.info("%s: fitting", method.name)
     peak_before = memory.restart_peak(hardware.torch_device)
     fitted, record.fit = fit(method, loaded, data, work, settings, configuration)
@@ -59,6 +61,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
         return record
     state.keep(work.output_dir / "states" / record.fit["state"], folder)
     module = method.apply(loaded.module, fitted, work)
+    record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
 
     log.info("sparse model: evaluating")
     sparse = task.assess(loaded, module, data, settings)

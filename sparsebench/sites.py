@@ -14,34 +14,34 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # role -> path inside one block. Fused maps have a role of their own: qkv, gate_up.
-LAYOUTS = (
-    {  # Llama, Mistral, Qwen2, Qwen3, Gemma
+LAYOUTS = {  # by the families that have it; docs/families.md lists what was tried
+    "Llama, Mistral, Qwen2, Qwen3, Gemma": {
         "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
         "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
     },
-    {  # Phi-3, Phi-4
+    "Phi-3, Phi-4": {
         "qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj",
     },
-    {  # GPT-2
+    "GPT-2": {
         "qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj",
     },
-    {  # OPT
+    "OPT": {
         "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
         "fc1": "fc1", "fc2": "fc2",
     },
-    {  # GPT-NeoX, Pythia
+    "GPT-NeoX, Pythia": {
         "qkv": "attention.query_key_value", "o": "attention.dense",
         "fc1": "mlp.dense_h_to_4h", "fc2": "mlp.dense_4h_to_h",
     },
-    {  # ViT
+    "ViT": {
         "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
         "fc1": "mlp.fc1", "fc2": "mlp.fc2",
     },
-    {  # BERT, RoBERTa
+    "BERT, RoBERTa": {
         "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
         "o": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense",
     },
-)  # fmt: skip
+}  # fmt: skip
 
 # Roles that read the same tensor share one group; TEAL's four distributions per block.
 GROUP_OF = {
@@ -100,19 +100,34 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 def find_blocks(model: nn.Module) -> list[Block]:
     """The model's blocks in order. Raises ValueError where no list of equal blocks with a known layout is found."""
-    candidates = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    for name, stack in candidates:
-        for layout in LAYOUTS:
-            if all(fits(block, layout) for block in stack):
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    nearest: tuple[int, str, nn.Module, str | None] | None = (
+        None  # blocks that fit, the first that does not, the layout
+    )
+    for name, stack in stacks:
+        for family, layout in LAYOUTS.items():
+            fitting = [fits(block, layout) for block in stack]
+            if all(fitting):
                 return [
                     Block(i, f"{name}.{i}", {r: Site(i, r, f"{name}.{i}.{p}") for r, p in layout.items()})
                     for i in range(len(stack))
                 ]
-    names = sorted({n for _, stack in candidates for n, m in stack[0].named_modules() if is_linear(m)})
-    raise ValueError(
-        f"model: blocks of an unknown structure; linear maps found in a block: {', '.join(names) or 'none'}; "
-        f"known layouts are in sparsebench/sites.py"
-    )
+            first = fitting.index(False)
+            linears = any(is_linear(m) for m in stack[first].modules())
+            if linears and (nearest is None or sum(fitting) > nearest[0]):
+                nearest = (sum(fitting), f"{name}.{first}", stack[first], family if any(fitting) else None)
+    raise ValueError(unknown(nearest))
+
+
+def unknown(nearest: tuple[int, str, nn.Module, str | None] | None) -> str:
+    """What a model without known blocks is told: the block that does not fit, its linear maps, the families known."""
+    known = f"known families: {'; '.join(LAYOUTS)}, and what has their structure"
+    if nearest is None:
+        return f"model: blocks of an unknown structure, no list of blocks with linear maps was found; {known}"
+    count, path, block, family = nearest
+    linears = ", ".join(sorted(n for n, m in block.named_modules() if is_linear(m)))
+    beside = f" ({count} other blocks are those of {family})" if family else ""
+    return f"model: {path} is a block of an unknown structure{beside}; its linear maps: {linears}; {known}"
 
 
 def fits(block: nn.Module, layout: dict[str, str]) -> bool:

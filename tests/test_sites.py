@@ -35,7 +35,7 @@ def test_unknown_structure_lists_what_was_found():
 def test_right_names_with_wrong_shapes_are_no_match():
     model = tiny_model()
     model.model.layers[0].mlp.gate_proj = nn.Linear(64, 99)
-    with pytest.raises(ValueError, match="unknown structure"):
+    with pytest.raises(ValueError, match="model.layers.0 is a block of an unknown structure"):
         find_blocks(model)
 
 
@@ -61,3 +61,13 @@ def tiny_phi3():
         num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_a_block_that_differs_from_the_others_is_named():
+    model = tiny_model(layers=3)
+    model.model.layers[1].mlp.router = nn.Linear(64, 4)
+    with pytest.raises(
+        ValueError, match=r"model.layers.1 is a block of an unknown structure \(2 other blocks are"
+    ) as line:
+        find_blocks(model)
+    assert "mlp.router" in str(line.value) and "GPT-NeoX, Pythia" in str(line.value)

@@ -90,8 +90,12 @@ def time_step(settings) -> list[dict]:
         contenders[f"dense/{plain}"] = contender(reference, None)
         for s, values in limits.items():
             set_thresholds(module, values)
-            decoder = engines.decoder(module, ids[:, :context], steps + 1, hardware, "fused")
-            parity[s] = max(decoder.parity(ids[:, :1]).values())
+            decoder, errors, refused = engines.verified(
+                module, ids[:, :context], steps + 1, hardware, "fused", ids[0, :4], keep_all=s == 0
+            )
+            if refused:
+                raise ValueError(f"model: {refused}")
+            parity[s] = errors.get("sparse", errors["dense"])
             contenders[f"fused@{s}"] = contender(decoder, values)
         samples, _ = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
         times = {name: summary([t / steps for t in each]) for name, each in zip(contenders, samples, strict=True)}

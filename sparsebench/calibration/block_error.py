@@ -64,10 +64,10 @@ def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor,
 
 
 def run_block(module: nn.Module, hidden: torch.Tensor, arguments: tuple) -> torch.Tensor:
-    """A block's output hidden states (blocks of some versions return a tuple)."""
+    """A block's output hidden states (blocks of some versions return a tuple, those of OpenAI-GPT a list)."""
     positional, named = arguments
     out = module(hidden, *positional, **named)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 class BlockError:

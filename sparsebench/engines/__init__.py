@@ -2,7 +2,7 @@
 
 `reference` runs any model through transformers (eager, or compiled and captured); `fused_cpu` and `fused_cuda` run a
 whole step of a Llama-type model in kernels of our own (`tune_cuda` looks for the fastest launch settings of the latter).
-Engines share `step(token)`, `rewind()` and the name `engine`.
+Engines share `step(token)`, `rewind()` and the name `engine`. `verified` makes one and compares it with the model first.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsebench.engines.check import verified
 from sparsebench.engines.reference import Decoder
 from sparsebench.modules.base import measured_modules
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
+
+__all__ = ["Decoder", "choose", "decoder", "verified"]
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +110,44 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
                 return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):
                 return "it takes no norm on queries and keys"
+    return misfit(module, blocks)
+
+
+def misfit(module: nn.Module, blocks: list) -> str | None:
+    """Which tensor does not have the shape that a fused step reads at its address, or None.
+
+    The steps read weights, norms, tables and caches by address, so a shape that differs would be read past its end.
+    """
+    config, base = module.config, module.base_model
+    count, groups, head_dim = heads(config)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    wanted = {
+        "q": (count * head_dim, hidden), "k": (groups * head_dim, hidden), "v": (groups * head_dim, hidden),
+        "o": (hidden, count * head_dim), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+    for block in blocks:
+        for role, site in block.sites.items():
+            if tuple(module.get_submodule(site.path).weight.shape) != wanted[role]:
+                return f"it takes {role} of shape {wanted[role]}, got {site.path} of another"
+    head = module.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None or head.weight.shape[1] != hidden:
+        return f"it takes a head without bias over {hidden} channels"
+    if base.get_input_embeddings().weight.shape[1] != hidden:
+        return f"it takes embeddings of {hidden} channels"
+    norms = [m for layer in (base, *(module.get_submodule(b.path) for b in blocks)) for m in layer.children()]
+    norms = [m for m in norms if hasattr(m, "variance_epsilon")]
+    if len(norms) != 2 * len(blocks) + 1:
+        return "it takes one RMSNorm after the last block"
+    if any(getattr(m, "weight", None) is None or tuple(m.weight.shape) != (hidden,) for m in norms):
+        return f"it takes RMSNorms with a weight of {hidden} channels"
+    if not any(hasattr(m, "inv_freq") for m in base.modules()):
+        return "it takes a rotary embedding, got none"
+    try:
+        cosine, _ = rotary_tables(module, 1)
+    except (TypeError, AttributeError) as error:
+        return f"it takes one rotary embedding for all layers ({error})"
+    if cosine.shape[-1] != head_dim:
+        return f"it takes a rotary embedding of all {head_dim} channels of a head, got {cosine.shape[-1]}"
     return None
 
 
@@ -127,6 +168,15 @@ def rotary_tables(module: nn.Module, positions: int) -> tuple[torch.Tensor, torc
 
 
 def prefilled(module: nn.Module, prompt: torch.Tensor, room: int):
-    """A StaticCache that holds `prompt` [1, C] with room for more, and the logits of its last token."""
+    """A StaticCache that holds `prompt` [1, C] with room for more, and the logits of its last token.
+
+    Raises ValueError where a layer's cache has not one place per position, as a fused step reads it.
+    """
     reference = Decoder(module, prompt, room, compiled=False)
+    _, groups, head_dim = heads(module.config)
+    wanted = (1, groups, prompt.shape[1] + room, head_dim)
+    for layer in reference.cache.layers:
+        for held in (layer.keys, layer.values):
+            if tuple(held.shape) != wanted or not held.is_contiguous():
+                raise ValueError(f"it takes a cache of shape {wanted} in every layer, got {tuple(held.shape)}")
     return reference.cache, reference.logits

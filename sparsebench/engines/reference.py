@@ -23,6 +23,13 @@ class Decoder:
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
         with torch.no_grad():
             self.logits = module(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        # a full sliding window moves its keys, so what the prompt left must be put back
+        self.windows = [
+            (held, held.clone())
+            for layer in self.cache.layers
+            if getattr(layer, "is_sliding", False)
+            for held in (layer.keys, layer.values)
+        ]
         self.forward = (
             torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if compiled else module.forward
         )
@@ -38,3 +45,5 @@ class Decoder:
             layer.cumulative_length.fill_(self.length)
             if hasattr(layer, "cumulative_length_int"):  # sliding-window layers keep a Python copy
                 layer.cumulative_length_int = self.length
+        for held, kept in self.windows:
+            held.copy_(kept)

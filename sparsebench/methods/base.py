@@ -29,6 +29,9 @@ class Method:
     kinds: ClassVar[tuple[str, ...]]  # kinds of model it takes: language, vision, classification
     operating_point: ClassVar[tuple[str, ...]] = ()  # fields that only `apply` uses: a sweep over them fits once
     neutral: ClassVar[dict[str, Any] | None] = None  # settings at which the sparse model is the dense one; None = none
+    redesigns: ClassVar[tuple[str, ...]] = (  # settings of `neutral` that, set otherwise, change more than what is dropped
+        "train", "adapt", "activation", "control", "stages", "weight_sparsity", "alpha",
+    )  # fmt: skip
     neutral_is_exact: ClassVar[bool] = True  # False: up to rounding
 
     def fit(self, loaded: Loaded, data: Data, work: Work) -> State:

@@ -10,9 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from sparsebench.calibration import histograms
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.wina import kept_count
@@ -37,29 +34,22 @@ class Larosa(Method):
     operating_point: ClassVar = ("sparsity", "tilt", "prompt")
 
     def fit(self, loaded, data, work: Work) -> State:
-        """`basis.<layer>.<group>`: Q [n, n] of the normalised input (the norm's weight divided out of the maps' input)."""
+        """`basis.<layer>.<group>`: Q [n, n] of the normalised input (the norm's weight divided out of the maps' input).
+
+        Directions that calibration never saw (fewer tokens than channels) are ordered by what the maps do with them.
+        """
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
-        grams: dict[tuple[int, str], torch.Tensor] = {}
-
-        def observer(key, eps):
-            def see(h: torch.Tensor) -> None:
-                x = h.float().flatten(0, -2)
-                x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-                grams[key] = grams.get(key, 0) + (x.T @ x).double()
-
-            return see
-
-        observers = {
-            path: observer((block.index, group), module.get_submodule(path).variance_epsilon)
-            for block in blocks
-            for group, path in rotated_norm.norms(module, block).items()
-        }
-        histograms.observe(module, sequences, observers, work.batch_size)
+        rotated_norm.check_fed(module, blocks)
+        grams = rotated_norm.input_grams(module, blocks, sequences, work.batch_size)
         state = State(info={"kind": "calibrated", "tokens": sequences.numel()})
-        for (layer, group), gram in grams.items():
-            gram.diagonal().add_(self.damping * gram.diagonal().mean())
-            state.tensors[f"basis.{layer}.{group}"] = rotated_norm.principal_basis(gram).float()
+        for block in blocks:
+            for group in rotated_norm.GROUPS:
+                gram = grams[block.index, group]
+                gram.diagonal().add_(self.damping * gram.diagonal().mean())
+                weights = [rotated_norm.folded(module, block, r) for r, s in block.sites.items() if s.group == group]
+                basis = rotated_norm.principal_basis(gram, within=sum(w.T @ w for w in weights))
+                state.tensors[f"basis.{block.index}.{group}"] = basis.float()
         return state
 
     def shares(self, module, block: Block) -> dict[str, float]:

@@ -3,6 +3,10 @@
 Dropping the inputs D costs ||W_D x_D||^2; where the columns of W are orthogonal that is the sum of (x_i c_i)^2 over D,
 so the rule is optimal map by map (Lemma 3.1). The rotation makes them so for k and gate (Algorithm 1): the input of q,
 k, v is expressed in the right singular vectors of W_k, that of gate and up in those of W_gate.
+
+Under grouped queries W_k has fewer rows than columns, so most of its right singular vectors are any basis of its null
+space, and which one decides what q and v drop. Here they are the principal axes of the calibration inputs inside the null
+space, strongest first [choice]; null_space=library is the official code's, i.e. whatever its SVD returns.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from sparsebench.methods.base import Method, Work
 from sparsebench.modules import rotated_norm
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
 from sparsebench.records.state import State
-from sparsebench.sites import Block, Site, find_blocks, weight_of
+from sparsebench.sites import Block, Site, find_blocks, shape, weight_of
 
 BASIS_OF = {"attn_in": ("k", "qkv"), "mlp_in": ("gate", "gate_up")}  # whose right singular vectors a group gets
 SCALED = {"none": (), "k_gate": ("k", "gate", "qkv", "gate_up")}
@@ -38,6 +42,7 @@ class Wina(Method):
     selection: str = setting(choices=("top_k", "threshold"))
     scope: str = setting(choices=("k_gate", "all", "none"))
     rotate: bool
+    null_space: str = setting(choices=("inputs", "library"))
     allocation: str = setting(choices=ALLOCATIONS)
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
@@ -59,7 +64,9 @@ class Wina(Method):
         """
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
-        bases = bases_of(module, blocks) if self.rotate else {}
+        if self.rotate:
+            rotated_norm.check_fed(module, blocks)
+        bases = bases_of(module, blocks, self.inputs(module, blocks, sequences, work)) if self.rotate else {}
         with rotated_norm.rotated(module, blocks, bases) if bases else nullcontext():
             sites = [s for b in blocks for s in b.sites.values() if self.scaled(s)]
             scales = {s.name: column_norms(weight_of(module.get_submodule(s.path))) for s in sites}
@@ -69,6 +76,13 @@ class Wina(Method):
         state.tensors |= {f"basis.{layer}.{group}": basis for (layer, group), basis in bases.items()}
         state.info["extra"] = {"channels_of_k_without_effect": lossless(scales, blocks)} if self.rotate else {}
         return state
+
+    def inputs(self, module, blocks, sequences, work: Work) -> dict:
+        """Gram matrices of the inputs whose basis W leaves open: where it has fewer rows than columns (grouped queries)."""
+        wide = [g for g, role in basis_roles(blocks[0]).items() if wider(module, blocks[0].sites[role])]
+        if self.null_space == "library" or not wide:
+            return {}
+        return rotated_norm.input_grams(module, blocks, sequences, work.batch_size, tuple(wide))
 
     def threshold(self, state: State, site: Site, p: float) -> float:
         return 0.0 if p == 0 else histograms.threshold(state, site, p, self.scaled(site))
@@ -105,18 +119,35 @@ def column_norms(weight: torch.Tensor) -> torch.Tensor:
     return weight.float().norm(dim=0)
 
 
-def bases_of(module: torch.nn.Module, blocks: list[Block]) -> dict[tuple[int, str], torch.Tensor]:
-    """Q by (layer, group), float32 [n, n]: right singular vectors of W_k and W_gate after the norms are folded."""
+def basis_roles(block: Block) -> dict[str, str]:
+    """Whose right singular vectors each group gets. Raises ValueError where a block has none of the maps for it."""
+    roles_of = {}
+    for group, roles in BASIS_OF.items():
+        roles_of[group] = next((r for r in roles if r in block.sites), None)
+        if roles_of[group] is None:
+            raise ValueError(f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}")
+    return roles_of
+
+
+def wider(module: torch.nn.Module, site: Site) -> bool:
+    """Whether a map has fewer outputs than inputs."""
+    rows, columns = shape(module.get_submodule(site.path))
+    return rows < columns
+
+
+def bases_of(
+    module: torch.nn.Module, blocks: list[Block], inputs: dict[tuple[int, str], torch.Tensor] | None = None
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Q by (layer, group), float32 [n, n]: right singular vectors of W_k and W_gate after the norms are folded.
+
+    inputs: Gram matrices of the inputs [n, n] by the same key; their principal axes are the basis of a null space.
+    """
     bases = {}
     for block in blocks:
-        for group, roles in BASIS_OF.items():
-            role = next((r for r in roles if r in block.sites), None)
-            if role is None:
-                raise ValueError(
-                    f"method.rotate needs one of {', '.join(roles)} in a block, got {', '.join(block.sites)}"
-                )
+        for group, role in basis_roles(block).items():
             weight = rotated_norm.folded(module, block, role)
-            bases[block.index, group] = rotated_norm.principal_basis(weight.T @ weight).float().cpu()
+            within = (inputs or {}).get((block.index, group))
+            bases[block.index, group] = rotated_norm.principal_basis(weight.T @ weight, within).float().cpu()
     return bases
 
 

@@ -13,7 +13,8 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded
+from sparsebench.models import Loaded, positions
+from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
@@ -42,8 +43,12 @@ class Encoder:
             raise ValueError("weights=scratch needs model.train, got null")
 
     def problems(self, settings: Any) -> list[str]:
-        problem = hub.model_problem(self.path, "model.path") if self.weights == "pretrained" else None
-        return [problem] if problem else []
+        pretrained = self.weights == "pretrained"
+        problem = hub.model_problem(self.path, "model.path") if pretrained else None
+        if problem:
+            return [problem]
+        config = positions.known_config(self.path if pretrained else "", None if pretrained else self.architecture)
+        return positions.problems(self.name, config, {"dataset.max_tokens": getattr(settings.dataset, "max_tokens", 0)})
 
     def load(self, work: Work, data) -> Loaded:
         """The classifier on the target's device in its dtype; `data` gets its tokenizer.
@@ -54,9 +59,8 @@ class Encoder:
         torch.manual_seed(work.seed)
         if self.weights == "pretrained":
             source = {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
-            module = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source
-            )
+            auto = transformers.AutoModelForSequenceClassification
+            module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
             if module.config.num_labels != len(data.classes):
                 raise ValueError(
                     f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
@@ -75,7 +79,7 @@ class Encoder:
             module = self.plain(data)
         if self.weights == "scratch":
             folder = self.trained(module, tokenizer, work, data)
-            module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            module = load_whole(transformers.AutoModelForSequenceClassification, str(folder), dtype=torch.float32)
             origin, dev = str(folder), json.loads((folder / "training.json").read_text())["dev"]
         module = module.to(hardware.torch_device, hardware.torch_dtype).eval().requires_grad_(False)
         info = {

@@ -14,7 +14,8 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded
+from sparsebench.models import Loaded, positions
+from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
@@ -51,15 +52,19 @@ class CausalLM:
     def problems(self, settings: Any) -> list[str]:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
-        if self.weights != "pretrained" and self.architecture is not None:
+        from_architecture = self.weights != "pretrained" and self.architecture is not None
+        if from_architecture:
             depth = self.architecture.get("num_hidden_layers")
             if self.num_layers and depth and self.num_layers > depth:
                 return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
-            return []
-        if self.path is None:
+        elif self.path is None:
             return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
-        problem = hub.model_problem(self.location, "model.path")
-        return [problem] if problem else []
+        else:
+            problem = hub.model_problem(self.location, "model.path") or tokenizer_problem(self.location)
+            if problem:
+                return [problem]
+        config = positions.known_config("" if from_architecture else self.location, self.architecture)
+        return positions.problems(self.name, config, lengths_of(settings))
 
     def config(self) -> transformers.PretrainedConfig:
         """The architecture, cut to `num_layers` blocks where asked."""
@@ -85,28 +90,43 @@ class CausalLM:
             "local_files_only": not hub.reachable(),
         }
 
+    def tokenizer(self, location: str, config: Any, data) -> Any:
+        """The tokenizer of a folder or Hub id. Raises ValueError where it is missing or is not one for model and data."""
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
+        except (OSError, ValueError, KeyError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise ValueError(f"model: the tokenizer of {location} can't be loaded: {line}") from error
+        outside = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
+        if outside - set(tokenizer.added_tokens_decoder):  # tokens added beside the text's own vocabulary never occur
+            raise ValueError(
+                f"model: the tokenizer of {location} has {len(tokenizer)} tokens, the model {config.vocab_size}"
+            )
+        bos = getattr(getattr(data, "fit", None), "bos", "none")
+        if bos != "none" and tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"dataset.bos must be none for the tokenizer of {location}, which has no BOS token, got {bos}"
+            )
+        return tokenizer
+
     def load(self, work: Work, data) -> Loaded:
         """The model on the target's device in its dtype; `data` gets its tokenizer. Raises ValueError where its structure is unknown."""
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
             location = str(self.trained(config, work, data))
+        tokens_from = location
+        if self.weights == "random" and hub.model_problem(location, "") is not None:
+            tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
+        tokenizer = self.tokenizer(tokens_from, config, data)
         if self.weights == "random":
             torch.manual_seed(work.seed)
             with torch.device(hardware.torch_device):
                 module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
         else:
-            module = transformers.AutoModelForCausalLM.from_pretrained(
-                location, config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source()
-            ).to(hardware.torch_device)
-        tokens_from = location
-        if self.weights == "random" and hub.model_problem(location, "") is not None:
-            tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, **self.source())
-        outside = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
-        if outside - set(tokenizer.added_tokens_decoder):  # tokens added beside the text's own vocabulary never occur
-            raise ValueError(
-                f"model: the tokenizer of {tokens_from} has {len(tokenizer)} tokens, the model {config.vocab_size}"
-            )
+            module = load_whole(
+                transformers.AutoModelForCausalLM, location, self.num_layers,
+                config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
+            ).to(hardware.torch_device)  # fmt: skip
         module.eval().requires_grad_(False)
         blocks = find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
@@ -120,7 +140,11 @@ class CausalLM:
             "sites": list(blocks[0].sites),
             "tokenizer": "llama-tiny (stand-in)" if tokens_from != location else "its own",
             "trust_remote_code": self.trust_remote_code,
+            "positions": positions.limit(config),
+            "warning": positions.warning(config, data.test.sequence_length) if data is not None else None,
         }
+        if info["warning"]:
+            log.warning("model=%s: %s", self.name, info["warning"])
         if data is not None:
             data.set_tokenizer(tokenizer)
         return Loaded(module, tokenizer, info)
@@ -161,3 +185,33 @@ class CausalLM:
             data.fit.tokenizer.save_pretrained(folder)
 
         return from_scratch.trained(self, shape, work, begin, judge, save)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def tokenizer_problem(location: str) -> str | None:
+    """The line about a folder without a tokenizer, or None."""
+    folder = Path(location)
+    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return f"model.path must be a folder with a tokenizer (e.g. tokenizer.json), got {location!r} without one"
+
+
+def lengths_of(settings: Any) -> dict[str, int]:
+    """The longest positions that a run asks of a language model, by key."""
+    measured = settings.measure if settings.measure.latency else None
+    lengths = {"dataset.sequence_length": getattr(settings.dataset, "sequence_length", 0)}
+    if measured is not None:
+        lengths |= {
+            "measure.context plus the 8 steps after it": measured.context + 8,
+            "measure.prompt": measured.prompt,
+        }
+    return lengths

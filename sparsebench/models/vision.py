@@ -222,7 +222,10 @@ def fill(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> No
     """Load `weights` (older torchvision names too; a torchvision ViT is translated). Raises ValueError where they don't fit."""
     weights = {renamed(k): v for k, v in weights.items()}
     if "encoder.pos_embedding" in weights:
-        weights = translate_vit(weights)
+        try:
+            weights = translate_vit(weights)
+        except KeyError as error:
+            raise ValueError(f"model: {source} doesn't fit the network: {error.args[0]} is missing") from error
     weights = {k: v for k, v in weights.items() if not k.startswith(("aux1.", "aux2."))}  # GoogLeNet's training heads
     try:
         module.load_state_dict(weights)

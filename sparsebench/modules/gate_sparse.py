@@ -85,6 +85,9 @@ def gated_ffn(model: nn.Module, block: Block) -> str:
         raise ValueError(
             f"method: a gated FFN with gate, up and down is needed, got a block with {', '.join(block.sites)}"
         )
+    others = [n for n, _ in ffn.named_children() if n not in (*names, "act_fn")]
+    if others:
+        raise ValueError(f"method: the FFN at {path} has {', '.join(others)} beside gate, up, down and activation")
     if any(getattr(ffn, n).bias is not None for n in names[1:]):
         raise ValueError(f"method: up and down must have no bias, got one in {path}")
     return path

@@ -7,16 +7,19 @@ leaves embedding, head and the maps that write to the stream alone. [choice]
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from sparsebench.calibration.histograms import observe
 from sparsebench.modules.base import Cost, SparseModule
 from sparsebench.modules.input_sparse import replace
 from sparsebench.sites import Block, weight_of
 
+DEGENERATE = 1e-10  # of the largest eigenvalue: what lies closer is one eigenspace (float64 resolves about 1e-16)
 GROUPS = ("attn_in", "mlp_in")  # the tensors that a norm feeds, in the order of a block's norms
 
 
@@ -50,6 +53,51 @@ def norms(model: nn.Module, block: Block) -> dict[str, str]:
     return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, names, strict=True)}
 
 
+def check_fed(model: nn.Module, blocks: list[Block]) -> None:
+    """Prove on a few tokens that each norm is an RMSNorm and that its output is what the maps of its group read.
+
+    Raises ValueError naming the block where it is not so: norms behind attention and FFN, or one that scales otherwise.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    wrong: list[str] = []
+
+    def keep(path):
+        def see(norm, args, output):
+            h = args[0].double()
+            expected = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight.double()
+            if float((output - expected).norm()) > 0.02 * float(expected.norm()):
+                wrong.append(f"{path} is no RMSNorm")
+            outputs[path] = output
+
+        return see
+
+    def compare(norm, site):
+        def see(_, args):
+            if norm not in outputs or not torch.equal(args[0], outputs[norm]):
+                wrong.append(f"{site.path} does not read {norm}")
+
+        return see
+
+    hooks = []
+    for block in blocks:
+        found = norms(model, block)
+        hooks += [model.get_submodule(p).register_forward_hook(keep(p)) for p in found.values()]
+        hooks += [
+            model.get_submodule(s.path).register_forward_pre_hook(compare(found[s.group], s))
+            for s in block.sites.values()
+            if s.group in GROUPS
+        ]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if wrong:
+        raise ValueError(f"method: a rotation needs norms in front of the maps they feed, and {wrong[0]}")
+
+
 def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:
     """W diag(g), float64 [m, n]: a map with the weight g of the norm before it (no mean is subtracted: RMSNorm has none)."""
     site = block.sites[role]
@@ -57,12 +105,62 @@ def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:
     return weight_of(model.get_submodule(site.path)).double() * gain.double()
 
 
-def principal_basis(gram: torch.Tensor) -> torch.Tensor:
+def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(eigenvalues [n], eigenvectors [n, n] as columns) of a symmetric matrix, float64, largest first."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.flip(-1), vectors.flip(-1)
+
+
+def degenerate(values: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Runs [start, stop) of more than one eigenvalue that no library tells apart: gaps below DEGENERATE of the largest."""
+    starts = [
+        0,
+        *(torch.nonzero(values[:-1] - values[1:] > DEGENERATE * values[0]).flatten() + 1).tolist(),
+        len(values),
+    ]
+    return ((a, b) for a, b in itertools.pairwise(starts) if b - a > 1)
+
+
+def principal_basis(gram: torch.Tensor, within: torch.Tensor | None = None) -> torch.Tensor:
     """Q [n, n], float64: orthonormal eigenvectors of a symmetric matrix as columns, largest eigenvalue first.
 
-    For gram = W^T W these are the right singular vectors of W, and (W Q)^T (W Q) is diagonal.
+    For gram = W^T W these are the right singular vectors of W, and (W Q)^T (W Q) is diagonal. Eigenvectors of equal
+    eigenvalues, e.g. of the null space of a W with fewer rows than columns, are any basis of a subspace: they are chosen
+    as the principal axes of the symmetric matrix `within` [n, n] inside it, so that the result does not depend on the
+    linear algebra library; without `within` the library chooses. The largest entry of a column is positive.
     """
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)
+    values, vectors = eigen(gram)
+    if within is not None:
+        for start, stop in degenerate(values):
+            part = vectors[:, start:stop]
+            vectors[:, start:stop] = part @ eigen(part.T @ within.to(part) @ part)[1]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def input_grams(
+    model: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch_size: int, groups: tuple[str, ...] = GROUPS
+) -> dict[tuple[int, str], torch.Tensor]:
+    """X^T X [n, n], float64, by (layer, group): X are inputs [tokens, n] of a group with the norm's weight divided out."""
+    grams: dict[tuple[int, str], torch.Tensor] = {}
+
+    def observer(key, eps):
+        def see(h: torch.Tensor) -> None:
+            x = h.double().flatten(0, -2)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            grams[key] = grams.get(key, 0) + x.T @ x
+
+        return see
+
+    observers = {
+        path: observer((block.index, group), model.get_submodule(path).variance_epsilon)
+        for block in blocks
+        for group, path in norms(model, block).items()
+        if group in groups
+    }
+    if observers:
+        observe(model, sequences, observers, batch_size)
+    return grams
 
 
 def rotate(model: nn.Module, blocks: list[Block], bases: dict[tuple[int, str], torch.Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsebench.engines import check
 from sparsebench.measure import clock, effective_macs, latency, macs, memory, quality, shape_bias, sparsity
 from sparsebench.measure.effective_macs import Products
 from sparsebench.measure.macs import executed_per_sample
@@ -264,7 +265,7 @@ def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware)
         with torch.no_grad():
             wanted = reference(layer, x)
             error = float((fast(x) - wanted).norm() / (wanted.norm() + 1e-30))
-        latency.check_parity({name: error}, dtype)
+        check.check_parity({name: error}, dtype)
         rows[name] |= layer_times(layer, fast, x, measurement, hardware) | {"parity_relative_error": error}
     return rows
 

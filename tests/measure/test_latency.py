@@ -9,7 +9,7 @@ import torch
 
 from sparsebench import config, engines, kernels, tasks
 from sparsebench.config.compose import compose_all
-from sparsebench.engines import Decoder
+from sparsebench.engines import Decoder, check
 from sparsebench.measure import clock, latency, macs, sparsity
 from sparsebench.methods.base import Work
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
@@ -50,18 +50,18 @@ def test_sparse_decode_equals_masked_dense_logits():
 def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
     model, ids = sparse_copy(), torch.randint(0, 320, (1, 12))
     decoder = Decoder(model, ids[:, :11], 1, compiled=False)
-    assert latency.check_parity(latency.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32) < 1e-5
+    assert check.check_parity(check.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32) < 1e-5
     backend = kernels.load("cpu_numba")
     right = backend.input_sparse_linear
     monkeypatch.setattr(backend, "input_sparse_linear", lambda *a, **k: right(*a, **k) * 1.001)
     decoder.rewind()
     with pytest.raises(ArithmeticError, match=r"differs from masked-dense at \d\.\w+"):
-        latency.check_parity(latency.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32)
+        check.check_parity(check.parity(model, lambda: decoder.step(ids[:, 11:])), torch.float32)
 
 
 def test_nan_never_passes_parity():
     with pytest.raises(ArithmeticError, match="at b"):
-        latency.check_parity({"a": 1e-9, "b": float("nan")}, torch.float32)
+        check.check_parity({"a": 1e-9, "b": float("nan")}, torch.float32)
 
 
 def settings():

@@ -145,7 +145,7 @@ def test_column_norms_are_those_of_the_folded_and_rotated_weights(scope, data, t
     """Check 7, and the model that was fitted is left as it was."""
     model = shaped()
     before = copy.deepcopy(model.state_dict())
-    state = method(scope=scope).fit(Loaded(model, None, {}), data, work(tmp_path))
+    state = method(scope=scope, null_space="library").fit(Loaded(model, None, {}), data, work(tmp_path))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     rotated, _ = rotated_model()
     plain = 0
@@ -195,6 +195,61 @@ def test_k_is_lossless_up_to_its_rank_under_grouped_queries(data, tmp_path):
     k = model.model.layers[0].self_attn.k_proj
     x = model.model.layers[0].input_layernorm(torch.randn(2, 9, 64))
     torch.testing.assert_close(k(x), torch.nn.functional.linear(x, k.weight, k.bias), rtol=1e-3, atol=1e-4)
+
+
+def mixed(seed):
+    """`eigen` of a library that returns another, equally valid basis of every degenerate eigenspace, other signs too."""
+    right = rotated_norm.eigen
+
+    def eigen(matrix):
+        generator = torch.Generator().manual_seed(seed)
+        values, vectors = right(matrix)
+        for start, stop in rotated_norm.degenerate(values):
+            turn = torch.linalg.qr(torch.randn(stop - start, stop - start, generator=generator).double())[0]
+            vectors[:, start:stop] = vectors[:, start:stop] @ turn
+        return values, vectors * (torch.randint(0, 2, (len(values),), generator=generator) * 2 - 1)
+
+    return eigen
+
+
+@pytest.mark.parametrize("name", ["wina", "teal_rotated", "larosa"])
+def test_the_result_does_not_depend_on_the_library(name, data, tmp_path, monkeypatch):
+    """Under grouped queries most of k's basis is a null space; LaRoSA has one with fewer tokens than channels."""
+    rule = method(name, sparsity=0.5, **({"calibration_tokens": 32} if name == "larosa" else {}))
+    found = [logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8])]
+    for seed in (1, 2):
+        monkeypatch.setattr(rotated_norm, "eigen", mixed(seed))
+        found.append(logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8]))
+        monkeypatch.undo()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-4 * float(found[0].abs().max()))
+
+
+def test_the_librarys_choice_matters(data, tmp_path, monkeypatch):
+    """null_space=library, the official code's: equally valid bases give other logits, so the test above can fail."""
+    rule = method(sparsity=0.5, null_space="library")
+    first = logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8])
+    monkeypatch.setattr(rotated_norm, "eigen", mixed(1))
+    second = logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8])
+    assert float((second - first).norm() / first.norm()) > 1e-2
+
+
+def test_the_null_space_of_k_is_filled_by_the_principal_axes_of_its_inputs(data, tmp_path):
+    """k's inputs in the null space are uncorrelated on calibration text and fall in size; W_k stays orthogonal."""
+    model = shaped("qwen2")
+    state = fitted(method(), data, tmp_path, "qwen2")
+    basis = state.tensors["basis.0.attn_in"].double()
+    weight = rotated_norm.folded(model, find_blocks(model)[0], "k")
+    null = basis[:, 16:]
+    assert (weight @ null).norm() < 1e-5 * weight.norm()
+    seen = []
+    norm = model.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda _, args, y: seen.append(y / norm.weight))
+    logits(model, data.fit.rows)
+    x = torch.cat(seen).flatten(0, 1).double() @ null
+    gram = x.T @ x
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-4 * gram.diagonal().max()
+    assert torch.all(gram.diagonal().diff() <= 1e-6 * gram.diagonal().max())
 
 
 def test_tied_embeddings_stay_tied_and_untouched(data):
@@ -255,7 +310,7 @@ def literal(model, bases, keep):
 
 def test_rotating_behind_the_norms_equals_the_published_algorithm(data, tmp_path):
     """The same masks and logits as with the residual stream in the bases (v2, Algorithm 1, appendix A.2) at 50 %."""
-    rule = method(sparsity=0.5)
+    rule = method(sparsity=0.5, null_space="library")
     found = applied(rule, data, tmp_path)
     keep = {role: 80 if role == "down" else 32 for role in find_blocks(shaped())[0].sites}
     expected = literal(shaped(), bases_of(shaped(), find_blocks(shaped())), keep)

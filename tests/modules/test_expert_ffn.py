@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsebench import kernels
+from sparsebench.engines import check
 from sparsebench.experts import clustering, conversion, routers
 from sparsebench.experts.clustering import Grouping
 from sparsebench.measure import latency, macs, sparsity
@@ -516,7 +517,7 @@ def test_parity_and_nothing_skipped():
     routers.harden(model, "max", 0.8, kernel=CPU[0])
     step = lambda: model(input_ids=torch.tensor([[3]]), use_cache=False)  # noqa: E731
     with torch.no_grad():
-        errors = latency.parity(model, step)
+        errors = check.parity(model, step)
         assert set(errors) == {"0.ffn", "1.ffn"} and max(errors.values()) < 1e-4
         ffn = conversion.ffns(model)[0]
         with latency.dial(model) as turn:

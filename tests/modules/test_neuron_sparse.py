@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsebench import engines, kernels
+from sparsebench.engines import check
 from sparsebench.measure import latency, macs, sparsity
 from sparsebench.modules.activations import Activation, FATReLU, ShiftedReLU
 from sparsebench.modules.neuron_sparse import NeuronSparseFFN, ffn_path, neuron_norms, product, swap
@@ -156,7 +157,7 @@ def test_parity_and_nothing_skipped():
         swap(model, block, FATReLU(), kernel=CPU_KERNELS[0])
     step = lambda: model(input_ids=torch.tensor([[3]]), use_cache=False)  # noqa: E731
     with torch.no_grad():
-        errors = latency.parity(model, step)
+        errors = check.parity(model, step)
         assert set(errors) == {"0.ffn", "1.ffn"} and max(errors.values()) < 1e-4
         ffn = next(m for m in model.modules() if isinstance(m, NeuronSparseFFN))
         x = x_of(1, 1)

@@ -1,0 +1,54 @@
+"""How many positions a transformer knows, and what a longer window means for it: an error, or a warning in the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2}  # positions count from behind the padding token's
+
+
+def known_config(location: str, architecture: dict | None) -> Any | None:
+    """The configuration of a folder, or of an `architecture` node; None where it can't be read here."""
+    if Path(location or ".missing", "config.json").is_file():
+        try:
+            return transformers.AutoConfig.from_pretrained(location, local_files_only=True)
+        except (OSError, ValueError):  # code of its own, or no configuration: loading it says so
+            return None
+    if architecture is None:
+        return None
+    fields = dict(architecture)
+    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def limit(config: Any) -> int | None:
+    """Positions that the model was made for, or None where its configuration says none (ALiBi)."""
+    count = next((getattr(config, n) for n in NAMES if isinstance(getattr(config, n, None), int)), None)
+    return None if count is None else count - OFFSET.get(config.model_type, 0)
+
+
+def learned(config: Any) -> bool:
+    """Whether there is a table with a row per position, beyond which nothing can be computed."""
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
+    return not rotary and not getattr(config, "alibi", False) and config.model_type not in ("xglm", "bloom", "mpt")
+
+
+def problems(name: str, config: Any | None, lengths: dict[str, int]) -> list[str]:
+    """A line for each key whose length the model's learned positions can't hold."""
+    count = None if config is None or not learned(config) else limit(config)
+    return [
+        f"{key} must be at most {count}, the learned positions of model={name}, got {length}"
+        for key, length in lengths.items()
+        if count is not None and length > count
+    ]
+
+
+def warning(config: Any, length: int) -> str | None:
+    """What the record says of windows longer than a model without learned positions was made for."""
+    count = limit(config)
+    if count is None or length <= count:
+        return None
+    return f"windows of {length} tokens are longer than the {count} positions that the model was made for"

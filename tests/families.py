@@ -1,0 +1,189 @@
+"""Tiny random causal LMs of many families of transformers, and which of them have blocks that a method can sparsify."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers
+
+from sparsebench.engines import check
+from sparsebench.measure import neutral
+from sparsebench.models import Loaded
+from sparsebench.modules import rotated_norm
+from sparsebench.modules.base import SparseModule
+from sparsebench.modules.gate_sparse import GateSparseFFN
+from sparsebench.sites import find_blocks, weight_of
+from tests.helpers import Rows, built, logits, work
+
+# Each field is set where a family's configuration has it.
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "intermediate_size": 160,
+    "ffn_dim": 160, "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
+    "attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "max_position_embeddings": 128, "n_positions": 128, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+}  # fmt: skip
+KNOWN = (
+    "biogpt", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma", "gemma2",
+    "gemma3_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "helium",
+    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "olmo",
+    "olmo2", "olmo3", "openai-gpt", "opt", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "vaultgemma", "xglm",
+)  # fmt: skip
+UNKNOWN = (
+    "afmoe", "apertus", "arcee", "bloom", "codegen", "ctrl", "deepseek_v2", "doge", "glm", "glm4", "gpt_oss", "gptj",
+    "jais2", "lfm2", "mixtral", "mpt", "nanochat", "nemotron", "olmoe", "persimmon", "phi", "qwen3_moe", "starcoder2",
+)  # fmt: skip
+
+
+def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
+    """A small random model of a family, float32, eval mode, frozen.
+
+    scale: of the weights against the default initialisation, so that channels differ; norms get weights of 0.5 to 1.5,
+    so that folding them or leaving them out matters.
+    """
+    cls = type(transformers.AutoConfig.for_model(kind))
+    known = cls()
+    fields = {k: v for k, v in SMALL.items() if hasattr(known, k)}
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**{**fields, **changes}), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a method must do with a family: its model or a refusal in one line
+
+METHODS = {  # the training-free methods and the probes; sparsity of inputs or neurons
+    "teal": (), "teal_rotated": (), "wina": (), "wina_plain": (), "larosa": (), "rsparse": (), "cats": (), "duogpt": (),
+    "topk": ("method.train=null", "method.activation=null", "method.keep=0.5", "method.probe_sequences=4"),
+    "qsparse": ("method.train=null", "method.activation=null", "method.probe_sequences=4"),
+}  # fmt: skip
+CALIBRATED = ("teal", "teal_rotated", "wina", "wina_plain", "larosa", "rsparse", "cats", "duogpt")
+ROWS = torch.randint(1, 320, (12, 16), generator=torch.Generator().manual_seed(11))
+
+
+class Windows:
+    """Random windows as fit, dev and test."""
+
+    kind = "language"
+    fit = dev = test = Rows(ROWS)
+
+
+@functools.cache
+def method_of(name: str):
+    given = [*METHODS[name], *(["method.calibration_tokens=64", "method.prompt=all"] if name in CALIBRATED else [])]
+    return built("method", f"method={name}", *given)
+
+
+def outcome(kind: str, name: str, folder) -> str:
+    """`equal` where the method fits the family, else its refusal in one line.
+
+    Equal means: with nothing dropped the model's logits are the dense ones, and at its operating point they are those
+    of `reference`. Raises AssertionError where either is not so.
+    """
+    method = method_of(name)
+    model = family(kind)
+    inputs, expected = neutral.probe(model, Windows)
+    try:
+        state = method.fit(Loaded(model, None, {}), Windows, work(folder))
+        sparse = method.apply(family(kind), state, work(folder))
+        neutral.check(method, sparse, inputs, expected)
+    except ValueError as error:
+        assert "\n" not in str(error), f"{kind}, {name}: more than one line: {error}"
+        return str(error)
+    found, wanted = logits(sparse, ROWS[:4]), reference(family(kind), sparse, state, ROWS[:4])
+    assert check.distance(*(x.flatten(0, 1) for x in (found, logits(family(kind), ROWS[:4])))) > 1e-3, (
+        "nothing was dropped"
+    )
+    # most tokens: one channel whose rank is decided by rounding moves its token's logits and those of later tokens
+    error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+    assert error < 1e-4, f"{kind}, {name}: logits differ from masked inputs of the dense model by {error:.2g}"
+    return "equal"
+
+
+def reference(dense, sparse, state, rows) -> torch.Tensor:
+    """Logits of the dense model whose maps' inputs lose what the sparse model's rules say, by hooks alone."""
+    modules = {m.site: m for m in sparse.modules() if isinstance(m, SparseModule)}
+    hooks = []
+    for block in find_blocks(dense):
+        for site in block.sites.values():
+            linear = dense.get_submodule(site.path)
+            if f"weight.{site.name}" in state.tensors:
+                weight_of(linear).copy_(state.tensors[f"weight.{site.name}"])
+            if site.name in modules:
+                hooks += hooked_map(linear, modules[site.name], *basis_of(dense, block, site, state))
+        if f"{block.index}.ffn" in modules:
+            hooks += hooked_ffn(dense, block, modules[f"{block.index}.ffn"])
+    try:
+        return logits(dense, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def basis_of(dense, block, site, state):
+    """(Q, norm weight) of a rotated input, or (None, None)."""
+    name = f"basis.{block.index}.{site.group}"
+    if name not in state.tensors:
+        return None, None
+    norm = rotated_norm.norms(dense, block)[site.group]
+    return state.tensors[name].double(), dense.get_submodule(norm).weight.double()
+
+
+def kept_entries(x, rule):
+    """bool, the shape of x [..., n]: the top k, or what is above the threshold."""
+    score = x.abs() if getattr(rule, "scale", None) is None else x.abs() * rule.scale
+    if hasattr(rule, "count"):  # the lowest index wins a tie, and with one value head heads tie at a text's first token
+        order = score.argsort(dim=-1, descending=True, stable=True)[..., : rule.count]
+        return torch.zeros_like(score).scatter(-1, order, 1).bool()
+    count = rule.top_k
+    if count is None:
+        return score > rule.threshold
+    return torch.zeros_like(score).scatter(-1, score.topk(count, -1).indices, 1).bool()
+
+
+def hooked_map(linear, rule, basis, gain):
+    """Zero the dropped inputs of one map, in the basis where they were chosen; what a low rank puts back is added."""
+    dropped = []
+
+    def mask(_, args):
+        x = args[0].double()
+        z = x if basis is None else (x / gain) @ basis
+        kept = torch.where(kept_entries(z.float(), rule), z, 0)
+        y = kept if basis is None else kept @ basis.T * gain
+        dropped[:] = [(x - y).float()]
+        return (y.float(),)
+
+    def remainder(_, args, output):
+        a, b = rule.low_rank
+        return output + dropped[0] @ a @ b
+
+    hooks = [linear.register_forward_pre_hook(mask)]
+    return hooks + ([linear.register_forward_hook(remainder)] if getattr(rule, "low_rank", None) is not None else [])
+
+
+def hooked_ffn(dense, block, rule):
+    """Zero the neurons whose activation is dropped: small gates (CATS), all but the k largest (top-k)."""
+    first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
+    last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
+    own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
+    act = next(m for n, m in own.named_children() if n in ("act", "act_fn"))
+    seen = []
+
+    def mask(_, args):
+        a = act(seen[0])
+        if isinstance(rule, GateSparseFFN):
+            keep = a.abs() >= rule.threshold
+        else:
+            keep = torch.zeros_like(a).scatter(-1, a.topk(rule.activation.count, -1).indices, 1).bool()
+        return (torch.where(keep, args[0], 0),)
+
+    return [first.register_forward_hook(lambda _, args, z: seen.__setitem__(slice(None), [z])),
+            last.register_forward_pre_hook(mask)]  # fmt: skip

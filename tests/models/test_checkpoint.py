@@ -1,0 +1,89 @@
+"""A checkpoint is loaded whole or refused by the name of what is wrong in it, for every kind of model."""
+
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+import transformers
+
+from sparsebench.models.vision import fill, translate_vit
+from tests.helpers import QUICK_RUN, built, tiny_cnn, tiny_model, tiny_tokenizer, work
+
+
+def folder_with(tmp_path, change, model=None):
+    """A saved folder whose tensors went through `change` (a function of the dict, in place)."""
+    (model or tiny_model()).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path
+
+
+def language(folder, tmp_path, **changes):
+    return built("model", "model=hf", f"model.path={folder}", **changes).load(work(tmp_path), None).module
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+CHANGES = {
+    "missing": (lambda t: t.pop(UP), rf"{UP} is missing"),
+    "head": (lambda t: t.pop("lm_head.weight"), r"lm_head.weight is missing"),
+    "two": (lambda t: (t.pop(UP), t.pop("model.norm.weight")), r"\(and 1 more\)"),
+    "extra": (lambda t: t.update({"model.layers.0.mlp.router.weight": torch.ones(4)}), r"router.weight is in the checkpoint"),
+    "later": (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(160, 64)}), r"layers.2.mlp.up_proj"),
+    "shape": (lambda t: t.update({UP: torch.ones(8, 64)}), rf"{UP} has shape \[8, 64\] in the checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_language_model_that_is_not_whole(name, tmp_path):
+    change, message = CHANGES[name]
+    folder = folder_with(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=message) as error:
+        language(folder, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_head_computed_tensors_and_cut_layers_are_no_fault(tmp_path):
+    def older(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    tied = folder_with(tmp_path / "tied", older, tiny_model(tie_word_embeddings=True))
+    assert "lm_head.weight" not in safetensors.torch.load_file(tied / "model.safetensors")
+    module = language(tied, tmp_path)
+    assert torch.equal(module.get_output_embeddings().weight, tiny_model(tie_word_embeddings=True).lm_head.weight)
+    cut = language(folder_with(tmp_path / "cut", lambda t: None, tiny_model(layers=3)), tmp_path, num_layers=1)
+    assert len(cut.model.layers) == 1
+
+
+def test_the_command_ends_before_scoring(tmp_path, text_file, sparsebench):
+    folder = folder_with(tmp_path / "broken", lambda t: t.pop(UP))
+    process = sparsebench("model=hf", f"model.path={folder}", f"dataset.path={text_file}", *QUICK_RUN)
+    assert process.returncode != 0 and f"{UP} is missing" in process.stderr and "evaluating" not in process.stderr
+
+
+def test_an_encoder_that_is_not_whole(tmp_path):
+    shape = transformers.BertConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=2
+    )
+    model = transformers.BertForSequenceClassification(shape)
+    folder = folder_with(tmp_path / "bert", lambda t: t.pop("classifier.weight"), model)
+    settings = built("model", "model=bert-tiny", f"model.path={folder}", "model.weights=pretrained")
+    with pytest.raises(ValueError, match="classifier.weight is missing"):
+        settings.load(work(tmp_path), SimpleNamespace(classes=["no", "yes"]))
+
+
+def test_networks_that_are_not_whole():
+    weights = tiny_cnn().state_dict()
+    weights.pop("conv2.weight")
+    with pytest.raises(ValueError, match="conv2.weight"):
+        fill(tiny_cnn(), weights, "cnn.pth")
+    plain = torchvision.models.VisionTransformer(8, 4, 2, 2, 32, 64, num_classes=3).state_dict()
+    name = "encoder.layers.encoder_layer_1.mlp.0.bias"
+    assert translate_vit(plain)
+    plain.pop(name)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        fill(torch.nn.Module(), plain, "vit.pth")
