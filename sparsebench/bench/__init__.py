@@ -108,8 +108,9 @@ def command() -> int:
         problems: list[str] = []
         settings = checks.build(configuration, "", problems, Bench)
         problems += settings.problems() if settings is not None else []
-        if problems:
-            raise checks.ConfigError(problems)
+        if problems:  # an exception would end in Hydra's own words
+            print("\n".join(f"error: {line}" for line in problems), file=sys.stderr)
+            sys.exit(2)
         folder = run(settings, configuration)
         print((folder / "table.md").read_text(encoding="utf-8"))
         print(json.dumps({"record": str(folder / "result.json"), "plot": str(folder / "speedup.png")}))

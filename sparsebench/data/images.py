@@ -9,9 +9,7 @@ images to fit on (one per class, or a `val` folder alone) can still be evaluated
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torchvision.transforms import v2
 from sparsebench import cache
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
+from sparsebench.data.idx import idx_parts, read_idx
 from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, subset, unique_rows
 
 TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
@@ -333,16 +332,6 @@ def digits(settings: Images) -> tuple[Memory, None, list[str]]:
     return Memory(images, torch.from_numpy(bunch.target.astype(np.int64))), None, [str(i) for i in range(10)]
 
 
-def idx_parts(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """The pairs (images, labels) of idx files in a folder by their prefix (train, t10k, or any other)."""
-    pairs = {}
-    for images in sorted(folder.glob("*-images*idx3-ubyte*")):
-        labels = images.with_name(images.name.replace("-images", "-labels").replace("idx3", "idx1"))
-        if labels.exists():
-            pairs[images.name.partition("-images")[0]] = (images, labels)
-    return pairs
-
-
 def idx(settings: Images) -> tuple[Memory, Memory | None, list[str]]:
     """MNIST's file format, plain or gzipped. `t10k` beside `train` is the test part; a part alone is cut in three."""
     parts = {name: idx_memory(*files) for name, files in idx_parts(Path(settings.path)).items()}
@@ -357,19 +346,6 @@ def idx_memory(images: Path, labels: Path) -> Memory:
     if len(pixels) != len(answers):
         raise ValueError(f"dataset.path: {images.name} has {len(pixels)} images, {labels.name} {len(answers)} labels")
     return Memory(pixels[:, None], answers.long())
-
-
-def read_idx(file: Path, dimensions: int) -> torch.Tensor:
-    """uint8 array of an idx file. Raises ValueError for another magic number or length."""
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
-    except (OSError, EOFError, struct.error) as error:
-        raise ValueError(f"dataset.path: {file} can't be read ({error})") from error
-    start, count = 4 * (1 + dimensions), int(np.prod(shape))
-    if magic != 0x0800 + dimensions or len(content) != start + count:
-        raise ValueError(f"dataset.path: {file} is no idx file of {dimensions} dimensions of bytes, or is cut short")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, count, start).reshape(shape).copy())
 
 
 def torchvision_set(settings: Images) -> tuple[Memory, Memory, list[str]]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import StaticCache
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a model calls its cache: `cache` in new versions of transformers, `past_key_values` before and in code of its own."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class Decoder:
@@ -21,8 +28,9 @@ class Decoder:
         self.module, self.length = module, prompt.shape[1]
         self.engine = "compiled" if compiled else "eager"
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
+        self.given = {cache_argument(module): self.cache}
         with torch.no_grad():
-            self.logits = module(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            self.logits = module(input_ids=prompt, **self.given, use_cache=True, logits_to_keep=1).logits
         # a full sliding window moves its keys, so what the prompt left must be put back
         self.windows = [
             (held, held.clone())
@@ -37,7 +45,7 @@ class Decoder:
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]."""
         with torch.no_grad():
-            return self.forward(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+            return self.forward(input_ids=token, **self.given, use_cache=True).logits
 
     def rewind(self) -> None:
         """Back to the end of the prompt."""

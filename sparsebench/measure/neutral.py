@@ -30,7 +30,10 @@ EXAMPLES = 2  # of images or labelled texts
 
 
 def probe(module: nn.Module, data: Any) -> tuple[Any, torch.Tensor]:
-    """(a few inputs, of the fit split where it holds any, the dense model's logits of them [.., V]), to be taken before a method is fitted."""
+    """(a few inputs, the dense model's logits of them [.., V]), to be taken before a method is fitted.
+
+    Inputs are of the fit split where it holds any.
+    """
     device = next(module.parameters()).device
     if data.kind == "language":
         inputs = {"input_ids": data.fit.sequences(1)[:, :TOKENS].to(device), "use_cache": False}

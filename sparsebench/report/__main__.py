@@ -94,7 +94,7 @@ def reported(arguments: argparse.Namespace) -> dict:
 def readable(paths: list[Path]) -> list[dict]:
     """All records below `paths`, copies included; what can't be read is said on stderr."""
     from sparsebench.records import record
-    from sparsebench.report.rows import contents, is_bench
+    from sparsebench.report.sources import contents, is_bench
 
     found = []
     for where, content in contents(paths):

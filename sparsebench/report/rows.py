@@ -10,7 +10,6 @@ between rows of one machine, dtype, thread count and context.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records import archive, record
+from sparsebench.report.sources import contents, is_bench
 from sparsebench.sweep import main_metric
 
 SCHEMA_1_EVAL = {  # the part of `eval` that a key of schema 1 belongs to now
@@ -105,36 +105,6 @@ class Collection:
         return Counter(content["schema_version"] for content in contents)
 
 
-def contents(paths: Iterable[Path]) -> list[tuple[Path, Any]]:
-    """(where it stands, JSON content) of every record below `paths`; the content of what can't be read is None.
-
-    paths: archives, result.json files, folders with either. A file named as `paths` that is no archive though its name
-    ends so raises ArchiveError; inside a folder it may be anybody's (a data set) and is left out.
-    """
-    found: dict[Path, list[tuple[Path, Any]]] = {}
-    for path in paths:
-        named = [path] if path.is_file() else sorted([*path.rglob("result.json"), *path.rglob(f"*{archive.SUFFIX}")])
-        for file in named:
-            if file.suffix == archive.SUFFIX:
-                try:
-                    inside = archive.read(file)
-                except archive.ArchiveError:
-                    if file == path:
-                        raise
-                    continue
-                found[file.resolve()] = [(Path(f"{file}#{archive.key(each)[:10]}"), each) for each in inside]
-            else:
-                found[file.resolve()] = [(file, parsed(file))]
-    return [each for inside in found.values() for each in inside]
-
-
-def parsed(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def collect(paths: Iterable[Path]) -> Collection:
     """All records below `paths`. One run found twice (copied folders) counts once, the later one."""
     found, latest = Collection(), {}
@@ -164,11 +134,6 @@ def collect(paths: Iterable[Path]) -> Collection:
 
 def rank(content: dict) -> tuple[bool, str]:
     return content["status"] == "finished", str(content.get("started_at"))
-
-
-def is_bench(content: Any) -> bool:
-    """Whether this is a record of sparsebench-bench."""
-    return isinstance(content, dict) and content.get("kind") == "bench" and {"model", "env"} <= content.keys()
 
 
 def todays(config: dict) -> dict:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsebench.engines.reference import cache_argument
 from sparsebench.measure import sparsity
 from sparsebench.modules import tokens
 from sparsebench.modules.input_sparse import swap
@@ -75,5 +76,6 @@ def test_with_a_cache_the_mask_of_the_new_tokens_counts():
     with torch.no_grad():
         first = model(input_ids=ids, attention_mask=mask, use_cache=True)
         more = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-        step = model(input_ids=ids[:, -1:], attention_mask=more, past_key_values=first.past_key_values)
+        given = {cache_argument(model): first.past_key_values}
+        step = model(input_ids=ids[:, -1:], attention_mask=more, **given)
     assert step.logits.shape == (2, 1, 320) and len(tokens.CALLS) == 1
