@@ -20,6 +20,14 @@ def test_quantile_matches_the_exact_one(draw):
         assert float((values.abs() <= t).float().mean()) == pytest.approx(p, abs=2e-3)
 
 
+def test_quantile_is_linear_inside_a_bin():
+    histogram = AbsHistogram()
+    histogram.add(torch.full((100,), 1.0))  # one bin, [1, 1 + 2**-8)
+    assert [histogram.quantile(p) for p in (0.25, 0.5, 1.0)] == [1 + p * 2**-8 for p in (0.25, 0.5, 1.0)]
+    histogram.add(torch.full((300,), 3.0))  # [3, 3 + 2**-7): 0.625 lies at its middle
+    assert histogram.quantile(0.625) == 3 + 2**-8
+
+
 def test_quantile_does_not_decrease_in_p():
     histogram = AbsHistogram()
     histogram.add(torch.randn(10_000))

@@ -96,6 +96,21 @@ def test_all_problems_are_said_together():
     ]
 
 
+def test_bounds_are_those_that_are_said():
+    """[0, 1) holds 0 and not 1, > 0 holds no 0, (0, 1] holds 1 and not 0."""
+    for given, line in (
+        ("method.sparsity=0", None),
+        ("method.sparsity=1", "method.sparsity must be a number in [0, 1), got 1"),
+        ("hardware.threads=1", None),
+        ("hardware.threads=0", "hardware.threads must be a whole number > 0 or null, got 0"),
+        ("method.greedy.error_tokens=1", None),
+        ("method.greedy.error_tokens=0", "method.greedy.error_tokens must be a number in (0, 1], got 0"),
+    ):
+        problems = []
+        config.build(compose_all([given, "method=teal", "hardware=cpu"])[0], "", problems, config.Settings)
+        assert problems == ([line] if line else [])
+
+
 def test_sweeps_expand_to_every_combination():
     found = compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
     assert {(c["method"]["sparsity"], c["seed"]) for c in found} == {(s, i) for s in (0.25, 0.5) for i in range(3)}

@@ -55,6 +55,22 @@ def test_metrics_by_hand():
     assert found["ece"] == pytest.approx((abs(1 - 1.5) + abs(1 - 0.9) + abs(0 - 0.5)) / 4)
 
 
+def test_rows_of_the_confusion_matrix_are_true_classes():
+    counts = quality.ClassCounts(2)
+    counts.add(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]), torch.tensor([0, 0, 0, 1]))
+    found = counts.metrics()
+    assert found["confusion"] == [[1, 2], [0, 1]] and found["per_class"] == [pytest.approx(1 / 3), 1.0]
+    assert found["accuracy"] == 0.5  # of examples, not the mean over classes
+
+
+def test_calibration_has_fifteen_bins():
+    """0.66 lies in (9/15, 10/15] and 0.68 in the next; in tenths they would share a bin and their errors would cancel."""
+    counts = quality.ClassCounts(2)
+    for chance, label in ((0.66, 1), (0.68, 0)):
+        counts.add(torch.tensor([[0.0, math.log(chance / (1 - chance))]]), torch.tensor([label]))
+    assert counts.metrics()["ece"] == pytest.approx((abs(1 - 0.66) + abs(0 - 0.68)) / 2)
+
+
 def test_figures_do_not_depend_on_the_batches():
     split, model = Points("test", 50, 1), classifier()
     (one, _), (two, _) = (quality.classification_quality(model, split, None, b) for b in (7, 50))

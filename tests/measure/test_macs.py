@@ -51,6 +51,17 @@ def test_sparse_macs_follow_measured_counts(skips):
     assert traffic["dense"] - traffic["sparse"] == pytest.approx(4 * share * D * F)
 
 
+def test_decode_costs_what_sparse_tokens_skip():
+    """With prompt=half every second token that was scored is dense, and no decoded one."""
+    sparse = InputSparseLinear(torch.nn.Linear(8, 4, bias=False), "0.q", 0.5, prompt="half")
+    with sparsity.counting(sparse) as counters:
+        sparse(torch.tensor([0.0, 1.0]).repeat(2, 6, 4))
+    measured = sparsity.summarise(sparse, counters)
+    assert (measured["0.q"].sparsity, measured["0.q"].sparsity_of_sparse_tokens) == (0.25, 0.5)
+    cost = sparse.costs(measured)["0.q"]
+    assert (cost.sparse_macs, cost.executed_macs, cost.sparse_bytes) == (16, 16, 64)
+
+
 def test_ffn_of_a_gated_model_is_3df_per_token():
     sites = macs.dense_sites(tiny_model())
     assert sum(sites[f"0.{role}"].dense_macs for role in ("gate", "up", "down")) == 3 * D * F

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sparsebench.modules.activations import FATReLU
 from sparsebench.modules.neuron_sparse import last_map, swap
 from sparsebench.sites import find_blocks
 from sparsebench.training.loop import next_token_loss
-from tests.helpers import record_of, tiny_model
+from tests.helpers import Rows, record_of, tiny_model
 
 
 def relu_model(layers=2, threshold=0.0):
@@ -146,6 +147,20 @@ def test_an_unreachable_ratio_is_said_to_be_so():
         model.lm_head.weight.zero_()  # uniform: perplexity is the vocabulary's size whatever is dropped (check 10)
     assert quality.perplexity(model, ROWS, 4)["perplexity"] == pytest.approx(320)
     assert neurons.search(model, ROWS, 4, settings())["reached"] is False
+
+
+def test_levels_are_searched_on_dev_and_judged_on_test():
+    """Every figure of `measure` against the parts it is made of, called with the split it must come from."""
+    splits = {"fit": None, "dev": Rows(ROWS[:3]), "test": Rows(ROWS[3:])}
+    text = SimpleNamespace(batch_size=3, test_sequences=None, dev_sequences=None)
+    chosen = SimpleNamespace(text=text, neurons=settings(tokens=64))
+    model = relu_model()
+    found = neurons.measure(model, SimpleNamespace(**splits), chosen)
+    on_dev = neurons.search(model, ROWS[:3], 3, chosen.neurons)
+    assert found["cett"]["epsilon"] == on_dev["epsilon"] and found["cett"]["ratio"] == on_dev["ratio"]
+    assert on_dev["epsilon"] != neurons.search(model, ROWS[3:], 3, chosen.neurons)["epsilon"]
+    assert found["cett"]["test"]["sparsity"] == neurons.dropped(model, on_dev["epsilon"], ROWS[3:], 3)[1]
+    assert found["x1_zero"] == neurons.zeros(model, ROWS[3:], 3, [])["x1_zero"]
 
 
 def test_in_the_record_of_a_run(sparsebench, tmp_path, text_file, model_folder):

@@ -184,6 +184,34 @@ def test_moefication_labels():
     torch.testing.assert_close(activation_labels(found, x1), sums / sums.max())
 
 
+def test_kept_experts_are_rounded_not_truncated():
+    model = tiny_model()
+    (ffn, *_) = conversion.convert(model, 16, "relu")  # 10 experts
+    for keep, count in ((0.29, 3), (0.01, 1), (1.0, 10)):
+        routers.harden(model, "topk", 0.0, keep=keep)
+        assert ffn.k == count
+
+
+@pytest.mark.parametrize("name", ["d2dmoe", "moefication"])
+def test_a_fit_trains_routers_on_the_methods_own_labels(name, data, tmp_path, monkeypatch):
+    """D2DMoE: norms of the experts' outputs. MoEfication: sums of activations, over the largest of the batch."""
+    given, right = {}, routers.fit_routers
+
+    def watched(module, found, label, loss, *rest):
+        given.update(label=label, loss=loss)
+        return right(module, found, label, loss, *rest)
+
+    monkeypatch.setattr(routers, "fit_routers", watched)
+    method(name, train=None, router=2).fit(Loaded(tiny_model(), None, {}), data, work(tmp_path))
+    ffn, x1 = conversion.convert(tiny_model(), 16, "relu")[0], torch.randn(2, 3, 160)
+    sums = x1.abs().view(2, 3, 10, 16).sum(-1)
+    outputs = torch.einsum("btei,eid->bted", x1.view(2, 3, 10, 16), ffn.last.detach().view(10, 16, 64))
+    expected = outputs.norm(dim=-1) if name == "d2dmoe" else sums / sums.max()
+    torch.testing.assert_close(given["label"](ffn, x1), expected, rtol=1e-4, atol=1e-5)
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    assert given["loss"] is (torch.nn.functional.mse_loss if name == "d2dmoe" else binary)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(method, data, state) of D2DMoE on the tiny model, fitted once."""

@@ -317,16 +317,20 @@ def test_fatrelu_keeps_the_last_threshold_that_passed_and_the_global_budget(trai
             assert found[layer.site] == pytest.approx(round(found[layer.site] * 1024) / 1024)
 
 
-def test_fatrelu_bisects_to_a_known_threshold():
-    """One map, accuracy falls to 0 above t = 0.3: the search ends just below."""
-    module = tiny_cnn()
+@pytest.mark.parametrize("limit", [0.1, 0.3, 0.55, 0.8])
+def test_fatrelu_bisects_to_a_known_threshold(limit):
+    """One map, accuracy falls to 0 above t: the search ends just below, and that threshold stays, not the last tried."""
+    module, tried = tiny_cnn(), []
     layer = next(maps_of(module))
 
     def accuracy():
-        return 1.0 if (layer.threshold or 0) <= 0.3 else 0.0
+        tried.append(layer.threshold or 0)
+        return 1.0 if tried[-1] <= limit else 0.0
 
     found = fatrelu.search(module, accuracy, budget=0.0, upper=1.0, tolerance=1e-3)
-    assert 0.299 <= found[layer.site] <= 0.3 and layer.threshold == found[layer.site]
+    assert limit - 1e-3 <= found[layer.site] <= limit
+    assert {m.site: m.threshold for m in maps_of(module)} == found
+    assert found[layer.site] == max(t for t in tried if t <= limit)
 
 
 def test_fatrelu_keeps_values_at_the_threshold():

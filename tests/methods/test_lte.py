@@ -10,6 +10,7 @@ from sparsebench.experts import conversion
 from sparsebench.experts.routers import harden, random_router
 from sparsebench.measure import sparsity
 from sparsebench.measure.quality import language_quality
+from sparsebench.methods import lte
 from sparsebench.methods.lte import RouterPenalty, efficiency, freeze_routers, separability
 from sparsebench.models import Loaded
 from sparsebench.training.loop import optimiser
@@ -114,6 +115,28 @@ def test_stage_two_leaves_routers_alone():
     logits(model).square().mean().backward()
     assert all(r.grad is None for r in routers) and all(f.soft_scores is None for f in conversion.ffns(model))
     assert all(f.first.grad is not None for f in conversion.ffns(model))
+
+
+def test_a_fit_trains_soft_gates_first_then_hard_ones_with_frozen_routers(data, tmp_path, monkeypatch):
+    """What `train` is given in each stage: the mode of every FFN, and whether routers learn and do."""
+    seen, right = {}, lte.train
+
+    def watched(module, *arguments, label, **named):
+        found = conversion.ffns(module)
+        before = [f.router.first.detach().clone() for f in found]
+        modes, learning = {f.mode for f in found}, {f.router.first.requires_grad for f in found}
+        history = right(module, *arguments, label=label, **named)
+        same = all(torch.equal(b, f.router.first) for b, f in zip(before, found, strict=True))
+        seen[label] = (modes, learning, same, bool(named["penalty"]))
+        return history
+
+    monkeypatch.setattr(lte, "train", watched)
+    state = method(experts={"size": 16, "by": "random", "rounds": 1}).fit(
+        Loaded(tiny_model(), None, {}), data, work(tmp_path)
+    )
+    assert seen == {"fit/soft": ({"soft"}, {True}, False, True), "fit/hard": ({"hard"}, {False}, True, False)}
+    routing = state.info["extra"]["routing"]
+    assert routing["dev_soft"]["sparsity"] == 0 < routing["dev_adapted"]["sparsity"]
 
 
 def test_soft_stage_costs_all_experts_and_the_hard_stage_what_it_selects():

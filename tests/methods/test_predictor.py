@@ -66,6 +66,23 @@ def test_learns_a_rule_it_can_express():
     assert torch.equal(one.first, again.first)
 
 
+def test_the_epoch_with_the_best_held_out_recall_is_kept(monkeypatch):
+    """Recall rises, then falls: neither the last epoch nor one judged on rows that were trained on."""
+    generator = torch.Generator().manual_seed(0)
+    x, active = torch.randn(400, 16, generator=generator), torch.rand(400, 40, generator=generator) > 0.7
+    recalls, at_epoch = [0.2, 0.8, 0.5, 0.4], []
+
+    def scripted(one, rows, labels):
+        assert torch.equal(rows, x[300:]) and torch.equal(labels, active[300:])
+        at_epoch.append(one.first.detach().clone())
+        return {"recall": recalls[len(at_epoch) - 1], "predicted_sparsity": 0.5, "sparsity": 0.7}
+
+    monkeypatch.setattr(predictor, "measures", scripted)
+    one, found = predictor.train_one(x, active, settings(epochs=4), seed=0)
+    assert (found["recall"], found["epoch"]) == (0.8, 1)
+    assert torch.equal(one.first, at_epoch[1]) and not torch.equal(one.first, at_epoch[3])
+
+
 def test_a_perfect_predictor_changes_nothing_and_a_blind_one_silences_the_ffn():
     model = tiny_model(layers=1)
     (block,) = find_blocks(model)

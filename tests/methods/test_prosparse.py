@@ -10,7 +10,7 @@ import yaml
 import sparsebench.conf
 from sparsebench import config
 from sparsebench.config.compose import compose_all
-from sparsebench.measure import sparsity
+from sparsebench.measure import quality, sparsity
 from sparsebench.methods.prosparse.method import CONTROLS, expected_sparsity, stage_lambda
 from sparsebench.models.language import Loaded
 from sparsebench.modules import base
@@ -99,6 +99,17 @@ def test_gradient_of_the_penalty():
     assert shares["x1_zero/0"] == pytest.approx(float((x1 == 0).float().mean()))
 
 
+def test_penalty_is_the_sum_over_layers():
+    """The paper's sum over layers, not their mean: lambda means the same whatever the depth."""
+    model, seen = tiny_model(layers=3), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0].detach()))
+    with X1Penalty(model, "mean", lambda step: 1.0) as penalty:
+        model(input_ids=torch.arange(24).view(2, 12), use_cache=False)
+        assert float(penalty.value()) == pytest.approx(sum(float(x.abs().mean()) for x in seen), rel=1e-5)
+    assert len(seen) == 3
+
+
 def test_lambda_zero_is_vanilla_relu_bit_for_bit(tmp_path):
     """Check 4."""
     grid = ["method.thresholds=[0.0]"]
@@ -131,6 +142,14 @@ def test_threshold_is_the_largest_within_the_tolerance(tmp_path):
     assert [row["sparsity"] for row in table] == sorted(row["sparsity"] for row in table)
     allowed = [r["threshold"] for r in table if r["perplexity"] <= table[0]["perplexity"]]
     assert strict.info["threshold"] == max(allowed) and loose.info["threshold"] == 5.0
+
+
+def test_thresholds_are_judged_on_dev(tmp_path):
+    method = build("method.thresholds=[0.005]", "method.threshold=0")
+    state = fitted(method, tmp_path)
+    model = method.apply(tiny_model(), state, work(tmp_path))
+    found = quality.perplexity(model, data().dev.sequences(8), 4)["perplexity"]
+    assert state.info["extra"]["thresholds_on_dev"][0]["perplexity"] == pytest.approx(found, rel=1e-5)
 
 
 def test_threshold_is_an_operating_point(tmp_path):

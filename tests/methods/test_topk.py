@@ -8,6 +8,7 @@ from torch import nn
 from sparsebench import config, kernels
 from sparsebench.config.compose import compose_all
 from sparsebench.measure import quality, sparsity
+from sparsebench.methods import topk as topk_method
 from sparsebench.models.language import Loaded
 from sparsebench.modules.activations import StatisticalTopK, TopK, topk, topk_mask
 from sparsebench.modules.topk_linear import TopKLinear, TopKTraining, kept_count
@@ -153,6 +154,28 @@ def test_annealing_ends_at_k():
     assert found[0] > 140 and found[18] > 16 and found[19:] == [16] * 21
     assert found == sorted(found, reverse=True)
     assert build("method.anneal=0").annealed(0, 160) == 16
+
+
+@pytest.mark.parametrize("variant", ["lazy", "qsparse"])
+def test_training_runs_with_the_annealed_k(variant, tmp_path, monkeypatch):
+    """The k of every sparse module at every step, as the training sets it before the step."""
+    given = (f"method.variant={variant}", "method.activation=relu", "method.keep=0.25", "method.anneal=1.0")
+    method, seen, right = build(*given), [], topk_method.train
+
+    def watched(module, *arguments, before_step, **named):
+        held = [m for m in module.modules() if isinstance(m, (TopK, TopKTraining))]
+
+        def noted(step):
+            before_step(step)
+            seen.append([m.count for m in held])
+
+        return right(module, *arguments, before_step=noted, **named)
+
+    monkeypatch.setattr(topk_method, "train", watched)
+    fitted(method, tmp_path)
+    sizes = [160, 160] if variant == "lazy" else [64, 64, 64, 64, 64, 64, 160] * 2
+    assert seen == [[method.annealed(step, size) for size in sizes] for step in range(4)]
+    assert seen[0][-1] == 130 and seen[-1][-1] == 40
 
 
 @pytest.mark.parametrize("variant", ["lazy", "stat", "qsparse"])

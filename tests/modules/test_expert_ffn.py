@@ -59,7 +59,8 @@ def test_clustering_finds_planted_experts_whatever_the_length_of_the_rows():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(5, 12, generator=generator)
     truth = torch.arange(40) % 5
-    rows = (centres[truth] + 0.05 * torch.randn(40, 12, generator=generator)) * torch.rand(40, 1).add(0.1)
+    lengths = 10 ** (4 * torch.rand(40, 1, generator=generator) - 2)  # 0.01 to 100: most rows lie near the origin
+    rows = (centres[truth] + 0.05 * torch.randn(40, 12, generator=generator)) * lengths
     found = clustering.labels(rows, 5, grouping(), seed=0)
     assert all(len(found[truth == e].unique()) == 1 for e in range(5))
 

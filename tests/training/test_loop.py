@@ -214,6 +214,18 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path, rows):
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-4"]
 
 
+def test_a_loss_far_above_the_first_is_divergence(tmp_path, rows):
+    calls = {"n": 0}
+
+    def loss(module, batch):
+        calls["n"] += 1
+        value = module(input_ids=batch, use_cache=False).logits.float().square().mean()
+        return value * 0 + (9.0 if calls["n"] > 12 else 1.0)
+
+    with pytest.raises(Diverged, match="the loss is 9 at step 6, 1 at first"):
+        train(trainable(), rows, training_settings(), folder=tmp_path, seed=0, loss=loss)
+
+
 class L1:
     """A penalty on one layer's output, for the test."""
 
