@@ -279,7 +279,7 @@ def follow(configuration: dict, folder: Path, identity: str) -> int:
 
 def file_for(folder: Path, status: str) -> Path:
     """Where the record of a run goes: a finished one is only ever replaced by a finished one."""
-    before = record.read(folder / "result.json")
+    before = record.read_any(folder / "result.json")[0]
     kept = before is not None and before["status"] == "finished" and status != "finished"
     return folder / (FAILED_BESIDE if kept else "result.json")
 

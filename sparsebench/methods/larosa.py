@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsebench.calibration.gram import input_grams
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.wina import kept_count
@@ -41,7 +42,7 @@ class Larosa(Method):
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
         rotated_norm.check_fed(module, blocks)
-        grams = rotated_norm.input_grams(module, blocks, sequences, work.batch_size)
+        grams = input_grams(module, blocks, sequences, work.batch_size)
         state = State(info={"kind": "calibrated", "tokens": sequences.numel()})
         for block in blocks:
             for group in rotated_norm.GROUPS:

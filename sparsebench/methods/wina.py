@@ -19,6 +19,7 @@ import torch
 
 from sparsebench.calibration import histograms
 from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, add_tables, check, shares
+from sparsebench.calibration.gram import input_grams
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.modules import rotated_norm
@@ -82,7 +83,7 @@ class Wina(Method):
         wide = [g for g, role in basis_roles(blocks[0]).items() if wider(module, blocks[0].sites[role])]
         if self.null_space == "library" or not wide:
             return {}
-        return rotated_norm.input_grams(module, blocks, sequences, work.batch_size, tuple(wide))
+        return input_grams(module, blocks, sequences, work.batch_size, tuple(wide))
 
     def threshold(self, state: State, site: Site, p: float) -> float:
         return 0.0 if p == 0 else histograms.threshold(state, site, p, self.scaled(site))

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparsebench.calibration.histograms import observe
 from sparsebench.modules.base import Cost, SparseModule
 from sparsebench.modules.input_sparse import replace
 from sparsebench.sites import Block, weight_of
@@ -136,31 +135,6 @@ def principal_basis(gram: torch.Tensor, within: torch.Tensor | None = None) -> t
             vectors[:, start:stop] = part @ eigen(part.T @ within.to(part) @ part)[1]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
-
-
-def input_grams(
-    model: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch_size: int, groups: tuple[str, ...] = GROUPS
-) -> dict[tuple[int, str], torch.Tensor]:
-    """X^T X [n, n], float64, by (layer, group): X are inputs [tokens, n] of a group with the norm's weight divided out."""
-    grams: dict[tuple[int, str], torch.Tensor] = {}
-
-    def observer(key, eps):
-        def see(h: torch.Tensor) -> None:
-            x = h.double().flatten(0, -2)
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-            grams[key] = grams.get(key, 0) + x.T @ x
-
-        return see
-
-    observers = {
-        path: observer((block.index, group), model.get_submodule(path).variance_epsilon)
-        for block in blocks
-        for group, path in norms(model, block).items()
-        if group in groups
-    }
-    if observers:
-        observe(model, sequences, observers, batch_size)
-    return grams
 
 
 def rotate(model: nn.Module, blocks: list[Block], bases: dict[tuple[int, str], torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ def verified(model, engine="fused", hardware=CPU, **options):
 def test_a_step_that_is_the_model_is_used(kind):
     decoder, errors, refused = verified(thresholded(family(kind)))
     assert decoder.engine == "fused" and refused is None
-    assert set(errors) == {"cache", "dense", "sparse", "kernels"} and max(errors.values()) < 1e-4
+    assert set(errors) == {"cache", "dense", "sparse", "sparse_by_rounding", "kernels"} and max(errors.values()) < 1e-4
 
 
 # built from Llama's module names, but: no rotary in some layers, scalar multipliers, other rotary, norms elsewhere

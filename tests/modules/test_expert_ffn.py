@@ -540,6 +540,7 @@ def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from sparsebench.bench import experts as bench
+    from sparsebench.bench import output
     from tests.helpers import work
 
     monkeypatch.setattr(bench, "ROTATED_BYTES", 2e5)
@@ -555,4 +556,4 @@ def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
         assert part["kernel"] == "cpu_numba" and len(part["rows"]) == len(bench.SHARES)
         for row in part["rows"]:
             assert row["measured"] == pytest.approx(row["executed"], abs=0.01) and row["relative_error"] < 1e-4
-    assert sum(line.startswith("| 50.0%") for line in bench.table(found)) == 2
+    assert sum(line.startswith("| 50.0%") for line in output.expert_lines(found)) == 2

@@ -70,7 +70,7 @@ def test_a_convolutional_network_executes_less_only_in_layers_that_ran_the_kerne
         model(image)
     section = {
         "dense": sum(p.dense for p in products.values()), "parts": {"attention": 0},
-        "per_site": {name: image_classification.site_cost(p, None) for name, p in products.items()},
+        "per_site": {name: image_classification.site_cost(p, None, "both") for name, p in products.items()},
     }  # fmt: skip
     seen = {}
     hook = model.conv3.register_forward_hook(lambda _, x, y: seen.setdefault("x", x[0]))

@@ -272,7 +272,9 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
     assert {"report.html", "report.md", "report.csv"} <= names and set(last["plots"]) <= names
     assert all((tmp_path / "out" / n).read_bytes().startswith(b"\x89PNG") for n in last["plots"])
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "Benchmark: m &lt;b&gt;" in html and "| 50% | 40.0 | 2.00x | 80% |" in html and "<b>\n" not in html
+    assert (
+        "Benchmark: m &lt;b&gt;" in html and "| 50% | 40.0 [40.0, 40.0] | 2.00x | 80% |" in html and "<b>\n" not in html
+    )
     assert "bench-1.png" in last["plots"]
     again = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "no such file or folder: nowhere" in again.stderr
