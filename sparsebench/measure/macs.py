@@ -149,7 +149,7 @@ def over_scored_tokens(
             "overhead_macs": share * cost.overhead_macs,
         }
         traffic += share * cost.sparse_bytes + (1 - share) * dense[name].dense_bytes
-    rest, rest_bytes = outside.head_macs + outside.attention_macs, outside.head_bytes + outside.cache_bytes
+    rest, rest_bytes = outside.macs, outside.bytes
     unit = f"mean over the scored tokens, each as if decoded at batch 1, context {context}"
     macs = {
         "dense": sum(c.dense_macs for c in dense.values()) + rest,
