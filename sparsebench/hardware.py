@@ -15,7 +15,7 @@ from sparsebench import kernels
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
-ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/decode
+ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/engines
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -31,7 +31,7 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 class Decoder:
-    """A fused step with its prompt. The interface of decode.reference.Decoder.
+    """A fused step with its prompt. The interface of engines.reference.Decoder.
 
     Raises ValueError for a model that `unsupported` names.
     """

@@ -309,7 +309,7 @@ def tuned(module: nn.Module, gpu: str) -> dict[str, Tuning]:
 
 
 class Decoder:
-    """A fused step with its prompt, captured in a CUDA graph. The interface of decode.reference.Decoder.
+    """A fused step with its prompt, captured in a CUDA graph. The interface of engines.reference.Decoder.
 
     Raises ValueError for a model that `unsupported` names.
     """

@@ -30,7 +30,7 @@ ASSETS = Path(str(files("sparsebench") / "assets"))
 
 @dataclass(kw_only=True)
 class CausalLM:
-    """A decoder of transformers whose blocks have a known structure (models/sites.py)."""
+    """A decoder of transformers whose blocks have a known structure (sites.py)."""
 
     name: str = setting(**NAME_PATTERN)
     path: str | None = setting(file="model")

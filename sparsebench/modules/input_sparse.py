@@ -130,7 +130,7 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def swap(model: nn.Module, site, threshold: float, **rule) -> InputSparseLinear:
-    """Replace the linear map at a site (models/sites.py) by an input-sparse one; `rule` as for InputSparseLinear."""
+    """Replace the linear map at a site (sites.py) by an input-sparse one; `rule` as for InputSparseLinear."""
     sparse = InputSparseLinear(model.get_submodule(site.path), site.name, threshold, **rule)
     replace(model, site.path, sparse)
     return sparse

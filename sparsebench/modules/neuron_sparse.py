@@ -2,7 +2,7 @@
 
 Behind every method that switches FFN neurons off: ReLU and FATReLU models, top-k, thresholded gates. Plain FFNs
 (y = W_2 phi(W_1 x)) skip columns of W_2. Trained and evaluated with masks; one-token calls go to a kernel that skips.
-The maps keep their names inside the module, so that models/sites.py finds them as before.
+The maps keep their names inside the module, so that sites.py finds them as before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NeuronSparseFFN(SparseModule):
 
     Args:
         ffn: the module to replace; its linear maps are taken over, not copied.
-        block: where it stands (models/sites.py).
+        block: where it stands (sites.py).
         activation: phi with exact zeros.
         up_activation: `relu` for dReLU, x1 = phi(W_g x) relu(W_u x); None otherwise.
         predictor: x [..., d] -> bool [..., f], the only neurons computed (methods/prosparse/predictor.py); None = exact.

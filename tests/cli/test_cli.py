@@ -22,6 +22,17 @@ def arguments(model_folder, text_file, *more):
     return ("model=hf", f"model.path={model_folder}", f"dataset.path={text_file}", *QUICK_RUN, *more)
 
 
+def kill_at_work(process):
+    """(stdout, stderr) of a command whose working process is killed while it evaluates."""
+    for line in process.stderr:
+        if "evaluating" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    return out, err
+
+
 # arguments -> pieces of the one line expected
 WRONG = {
     "out of range": (["method.sparsity=1.5"], "method.sparsity must be a number in [0, 1), got 1.5"),
@@ -162,12 +173,7 @@ def test_a_finished_record_stays_when_a_forced_run_is_killed(finished, tmp_path)
         stdout=subprocess.PIPE,
         text=True,
     )
-    for line in process.stderr:
-        if "evaluating" in line:
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = kill_at_work(process)
     assert process.returncode == 1 and "the finished record of before stays" in err
     said = tmp_path / "copy" / json.loads(out.strip().splitlines()[-1])["record"]
     assert said.name == "result.failed.json" and json.loads(said.read_text())["status"] == "failed"
@@ -264,12 +270,7 @@ def test_killed_child_still_has_a_record(model_folder, text_file, tmp_path):
     """kill -9 of the working process: the parent writes what happened and exits with 1."""
     given = [COMMAND, *arguments(model_folder("llama"), text_file)]
     process = subprocess.Popen(given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "evaluating" in line:
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = kill_at_work(process)
     assert process.returncode == 1 and "SIGKILL" in err
     assert json.loads(out.strip().splitlines()[-1])["status"] == "failed"
 
