@@ -130,14 +130,14 @@ def experiments() -> str:
 
 def page() -> str:
     """The whole page as Markdown."""
-    found = explain.entries(allowed=True)
-    run = table([e for e in found if e.group == ""])
-    bench = table([e for e in found if e.group == "bench"])
+    listed = explain.entries(allowed=True)
+    run = table([e for e in listed if e.group == ""])
+    bench = table([e for e in listed if e.group == "bench"])
     parts = [
         INTRO,
         "## The run\n\n" + run,
-        *(section(group, found) for group in TITLES),
-        training(found),
+        *(section(group, listed) for group in TITLES),
+        training(listed),
         experiments(),
         "## sparsebench-bench\n\nSettings of the kernel benchmark, beside the groups `model` and `hardware`.\n\n"
         + bench,

@@ -40,17 +40,17 @@ def records(experiment: str) -> list[dict[str, Any]]:
 
 def quality() -> dict[str, list[tuple[float, float]]]:
     """method -> (measured sparsity, perplexity over dense perplexity), means over seeds, in order of sparsity."""
-    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    points: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records("training_free"):
         method, perplexity = record["config"]["method"], record["quality"]["perplexity"]
         name = method["name"] + (" greedy" if method.get("allocation") == "greedy" else "")
         usual = method["name"] != "duogpt" or method["alpha"] < 1  # alpha = 1 is a control
         if record["model"]["name"] == MODEL and name in METHODS and usual:
             point = record["sparsity"]["model_wide"], perplexity["sparse"] / perplexity["dense"]
-            found[name][record["sparsity"]["requested"]].append(point)
+            points[name][record["sparsity"]["requested"]].append(point)
     return {
         name: sorted((mean(x for x, _ in group), mean(y for _, y in group)) for group in levels.values())
-        for name, levels in found.items()
+        for name, levels in points.items()
     }
 
 

@@ -14,15 +14,15 @@ SOURCE, TARGET = ROOT / "outputs" / "reference", ROOT / "docs" / "experiments"
 
 
 def main() -> None:
-    found = experiments.load(SOURCE)
-    texts = experiments.pages(found)
+    source = experiments.load(SOURCE)
+    texts = experiments.pages(source)
     stale = [
         name for name, text in texts.items() if not (TARGET / name).exists() or (TARGET / name).read_text() != text
     ]
     gone = [file for file in TARGET.glob("*.md") if file.name not in texts]
     if "--check" in sys.argv[1:]:
         sys.exit(f"not up to date: {', '.join([*stale, *(f.name for f in gone)])}" if stale or gone else 0)
-    content = {name: text.encode() for name, text in texts.items()} | experiments.pictures(found)
+    content = {name: text.encode() for name, text in texts.items()} | experiments.pictures(source)
     for file in gone + [file for file in TARGET.glob("*.png") if file.name not in content]:
         file.unlink()
     for name, data in content.items():

@@ -96,21 +96,21 @@ class Outcomes:
     """A pytest plugin that notes how each test ended."""
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}
+        self.outcomes: dict[str, str] = {}
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            self.found[report.nodeid] = f"error: not collected: {report.longreprtext.strip().splitlines()[-1]}"
+            self.outcomes[report.nodeid] = f"error: not collected: {report.longreprtext.strip().splitlines()[-1]}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.failed and not self.found.get(item.nodeid, "").startswith(("failed", "error")):
+        if report.failed and not self.outcomes.get(item.nodeid, "").startswith(("failed", "error")):
             broken = report.when != "call" or issubclass(call.excinfo.type, BROKEN)
             end = f"error: {report.when}: {call.excinfo.exconly()}" if broken else f"failed: {call.excinfo.typename}"
-            self.found[item.nodeid] = end
+            self.outcomes[item.nodeid] = end
         elif report.skipped or (report.when == "call" and report.passed):
-            self.found.setdefault(item.nodeid, report.outcome)
+            self.outcomes.setdefault(item.nodeid, report.outcome)
         return report
 
 
@@ -128,9 +128,9 @@ def child(copy: Path, tests: list[str], results: Path) -> None:
     assert Path(package.__file__).resolve().is_relative_to(copy), f"another sparsebench is imported: {package.__file__}"
     plugin = Outcomes()
     code = pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[plugin])
-    if not plugin.found:
-        plugin.found = {" ".join(tests): f"error: no test ran (pytest's exit code {int(code)})"}
-    results.write_text(json.dumps(plugin.found))
+    if not plugin.outcomes:
+        plugin.outcomes = {" ".join(tests): f"error: no test ran (pytest's exit code {int(code)})"}
+    results.write_text(json.dumps(plugin.outcomes))
     sys.stdout.flush()
     os._exit(0)
 
@@ -225,7 +225,7 @@ def line(name: str, test: str, result: str, seconds: float | None = None) -> Non
 
 def measure(root: Path, mutants: list[Mutant], jobs: int) -> dict[str, str]:
     """Verdict by name of mutants whose patterns fit; prints the table."""
-    found: dict[str, str] = {}
+    verdicts: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
         places = [Place(root, Path(folder, str(i))) for i in range(jobs)]
         sound: set[str] = set()
@@ -238,11 +238,11 @@ def measure(root: Path, mutants: list[Mutant], jobs: int) -> dict[str, str]:
             if bad:
                 print(f"    {bad}")
         fit = [m for m in mutants if m.test.partition("[")[0] in sound]
-        found |= {m.name: "error: its test does not pass unbroken" for m in mutants if m not in fit}
+        verdicts |= {m.name: "error: its test does not pass unbroken" for m in mutants if m not in fit}
         for run in runs(places, [(m, [m.test]) for m in fit]):
-            found[run.mutant.name] = verdict(run.outcomes)
-            line(run.mutant.name, run.mutant.test, found[run.mutant.name], run.seconds)
-    return found
+            verdicts[run.mutant.name] = verdict(run.outcomes)
+            line(run.mutant.name, run.mutant.test, verdicts[run.mutant.name], run.seconds)
+    return verdicts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     mutants = [m for m in read(given.root / LIST) if chosen(m, given.only)]
     problems = {m.name: problem for m in mutants if (problem := m.problem(given.root))}
-    found = {name: f"no match: {problem}" for name, problem in problems.items()}
+    verdicts = {name: f"no match: {problem}" for name, problem in problems.items()}
     if not mutants:
         print(f"no mutant fits --only {given.only}")
         return 1
@@ -264,12 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         print(f"{'mutant':<44} {'result':<9} {'s':>6}  test")
-        found |= measure(given.root.resolve(), [m for m in mutants if m.name not in found], max(1, given.jobs))
+        verdicts |= measure(given.root.resolve(), [m for m in mutants if m.name not in verdicts], max(1, given.jobs))
     else:
-        found |= {m.name: "caught" for m in mutants if m.name not in found}
-    bad = [m for m in mutants if not found[m.name].startswith("caught")]
+        verdicts |= {m.name: "caught" for m in mutants if m.name not in verdicts}
+    bad = [m for m in mutants if not verdicts[m.name].startswith("caught")]
     for m in bad:
-        print(f"{m.name}: {found[m.name]}\n    {m.file}: {m.old} -> {m.new}\n    {m.test}: {m.why}")
+        print(f"{m.name}: {verdicts[m.name]}\n    {m.file}: {m.old} -> {m.new}\n    {m.test}: {m.why}")
     print(f"{len(mutants) - len(bad)} of {len(mutants)} {'patterns fit' if given.check else 'caught'}")
     return 1 if bad else 0
 

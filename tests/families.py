@@ -98,12 +98,12 @@ def outcome(kind: str, name: str, folder) -> str:
     except ValueError as error:
         assert "\n" not in str(error), f"{kind}, {name}: more than one line: {error}"
         return str(error)
-    found, wanted = logits(sparse, ROWS[:4]), reference(family(kind), sparse, state, ROWS[:4])
-    assert check.distance(*(x.flatten(0, 1) for x in (found, logits(family(kind), ROWS[:4])))) > 1e-3, (
+    actual, wanted = logits(sparse, ROWS[:4]), reference(family(kind), sparse, state, ROWS[:4])
+    assert check.distance(*(x.flatten(0, 1) for x in (actual, logits(family(kind), ROWS[:4])))) > 1e-3, (
         "nothing was dropped"
     )
     # most tokens: one channel whose rank is decided by rounding moves its token's logits and those of later tokens
-    error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+    error = float(((actual - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
     assert error < 1e-4, f"{kind}, {name}: logits differ from masked inputs of the dense model by {error:.2g}"
     return "equal"
 

@@ -59,9 +59,9 @@ def tiny_tokenizer():
 def built(group: str, /, *overrides: str, **changes):
     """The object of one group of the configuration, e.g. `method`, with these keys changed."""
     problems: list[str] = []
-    found = config.build({**compose_all(list(overrides))[0][group], **changes}, group, problems)
+    actual = config.build({**compose_all(list(overrides))[0][group], **changes}, group, problems)
     assert not problems, problems
-    return found
+    return actual
 
 
 def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
@@ -172,9 +172,9 @@ class Language:
     def data(self):
         documents = [Document(str(i), part) for i, part in enumerate(TEXT.split("\n\n"))]
         cuts = {"fit": documents[:80], "dev": documents[80:100], "test": documents[100:]}
-        found = TextData(**{n: Split(n, d, 32, "none", 0) for n, d in cuts.items()}, info={})
-        found.set_tokenizer(tiny_tokenizer())
-        return found
+        actual = TextData(**{n: Split(n, d, 32, "none", 0) for n, d in cuts.items()}, info={})
+        actual.set_tokenizer(tiny_tokenizer())
+        return actual
 
     def inputs(self, count):
         return self.data().test.sequences(count)
@@ -185,9 +185,9 @@ class Language:
 
     def measured(self, model):
         _, counters = quality.language_quality(model, self.data().test, None, 4)
-        found = sparsity.summarise(model, counters)
-        weights = {site: share.weight for site, share in found.items()}
-        return sparsity.model_wide({site: share.sparsity for site, share in found.items()}, weights)
+        actual = sparsity.summarise(model, counters)
+        weights = {site: share.weight for site, share in actual.items()}
+        return sparsity.model_wide({site: share.sparsity for site, share in actual.items()}, weights)
 
 
 class Vision:
@@ -223,8 +223,8 @@ class VisionTransformer(Vision):
 
     def measured(self, model):
         _, counters = quality.classification_quality(model, self.data().test, None, 8)
-        found = sparsity.summarise(model, counters)
-        return sparsity.model_wide({s: f.sparsity for s, f in found.items()}, {s: f.weight for s, f in found.items()})
+        actual = sparsity.summarise(model, counters)
+        return sparsity.model_wide({s: f.sparsity for s, f in actual.items()}, {s: f.weight for s, f in actual.items()})
 
 
 KINDS = {"language": Language(), "vision": Vision()}
@@ -239,7 +239,7 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
         "dataset": {"name": "pystdlib", "sequence_length": 512}, "hardware": {"name": "auto", "requires": None},
     }  # fmt: skip
     decode = {"dense": {"median_ms": 1.0}, "sparse": {"median_ms": 1 / (speedup or 1)}, "context": 128}
-    found = {
+    content = {
         "schema_version": record.SCHEMA_VERSION, "status": "finished", "error": None,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 9.0,
         "config_hash": "", "name": f"llama-tiny/{method}", "config": settings, "extra": {}, "fit": {"seconds": 1.0},
@@ -258,9 +258,9 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
     }  # fmt: skip
     if speedup:
         decode["speedup"] = speedup
-    found.update(changes)
-    found["config_hash"] = digest([settings, found["env"], found["quality"], found["status"]])
-    return found
+    content.update(changes)
+    content["config_hash"] = digest([settings, content["env"], content["quality"], content["status"]])
+    return content
 
 
 def made_bench(**changes) -> dict:

@@ -24,8 +24,8 @@ def inputs(m, n, rows, dtype):
     return torch.randn(rows, 1, n).to(dtype), weight, torch.randn(m).to(dtype), torch.rand(n) + 0.5
 
 
-def error(found, reference):
-    return float((found.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+def error(actual, reference):
+    return float((actual.float() - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
 def check_triton(device: str, shapes, dtypes) -> None:
@@ -38,19 +38,19 @@ def check_triton(device: str, shapes, dtypes) -> None:
             weight = weight.t().contiguous().t()
             low_rank = tuple(t.to(device, dtype) for t in (torch.randn(n, 3), torch.randn(3, m)))
             for threshold in (-1.0, 0.7, 1e9):
-                found = cuda_triton.input_sparse_linear(
+                actual = cuda_triton.input_sparse_linear(
                     x, weight, bias, threshold=threshold, scale=scale, low_rank=low_rank
                 )
                 wide = tuple(t.float() for t in low_rank)
                 reference = masked_dense.input_sparse_linear(
                     x.float(), weight.float(), bias.float(), threshold=threshold, scale=scale, low_rank=wide
                 )
-                assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype, threshold)
+                assert error(actual, reference) < LIMIT[dtype], (m, n, rows, dtype, threshold)
             gate, up = torch.relu(torch.randn(rows, 1, m)).to(device, dtype), torch.randn(m, n).to(device, dtype)
             down = torch.randn(m, n).to(device, dtype).t()
-            found = cuda_triton.neuron_sparse_ffn(x, gate, up, down)
+            actual = cuda_triton.neuron_sparse_ffn(x, gate, up, down)
             reference = masked_dense.neuron_sparse_ffn(x.float(), gate.float(), up.float(), down.float())
-            assert error(found, reference) < LIMIT[dtype], (m, n, rows, dtype)
+            assert error(actual, reference) < LIMIT[dtype], (m, n, rows, dtype)
             assert not cuda_triton.neuron_sparse_ffn(x, torch.zeros_like(gate), up, down).any()
 
 
@@ -67,8 +67,8 @@ def x_of(*shape, d=24, seed=1, dtype=torch.float32):
     return torch.randn(*shape, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def model_of(*found):
-    return torch.nn.ModuleList(found)
+def model_of(*actual):
+    return torch.nn.ModuleList(actual)
 
 
 def scalar(value):
@@ -126,7 +126,7 @@ def check_router(dtype, device="cpu"):
             for rule in ("above", "max"):
                 for tau in (-1.0, 0.0, 0.3, 0.6, 1.0) if outer == "abs" or rule == "above" else (0.0,):
                     limit = scalar(tau).to(device)
-                    found = served.expert_keep(x, first, limit, second, outer=outer, rule=rule)
+                    actual = served.expert_keep(x, first, limit, second, outer=outer, rule=rule)
                     expected = select(scores, rule, limit)
                     line = (
                         tau * scores.amax(-1, keepdim=True)
@@ -134,7 +134,7 @@ def check_router(dtype, device="cpu"):
                         else scalar(tau).clamp(0).logit().to(device)
                     )
                     clear = ((scores - line).abs() > MARGIN[dtype]) | (tau < 0) | (scores == 0)
-                    assert torch.equal(found & clear, expected & clear), (rows, outer, rule, tau)
+                    assert torch.equal(actual & clear, expected & clear), (rows, outer, rule, tau)
                     assert clear.float().mean() > 0.8
 
 

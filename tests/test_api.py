@@ -22,15 +22,15 @@ def finished(model_folder, text_file, tmp_path_factory):
     """(record, folder) of one run made through the Python API."""
     root = tmp_path_factory.mktemp("api")
     overrides = ["model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL]
-    found = sparsebench.run([*overrides, f"output_dir={root}/outputs"])
-    return found, next((root / "outputs" / "hf" / "teal").iterdir()), overrides
+    actual = sparsebench.run([*overrides, f"output_dir={root}/outputs"])
+    return actual, next((root / "outputs" / "hf" / "teal").iterdir()), overrides
 
 
 def test_run_returns_the_record_of_the_command(finished):
-    found, folder, overrides = finished
-    assert found == json.loads((folder / "result.json").read_text()) and found["status"] == "finished"
+    record, folder, overrides = finished
+    assert record == json.loads((folder / "result.json").read_text()) and record["status"] == "finished"
     again = sparsebench.run([*overrides, f"output_dir={folder.parents[2]}"])
-    assert again["started_at"] == found["started_at"]  # answered from the record
+    assert again["started_at"] == record["started_at"]  # answered from the record
 
 
 def test_run_says_what_is_wrong():
@@ -48,13 +48,13 @@ def test_run_that_fails_raises_with_its_record(finished, tmp_path):
 
 
 def test_loaded_model_is_the_one_that_was_scored(finished, text_file):
-    found, folder, _ = finished
+    record, folder, _ = finished
     module = sparsebench.load(folder)
-    settings = config.build(found["config"]["dataset"], "dataset", [])
+    settings = config.build(record["config"]["dataset"], "dataset", [])
     text = settings.load(0)
     text.set_tokenizer(module.tokenizer)
     scored, _ = quality.language_quality(module, text.test, 8, 8)
-    assert scored["perplexity"] == pytest.approx(found["quality"]["perplexity"]["sparse"], rel=1e-6)
+    assert scored["perplexity"] == pytest.approx(record["quality"]["perplexity"]["sparse"], rel=1e-6)
 
 
 def test_loaded_model_generates_with_the_fast_kernel(finished):
@@ -180,11 +180,11 @@ SMALLEST = ("measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "har
 
 @pytest.mark.parametrize("name", SCRATCH)
 def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(tmp_path, name):
-    found = sparsebench.run([*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs"])
+    actual = sparsebench.run([*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs"])
     folder = next(p.parent for p in (tmp_path / "outputs").rglob("result.json"))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     module = sparsebench.load(folder)
-    assert sum(p.numel() for p in module.parameters()) == found["model"]["num_parameters"]
+    assert sum(p.numel() for p in module.parameters()) == actual["model"]["num_parameters"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     shutil.move(tmp_path / "outputs" / "models", tmp_path / "gone")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

@@ -48,7 +48,7 @@ def test_two_processes_are_one(sparsebench, tmp_path, arguments):
     assert both.returncode == 0, both.stderr
     one, two = record_of(alone, tmp_path), record_of(both, tmp_path / "both")
     assert (one["extra"]["processes"], two["extra"]["processes"]) == (1, 2)
-    curves = [[(r["fit/loss"], r["fit/penalty"]) for r in found["extra"]["training"]] for found in (one, two)]
+    curves = [[(r["fit/loss"], r["fit/penalty"]) for r in record["extra"]["training"]] for record in (one, two)]
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
     assert one["fit"]["tokens"] == two["fit"]["tokens"] == STEPS * 8 * 32
     first, second = weights(tmp_path), weights(tmp_path / "both")
@@ -89,13 +89,13 @@ def test_killed_three_times_ends_with_the_same_weights(sparsebench, tmp_path, ar
         [COMMAND, *arguments, "output_dir=outputs"], cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert last.returncode == 0, last.stderr
-    found = record_of(last, folder)
+    record = record_of(last, folder)
     # a checkpoint may have been finished between the logged step and the signal
-    assert found["extra"]["resumed_at"] >= (steps[-1] - 1) // 3 * 3, steps
+    assert record["extra"]["resumed_at"] >= (steps[-1] - 1) // 3 * 3, steps
     expected, resumed = weights(tmp_path), weights(folder)
     assert expected.tensors.keys() == resumed.tensors.keys()
     assert all(torch.equal(expected.tensors[k], resumed.tensors[k]) for k in expected.tensors), steps
-    assert found["quality"] == record_of(whole, tmp_path)["quality"]
+    assert record["quality"] == record_of(whole, tmp_path)["quality"]
     assert not list((folder / "outputs" / "states").glob("*/step-*"))  # checkpoints are gone once the state is safe
 
 

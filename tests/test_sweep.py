@@ -135,12 +135,12 @@ def test_optuna_seeks_the_largest_sparsity_within_the_budget(command, tmp_path):
 
 
 def test_a_row_shows_spread_dense_engine_and_noise():
-    found = made()
+    record = made()
     dense = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.4}
     sparse = {"median_ms": 0.5, "p10_ms": 0.45, "p90_ms": 0.6}
     decode = {"dense": dense, "sparse": sparse, "dense_engine": "fused", "speedup": 2.0}
-    found["latency"] |= {"decode": decode, "noisy": True}
-    each = {"overrides": [], "record": "r/result.json", "outcome": "finished", **sweep.figures(found)}
+    record["latency"] |= {"decode": decode, "noisy": True}
+    each = {"overrides": [], "record": "r/result.json", "outcome": "finished", **sweep.figures(record)}
     cells = dict(zip(sweep.HEADINGS, sweep.row(each, set()), strict=True))
     assert cells["ms [p10, p90]"] == "1.000 [0.900, 1.400] (fused) -> 0.500 [0.450, 0.600]"
     assert cells["speed-up"] == "2.00x NOISY"

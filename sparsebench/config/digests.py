@@ -31,10 +31,10 @@ known: dict[str, str] = {}  # digest by `stamp`: what this process has read or l
 def stamp(path: Path) -> str:
     """What a file's digest is kept under."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return UNREADABLE
-    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def of_file(path: Path) -> str:
@@ -84,9 +84,11 @@ def ask(do: Callable[[sqlite3.Connection], Any]) -> Any:
     path = cache.folder() / "digests.sqlite3"
     for _ in range(2):
         try:
-            with closing(sqlite3.connect(path, timeout=10)) as found, found:
-                found.execute("create table if not exists digests (stamp text primary key, sha256 text) without rowid")
-                return do(found)
+            with closing(sqlite3.connect(path, timeout=10)) as database, database:
+                database.execute(
+                    "create table if not exists digests (stamp text primary key, sha256 text) without rowid"
+                )
+                return do(database)
         except sqlite3.OperationalError:  # locked, full or read-only: not damaged
             return None
         except sqlite3.DatabaseError:
@@ -112,4 +114,4 @@ def remember(digests: dict[str, str]) -> None:
     """Add digests by stamp to the table."""
     if digests:
         rows = list(digests.items())
-        ask(lambda found: found.executemany("insert or replace into digests values (?, ?)", rows))
+        ask(lambda database: database.executemany("insert or replace into digests values (?, ?)", rows))

@@ -118,13 +118,13 @@ def option(group: str, name: str, text: str) -> Option:
 
 def first_comment(text: str) -> str:
     """The comment that a file starts with, up to the first line that ends a sentence."""
-    found: list[str] = []
+    words: list[str] = []
     for row in text.splitlines():
         if row.startswith("# ") and not row.startswith("# @"):
-            found.append(row[1:].strip())
-        if found and (not row.startswith("#") or row.endswith((".", ":"))):
+            words.append(row[1:].strip())
+        if words and (not row.startswith("#") or row.endswith((".", ":"))):
             break
-    return " ".join(found)
+    return " ".join(words)
 
 
 def entries(allowed: bool = False) -> list[Entry]:
@@ -133,14 +133,14 @@ def entries(allowed: bool = False) -> list[Entry]:
     allowed: also say what each key accepts, which imports the classes (and torch).
     """
     training = {o.name: o for o in options("train")}
-    found: list[Entry] = []
+    listed: list[Entry] = []
     for group, file in (("", "config.yaml"), ("bench", "bench.yaml")):
-        found += of_class([option(group, "", (conf() / file).read_text(encoding="utf-8"))], training, allowed)
+        listed += of_class([option(group, "", (conf() / file).read_text(encoding="utf-8"))], training, allowed)
     for group in GROUPS:
         known = options(group)
         for target in dict.fromkeys(o.target for o in known):
-            found += of_class([o for o in known if o.target == target], training, allowed)
-    return found
+            listed += of_class([o for o in known if o.target == target], training, allowed)
+    return listed
 
 
 def canonical(same: list[Option]) -> Option:
@@ -152,7 +152,7 @@ def of_class(same: list[Option], training: dict[str, Option], allowed: bool) -> 
     """The entries of all options of one class."""
     words = bounds(class_of(same[0].target)) if allowed else {}
     meanings = {line.key: line.comment for line in canonical(same).lines}
-    found = []
+    listed = []
     for each in same:
         prefix = f"{each.group}." if each.group in GROUPS else ""
         trained = {
@@ -172,8 +172,8 @@ def of_class(same: list[Option], training: dict[str, Option], allowed: bool) -> 
             meaning = comments.get(line.key) or parent(line.key, comments) or line.comment
             note = line.comment if line.comment != meaning else ""
             key = prefix + line.key
-            found.append(Entry(key, line.value, meaning, words.get(line.key, ""), each.group, each.name, note, own))
-    return found
+            listed.append(Entry(key, line.value, meaning, words.get(line.key, ""), each.group, each.name, note, own))
+    return listed
 
 
 def parent(key: str, comments: dict[str, str]) -> str:
@@ -184,22 +184,22 @@ def parent(key: str, comments: dict[str, str]) -> str:
 def class_of(target: str) -> type:
     """The class at a dotted path."""
     module, _, name = target.rpartition(".")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
+    cls: type = getattr(importlib.import_module(module), name)
+    return cls
 
 
 def bounds(cls: type, prefix: str = "") -> dict[str, str]:
     """key -> what it accepts, in words, for the fields of a dataclass and of the dataclasses in it."""
-    found: dict[str, str] = {}
+    limits: dict[str, str] = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
         if nested and isinstance(nested[0], type):
-            found |= bounds(nested[0], f"{prefix}{field.name}.")
+            limits |= bounds(nested[0], f"{prefix}{field.name}.")
         elif field.init and hint is not Any:
-            found[prefix + field.name] = expected(hint, dict(field.metadata))
-    return found
+            limits[prefix + field.name] = expected(hint, dict(field.metadata))
+    return limits
 
 
 def find(key: str, allowed: bool = True) -> list[Entry]:

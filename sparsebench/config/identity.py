@@ -34,12 +34,12 @@ def digest(content: Any) -> str:
 
 def contents(config: dict[str, Any]) -> dict[str, Any]:
     """Digests of what is read beside the configuration: files that settings name, what names stand for, source code."""
-    found: dict[str, Any] = {}
+    files_of: dict[str, Any] = {}
     for key, value, kind, node in inputs.named(config):
-        found.setdefault(key, []).append(by_name(inputs.read_files(value, kind, node)))
+        files_of.setdefault(key, []).append(by_name(inputs.read_files(value, kind, node)))
     for key, files, commit in inputs.implied(config):
-        found[f"{key} stands for"] = [commit, by_name(files)]
-    return {k: v for k, v in found.items() if v not in ([{}], [None, {}])} | {
+        files_of[f"{key} stands for"] = [commit, by_name(files)]
+    return {k: v for k, v in files_of.items() if v not in ([{}], [None, {}])} | {
         "package": package(), "own source": by_name(inputs.own_source(config)),
     }  # fmt: skip
 

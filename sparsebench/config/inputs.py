@@ -150,10 +150,10 @@ def read_files(value: str, kind: str, node: dict[str, Any]) -> Files:
     if not root.is_dir():
         return {}
     try:
-        found = [p for p in KINDS[kind](root, node) if p.is_file()]
+        paths = [p for p in KINDS[kind](root, node) if p.is_file()]
     except OSError:  # a folder that may not be listed: the run itself says so
         return {}
-    return {os.path.relpath(p, root) if p.is_relative_to(root) else str(p): p for p in found}
+    return {os.path.relpath(p, root) if p.is_relative_to(root) else str(p): p for p in paths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ def hub_files(repository: str, revision: str | None, kind: str) -> tuple[str | N
     snapshot = folder / "snapshots" / str(commit)
     if not snapshot.is_dir():
         return None, {}
-    found = model_files(snapshot, {}) if kind == "model" else below(snapshot, "*")
-    return commit, {os.path.relpath(p, snapshot): p for p in found if p.is_file()}
+    paths = model_files(snapshot, {}) if kind == "model" else below(snapshot, "*")
+    return commit, {os.path.relpath(p, snapshot): p for p in paths if p.is_file()}
 
 
 def implied(config: dict[str, Any]) -> Iterator[tuple[str, Files, str | None]]:
@@ -266,12 +266,12 @@ def implied(config: dict[str, Any]) -> Iterator[tuple[str, Files, str | None]]:
 def torchvision_weights(architecture: str) -> Files:
     """The published weights in torch's cache, where they differ from the digest that their file name carries."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
-    found = {}
+    files = {}
     for path in sorted(Path(os.path.expanduser(home), "hub", "checkpoints").glob(f"{architecture}-*.pth")):
         stated = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
         if not stated or not digests.of_files([path])[0].startswith(stated[1]):
-            found[path.name] = path
-    return found
+            files[path.name] = path
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,17 +286,17 @@ def package_source() -> Files:
 
 def own_source(config: dict[str, Any]) -> Files:
     """Source of the modules outside this package that a `_target_` names, and of what they import from beside them."""
-    found: Files = {}
+    files: Files = {}
     for node in config.values():
         if isinstance(node, dict) and "_target_" in node:
             module = str(node["_target_"]).rpartition(".")[0]
             if module and module.split(".")[0] != PACKAGE.name:
-                follow(module, found)
-    return found
+                follow(module, files)
+    return files
 
 
-def follow(module: str, found: Files) -> None:
-    """Add a module's source to `found`, that of its packages, and that of every module it imports from the same place.
+def follow(module: str, files: Files) -> None:
+    """Add a module's source to `files`, that of its packages, and that of every module it imports from the same place.
 
     The same place is the folder that holds the module's outermost package; in Python's own folders and among installed
     packages only that package itself. Imports are read, not run: a module that is imported by a computed name is missed.
@@ -311,11 +311,11 @@ def follow(module: str, found: Files) -> None:
         names = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
         for each in names:
             path = module_file(each)
-            if path is None or each in found or path.suffix != ".py":
+            if path is None or each in files or path.suffix != ".py":
                 continue
             if each.split(".")[0] != top and (installed or not path.is_relative_to(place or path)):
                 continue
-            found[each] = path
+            files[each] = path
             waiting += imports(path, each)
 
 

@@ -102,28 +102,28 @@ def check_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
     return errors[worst]
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest relative error over tokens of logits [K, V], each token's mean taken off (softmax doesn't see it)."""
-    found, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, expected))
-    if not torch.isfinite(found).all():
+    logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
+    if not torch.isfinite(logits).all():
         return math.inf
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
 
 
 def stepped(decoder: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [K, V] after each of `tokens` [K] in turn; the decoder is left at the end of its prompt."""
     decoder.rewind()
-    found = torch.stack([decoder.step(token.view(1, 1)).flatten().clone() for token in tokens])
+    rows = torch.stack([decoder.step(token.view(1, 1)).flatten().clone() for token in tokens])
     decoder.rewind()
-    return found
+    return rows
 
 
 def cache_error(module: nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
     """Relative error of eager decode with a cache against whole forward passes, with nothing dropped."""
     with torch.no_grad(), masked(module), all_kept(module):
         expected = module(input_ids=torch.cat([prompt, tokens[None]], 1), use_cache=False).logits[0, -len(tokens) :]
-        found = stepped(engines.Decoder(module, prompt, len(tokens), compiled=False), tokens)
-    return distance(found, expected)
+        logits = stepped(engines.Decoder(module, prompt, len(tokens), compiled=False), tokens)
+    return distance(logits, expected)
 
 
 def verified(
@@ -167,12 +167,12 @@ def verified(
                 raise ValueError(problem)
             decoder = engines.decoder(module, prompt, max(room, len(tokens)), hardware, name, keep_all)
             kernels = check_parity(kernel_errors(module, decoder, prompt, tokens), dtype)
-            found = compared(module, decoder, tokens, expected) | {"kernels": kernels}
-            problem = over_tolerance(found, dtype)
+            measured = compared(module, decoder, tokens, expected) | {"kernels": kernels}
+            problem = over_tolerance(measured, dtype)
         except ValueError as error:  # a fused step that says it can't run this model
             problem = str(error)
         if problem is None:
-            return decoder, errors | found, "; ".join(reasons) or None
+            return decoder, errors | measured, "; ".join(reasons) or None
         reasons.append(f"{name}: {problem}")
         for path, linear in before.items():
             replace(module, path, linear)
@@ -199,12 +199,12 @@ def references(
     with masked(module):
         decoder = engines.Decoder(module, prompt, len(tokens), compiled=False)
         with all_kept(module):
-            found = {"dense": stepped(decoder, tokens)}
+            logits = {"dense": stepped(decoder, tokens)}
         if not keep_all and any(True for _ in measured_modules(module)):
-            found["sparse"] = stepped(decoder, tokens)
+            logits["sparse"] = stepped(decoder, tokens)
             with rounded_otherwise(module):
-                found["moved"] = stepped(decoder, tokens)
-    return found
+                logits["moved"] = stepped(decoder, tokens)
+    return logits
 
 
 @contextmanager
@@ -228,11 +228,11 @@ def rounded_otherwise(module: nn.Module) -> Iterator[None]:
 def compared(module: nn.Module, decoder: Any, tokens: torch.Tensor, expected: dict) -> dict[str, float]:
     """The errors of one decoder, by name."""
     with all_kept(module):
-        found = {"dense": distance(stepped(decoder, tokens), expected["dense"])}
+        errors = {"dense": distance(stepped(decoder, tokens), expected["dense"])}
     if "sparse" in expected:
-        found["sparse"] = distance(stepped(decoder, tokens), expected["sparse"])
-        found["sparse_by_rounding"] = distance(expected["moved"], expected["sparse"])  # of the model itself
-    return found
+        errors["sparse"] = distance(stepped(decoder, tokens), expected["sparse"])
+        errors["sparse_by_rounding"] = distance(expected["moved"], expected["sparse"])  # of the model itself
+    return errors
 
 
 def kernel_errors(module: nn.Module, decoder: Any, prompt: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:

@@ -128,9 +128,9 @@ class Decoder:
         """{"logits": relative error} against the same step in torch, fp32 and masked-dense, on the same cache."""
         self.rewind()
         expected = reference_step(self, int(token))
-        found = self.step(token.view(1, 1)).flatten()
+        logits = self.step(token.view(1, 1)).flatten()
         self.rewind()
-        return {"logits": float((found - expected).norm() / expected.norm())}
+        return {"logits": float((logits - expected).norm() / expected.norm())}
 
 
 def reference_step(decoder: Decoder, token: int) -> torch.Tensor:

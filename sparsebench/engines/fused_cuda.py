@@ -130,13 +130,13 @@ class Step:
 
     def largest_rank(self, kind: str) -> int:
         """Ranks of the remainders of one kind's maps together, in the block that has most."""
-        found = (sum(m.low_rank[0].shape[1] for m in self.maps(b, kind) if m.low_rank) for b in self.blocks)
-        return 0 if self.keep_all else max(found)
+        ranks = (sum(m.low_rank[0].shape[1] for m in self.maps(b, kind) if m.low_rank) for b in self.blocks)
+        return 0 if self.keep_all else max(ranks)
 
     def defines(self, tuning: Tuning) -> dict[str, int]:
-        found = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
-        found |= {"GROUP": self.num_heads // self.num_groups, "SPLITS": self.splits}
-        return {**found, "BF16": 1} if self.dtype == torch.bfloat16 else found
+        constants = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
+        constants |= {"GROUP": self.num_heads // self.num_groups, "SPLITS": self.splits}
+        return {**constants, "BF16": 1} if self.dtype == torch.bfloat16 else constants
 
     def plan(self) -> Iterator[Launch]:
         """The launches of one step."""
@@ -196,13 +196,13 @@ class Step:
             elif mode == "attention":
                 fade = (second[..., :1] - second[..., :1].amax(1, keepdim=True)).exp()
                 x = ((x * fade).sum(1) / (second[..., 1:] * fade).sum(1)).flatten()
-            found, keep = {}, [kept(x, t, linear.scale) for t, linear in zip(thresholds, maps, strict=True)]
+            expected, keep = {}, [kept(x, t, linear.scale) for t, linear in zip(thresholds, maps, strict=True)]
             for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-                found[f"{label}[{i}]"] = (out, out + linear.weight.float() @ torch.where(keep[i], x, 0))
+                expected[f"{label}[{i}]"] = (out, out + linear.weight.float() @ torch.where(keep[i], x, 0))
             for k, i in enumerate(hybrid):
                 dropped = torch.where(keep[i], 0, x)
-                found[f"{label}[{i}].a"] = (inner[k], inner[k] + dropped @ factors[k][0].float())
-            return found
+                expected[f"{label}[{i}].a"] = (inner[k], inner[k] + dropped @ factors[k][0].float())
+            return expected
 
         def reference_of_rest() -> dict:
             added = {i: inner[k] @ factors[k][1].float() for k, i in enumerate(hybrid)}

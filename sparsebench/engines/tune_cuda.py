@@ -49,14 +49,14 @@ def tune(module: nn.Module, prompt: torch.Tensor) -> dict[str, Tuning]:
             step.position.fill_(prompt.shape[1])
             step.enqueue()  # leaves real values in the buffers
             step.position.fill_(prompt.shape[1])
-            chosen = [launch for launch in step.launches if launch.label.rpartition(".")[2] == kind]
-            chosen = chosen * (8 if kind == "head" else 1)
-            elapsed = graph_time(lambda step=step, chosen=chosen: [step.start(launch) for launch in chosen])
+            launches = [launch for launch in step.launches if launch.label.rpartition(".")[2] == kind]
+            launches = launches * (8 if kind == "head" else 1)
+            elapsed = graph_time(lambda step=step, launches=launches: [step.start(launch) for launch in launches])
             best[kind] = min(best.get(kind, (math.inf, candidate)), (elapsed, candidate), key=lambda pair: pair[0])
-    found = {kind: tuning for kind, (_, tuning) in best.items()}
-    content = json.dumps({kind: asdict(tuning) for kind, tuning in found.items()}, indent=1)
+    chosen = {kind: tuning for kind, (_, tuning) in best.items()}
+    content = json.dumps({kind: asdict(tuning) for kind, tuning in chosen.items()}, indent=1)
     files.write_atomic(tuning_file(module, device.name), content.encode())
-    return found
+    return chosen
 
 
 def graph_time(body: Callable[[], object], repeats: int = 10) -> float:

@@ -47,21 +47,21 @@ def conv_counts(x: torch.Tensor, mask: torch.Tensor, conv: nn.Conv2d) -> tuple[i
     listed = mask.view(groups, per_group, *mask.shape[1:]).sum(1).float()
     filters = torch.stack([listed, torch.full_like(listed, per_group)], dim=1).flatten(0, 1)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
-        found = F.conv2d((x != 0).float(), filters, None, conv.stride, conv.padding, conv.dilation, groups)
-    sums = found.double().sum((0, 2, 3)).view(groups, 2).sum(0)
+        pairs = F.conv2d((x != 0).float(), filters, None, conv.stride, conv.padding, conv.dilation, groups)
+    sums = pairs.double().sum((0, 2, 3)).view(groups, 2).sum(0)
     return round(float(sums[0])), round(float(sums[1]))
 
 
-def count(module: nn.Conv2d | nn.Linear, x: torch.Tensor, output: torch.Tensor, found: Products) -> None:
-    """Add one call of `module` with input x to `found`."""
+def count(module: nn.Conv2d | nn.Linear, x: torch.Tensor, output: torch.Tensor, products: Products) -> None:
+    """Add one call of `module` with input x to `products`."""
     mask = module.weight != 0
     images = x.shape[0]
     if isinstance(module, nn.Conv2d):
         both, activation = conv_counts(x, mask, module)
-        if x.shape[1:] not in found.shapes:
+        if x.shape[1:] not in products.shapes:
             weight, dense = conv_counts(torch.ones_like(x[:1]), mask, module)
-            found.shapes[x.shape[1:]] = (dense, weight)
-        dense, weight = found.shapes[x.shape[1:]]
+            products.shapes[x.shape[1:]] = (dense, weight)
+        dense, weight = products.shapes[x.shape[1:]]
         rows = output[0, 0].numel()
     else:
         live = (x != 0).flatten(0, -2).sum(0)
@@ -69,38 +69,38 @@ def count(module: nn.Conv2d | nn.Linear, x: torch.Tensor, output: torch.Tensor, 
         activation = int(live.sum()) * mask.shape[0]
         rows = x[0].numel() // x.shape[-1]
         dense, weight = rows * mask.numel(), rows * int(mask.sum())
-    found.both += both
-    found.activation += activation
-    found.dense += dense * images
-    found.weight += weight * images
-    found.images += images
-    found.rows += rows * images
+    products.both += both
+    products.activation += activation
+    products.dense += dense * images
+    products.weight += weight * images
+    products.images += images
+    products.rows += rows * images
 
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[str, Products]]:
     """Count at every Conv2d and Linear, by module path, while the block runs. Give figures over images: divide once."""
-    found: dict[str, Products] = {}
+    products: dict[str, Products] = {}
 
     def watch(path):
         def hook(module, args, output):
-            count(module, args[0].detach(), output.detach(), found.setdefault(path, Products()))
+            count(module, args[0].detach(), output.detach(), products.setdefault(path, Products()))
 
         return hook
 
     watched = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     hooks = [m.register_forward_hook(watch(p)) for p, m in watched]
     try:
-        yield found
+        yield products
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def reduction(found: dict[str, Products], which: str = "both") -> float:
+def reduction(products: dict[str, Products], which: str = "both") -> float:
     """1 - sum kept / sum dense over all maps, in [0, 1]; which: both, activation or weight."""
-    dense = sum(p.dense for p in found.values())
-    return 1 - sum(getattr(p, which) for p in found.values()) / dense if dense else 0.0
+    dense = sum(p.dense for p in products.values())
+    return 1 - sum(getattr(p, which) for p in products.values()) / dense if dense else 0.0
 
 
 def weight_sparsity(model: nn.Module) -> float:

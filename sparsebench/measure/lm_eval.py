@@ -42,21 +42,21 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
             groups: dict[int, list[int]] = {}
             for i, (_, context, continuation) in enumerate(requests):
                 groups.setdefault(len(context) + len(continuation), []).append(i)
-            found = [(0.0, False)] * len(requests)
+            answers = [(0.0, False)] * len(requests)
             for places in groups.values():
                 scored = super()._loglikelihood_tokens([requests[i] for i in places], *args, **kwargs)
                 for i, each in zip(places, scored, strict=True):
-                    found[i] = each
-            return found
+                    answers[i] = each
+            return answers
 
     model = Unpadded(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
     log.info("lm-eval: %s", ", ".join(settings.tasks))
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model, tasks=list(settings.tasks), limit=settings.task_limit, task_manager=manager, log_samples=True,
         bootstrap_iters=1000,
     )  # fmt: skip
     scores: dict[str, dict] = {}
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, variant = key.partition(",")
             if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not variant:
@@ -66,10 +66,10 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
             scores[name] = {
                 "value": float(value),
                 "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                "higher_is_better": bool(found["higher_is_better"].get(task, {}).get(metric, True)),
-                "shots": found["n-shot"].get(task),
-                "version": found["versions"].get(task),
-                "rows": values_by_row(found["samples"].get(task, []), metric, variant, float(value)),
+                "higher_is_better": bool(results["higher_is_better"].get(task, {}).get(metric, True)),
+                "shots": results["n-shot"].get(task),
+                "version": results["versions"].get(task),
+                "rows": values_by_row(results["samples"].get(task, []), metric, variant, float(value)),
             }
     firsts = {name.partition("/")[0]: name for name in reversed(scores)}.values()
     if len(firsts) > 1 and len({scores[n]["higher_is_better"] for n in firsts}) == 1:

@@ -19,14 +19,14 @@ from sparsebench.sites import find_blocks, shape
 
 def dense_sites(module: nn.Module) -> dict[str, Cost]:
     """Costs of every block map of a dense model by site name; sparse equals dense until a method says otherwise."""
-    found = {}
+    costs = {}
     for block in find_blocks(module):
         for site in block.sites.values():
             linear = module.get_submodule(site.path)
             m, n = shape(linear)
             size = m * n * linear.weight.element_size()
-            found[site.name] = Cost(m * n, m * n, 0, size, size)
-    return found
+            costs[site.name] = Cost(m * n, m * n, 0, size, size)
+    return costs
 
 
 def attention_macs(config, context: int) -> int:
@@ -46,10 +46,10 @@ def kv_bytes(config, context: int, element_size: int) -> int:
 
 def site_costs(module: nn.Module, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
     """Costs of one token by site name: what sparse modules say of themselves, or those of a dense model's block maps."""
-    found: dict[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     for sparse in sparse_modules(module):
-        found |= sparse.costs(measured)
-    return found or dense_sites(module)
+        costs |= sparse.costs(measured)
+    return costs or dense_sites(module)
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def over_scored_tokens(
     """
     sites, traffic = {}, 0.0
     for name, cost in sparse.items():
-        found = measured.get(name)
-        tokens = found.sparse_tokens + found.dense_tokens if found else 0
-        share = found.sparse_tokens / tokens if tokens else 1.0
-        left = dense[name].dense_macs if found is None or found.nonzeros is None else found.nonzeros
+        site = measured.get(name)
+        tokens = site.sparse_tokens + site.dense_tokens if site else 0
+        share = site.sparse_tokens / tokens if tokens else 1.0
+        left = dense[name].dense_macs if site is None or site.nonzeros is None else site.nonzeros
         sites[name] = {
             "dense_macs": cost.dense_macs,
             "sparse_macs": share * cost.sparse_macs + (1 - share) * left,

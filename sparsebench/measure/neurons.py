@@ -98,13 +98,15 @@ class Layer:
 def sample(module: nn.Module, sequences: torch.Tensor, batch_size: int, tokens: int) -> list[Layer]:
     """The layers with x1 of the first `tokens` tokens, from one dense pass (kept on the CPU in the model's dtype)."""
     blocks = find_blocks(module)
-    found: dict[int, list] = {b.index: [] for b in blocks}
+    outputs: dict[int, list] = {b.index: [] for b in blocks}
     count = -(-tokens // sequences.shape[1])
-    with watching(module, lambda layer, x1: found[layer].append(x1.flatten(0, -2).cpu())):
+    with watching(module, lambda layer, x1: outputs[layer].append(x1.flatten(0, -2).cpu())):
         for batch in batches(sequences[:count], batch_size, module):
             module.base_model(input_ids=batch, use_cache=False)
     with torch.no_grad():
-        return [Layer(last_map(module, b), neuron_norms(module, b), torch.cat(found[b.index])[:tokens]) for b in blocks]
+        return [
+            Layer(last_map(module, b), neuron_norms(module, b), torch.cat(outputs[b.index])[:tokens]) for b in blocks
+        ]
 
 
 def dropped(module: nn.Module, epsilons: list[float], sequences: torch.Tensor, batch_size: int) -> tuple[float, float]:
@@ -144,18 +146,18 @@ def search(module: nn.Module, sequences: torch.Tensor, batch_size: int, settings
     below, epsilons = at(low, lowest, highest)  # neurons without any effect
     above = highest
     nll, share = dropped(module, epsilons, sequences, batch_size)
-    found = {"cett": low, "ratio": math.exp(nll - dense), "epsilon": epsilons, "sparsity": share}
-    while settings.increase > 0 and high - low > SMALLEST_STEP and abs(found["ratio"] - target) > PRECISION:
+    point = {"cett": low, "ratio": math.exp(nll - dense), "epsilon": epsilons, "sparsity": share}
+    while settings.increase > 0 and high - low > SMALLEST_STEP and abs(point["ratio"] - target) > PRECISION:
         level = (low + high) / 2
         index, epsilons = at(level, below, above)
         nll, share = dropped(module, epsilons, sequences, batch_size)
         ratio = math.exp(min(nll - dense, 700.0))
         if ratio < target or abs(ratio - target) <= PRECISION:
             low, below = level, index
-            found = {"cett": level, "ratio": ratio, "epsilon": epsilons, "sparsity": share}
+            point = {"cett": level, "ratio": ratio, "epsilon": epsilons, "sparsity": share}
         else:
             high, above = level, index
-    return found | {"target": target, "reached": abs(found["ratio"] - target) <= 1e-3}
+    return point | {"target": target, "reached": abs(point["ratio"] - target) <= 1e-3}
 
 
 def measure(module: nn.Module, data, settings) -> dict:

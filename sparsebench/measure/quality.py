@@ -54,12 +54,12 @@ def language_quality(module: nn.Module, split, limit: int | None, batch_size: in
 def compare(dense: dict, sparse: dict, protocol: dict) -> dict:
     """The record's quality section from the metrics of both models."""
     both = (dense["pieces"], sparse["pieces"])
-    found = uncertainty.perplexities(*both)
+    metrics = uncertainty.perplexities(*both)
     return {
         "perplexity": {
             "dense": dense["perplexity"],
             "sparse": sparse["perplexity"],
-            **found,
+            **metrics,
             "higher_is_better": False,
             "protocol": {**protocol, "tokens": dense["tokens"], "sequences": dense["sequences"],
                          "fingerprint": dense["fingerprint"]},
@@ -133,13 +133,13 @@ class ClassCounts:
 
 def classification_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
     """(metrics, counters) of a classifier on a split, with sparsity counted at every sparse module in the same pass."""
-    found, device = ClassCounts(split.classes), next(module.parameters()).device
+    counts, device = ClassCounts(split.classes), next(module.parameters()).device
     with torch.no_grad(), sparsity.counting(module) as counters:
         for batch in split.batches(limit, batch_size, device):
             if isinstance(batch.inputs, dict):
                 sparsity.set_token_mask(module, batch.inputs["attention_mask"].bool())
-            found.add(logits(module, batch.inputs), batch.labels)
-    return found.metrics(), counters
+            counts.add(logits(module, batch.inputs), batch.labels)
+    return counts.metrics(), counters
 
 
 def compare_classes(dense: dict, sparse: dict, protocol: dict) -> dict:

@@ -35,8 +35,8 @@ def problem(folder: str) -> str | None:
 
 def images(folder: Path) -> list[tuple[Path, str, str]]:
     """(file, shape, texture) of every image, by name."""
-    found = ((path, PATTERN.fullmatch(path.name)) for path in sorted(folder.rglob("*")))
-    return [(path, match[1].lower(), match[2].lower()) for path, match in found if match]
+    matches = ((path, PATTERN.fullmatch(path.name)) for path in sorted(folder.rglob("*")))
+    return [(path, match[1].lower(), match[2].lower()) for path, match in matches if match]
 
 
 def groups_of(folder: Path, names: set[str], classes: list[str]) -> dict[str, list[int]]:

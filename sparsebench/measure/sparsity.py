@@ -42,7 +42,7 @@ def summarise(model: nn.Module, counters: dict[str, Counter], prunes: bool = Fal
 
     prunes: whether the method prunes weights too. Zeros that a model happens to have are no method's saving.
     """
-    found = {}
+    sites = {}
     for site, module in measured_modules(model):
         counter = counters[site]
         kept, channels = int(counter.kept.sum()), counter.kept.numel()
@@ -50,7 +50,7 @@ def summarise(model: nn.Module, counters: dict[str, Counter], prunes: bool = Fal
         dropped = counter.sparse_tokens * channels - kept
         pruned = prunes and isinstance(module, InputSparseLinear)
         for name, weight in module.covers.items():
-            found[name] = SiteSparsity(
+            sites[name] = SiteSparsity(
                 sparsity=dropped / (tokens * channels) if tokens else 0.0,
                 sparsity_of_sparse_tokens=dropped / (counter.sparse_tokens * channels)
                 if counter.sparse_tokens
@@ -61,7 +61,7 @@ def summarise(model: nn.Module, counters: dict[str, Counter], prunes: bool = Fal
                 kept_nonzeros=kept_nonzeros(module, counter) if pruned else None,
                 nonzeros=int(torch.count_nonzero(module.weight)) if pruned else None,
             )
-    return found
+    return sites
 
 
 def kept_nonzeros(module: InputSparseLinear, counter: Counter) -> float:

@@ -31,10 +31,10 @@ class Pieces:
         """losses, documents [N, T - 1]: NLL of every scored token and the number of its document."""
         windows = np.broadcast_to(np.arange(len(losses))[:, None], losses.shape)
         keys = windows.ravel().astype(np.int64) * (int(documents.max()) + 1) + documents.ravel()
-        found, place = np.unique(keys, return_inverse=True)
-        window, document = np.divmod(found, int(documents.max()) + 1)
-        tokens = np.bincount(place, minlength=len(found))
-        loss = np.bincount(place, losses.ravel().astype(np.float64), len(found))
+        distinct, place = np.unique(keys, return_inverse=True)
+        window, document = np.divmod(distinct, int(documents.max()) + 1)
+        tokens = np.bincount(place, minlength=len(distinct))
+        loss = np.bincount(place, losses.ravel().astype(np.float64), len(distinct))
         return cls(window, document, tokens, loss)
 
     @property

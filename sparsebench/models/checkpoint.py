@@ -20,15 +20,15 @@ def load_whole(auto: Any, location: str, num_layers: int | None = None, **option
     later blocks. Raises ValueError naming a weight that is missing (tied ones are not), not expected or of another shape.
     """
     # without ignore_mismatched_sizes transformers raises an error of many lines of its own
-    module, found = auto.from_pretrained(location, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    module, loading = auto.from_pretrained(location, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = [
         f"{name} has shape {list(there)} in the checkpoint, the model {list(here)}"
-        for name, there, here in sorted(found["mismatched_keys"])
+        for name, there, here in sorted(loading["mismatched_keys"])
     ]
-    wrong += [f"{name} is missing" for name in sorted(found["missing_keys"])]
-    extra = [n for n in sorted(found["unexpected_keys"]) if not explained(n, module, num_layers)]
+    wrong += [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    extra = [n for n in sorted(loading["unexpected_keys"]) if not explained(n, module, num_layers)]
     wrong += [f"{name} is in the checkpoint but not in the model" for name in extra]
-    wrong += [str(line).splitlines()[0] for line in found.get("error_msgs") or []]
+    wrong += [str(line).splitlines()[0] for line in loading.get("error_msgs") or []]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ValueError(f"model.path={location} is not a whole {type(module).__name__}: {wrong[0]}{more}")

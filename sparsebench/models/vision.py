@@ -80,26 +80,28 @@ class Vision:
             raise ValueError("weights=scratch needs model.train, got null")
 
     def problems(self, settings: Any) -> list[str]:
-        found = []
+        problems = []
         cues = settings.eval.classifier.cue_conflict
         wrong = cues is not None and shape_bias.problem(cues)
         if wrong:
-            found.append(f"eval.classifier.cue_conflict must be a folder of cue-conflict images: {wrong}")
+            problems.append(f"eval.classifier.cue_conflict must be a folder of cue-conflict images: {wrong}")
         if settings.dataset.kind == "vision" and self.architecture == "lenet5" and settings.dataset.size != 28:
-            found.append(f"dataset.size must be 28 for model={self.name}, got {settings.dataset.size}")
+            problems.append(f"dataset.size must be 28 for model={self.name}, got {settings.dataset.size}")
         if self.weights == "pretrained" and self.path is None:
             if self.architecture in ("lenet5", "vit_tiny") or self.stem == "cifar":
-                found.append(
+                problems.append(
                     f"model.path must be a file of weights for model={self.name}: torchvision has none, got null"
                 )
             elif not self.downloaded().exists() and not hub.reachable():
-                found.append(
+                problems.append(
                     f"model.weights=pretrained: torchvision's weights of {self.architecture} are not in "
                     f"{self.downloaded().parent} and can't be downloaded; set model.path=<file> or model.weights=scratch"
                 )
         if self.path is not None and not Path(self.path).is_file():
-            found.append(f"model.path must be an existing .safetensors or .pth file of a state dict, got {self.path!r}")
-        return found
+            problems.append(
+                f"model.path must be an existing .safetensors or .pth file of a state dict, got {self.path!r}"
+            )
+        return problems
 
     def downloaded(self) -> Path:
         """Where torchvision keeps its pretrained weights."""
@@ -212,8 +214,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        found = torch.load(path, weights_only=True, map_location="cpu")
-        return found.get("state_dict", found)
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        return content.get("state_dict", content)
     except Exception as error:
         raise ValueError(f"model.path: {path} can't be read as a state dict ({error})".splitlines()[0]) from error
 
@@ -241,7 +243,7 @@ def renamed(key: str) -> str:
 
 def translate_vit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """torchvision's names of a vision transformer to transformers' names; the joint qkv is split."""
-    found = {
+    renamed = {
         "vit.embeddings.cls_token": weights["class_token"],
         "vit.embeddings.position_embeddings": weights["encoder.pos_embedding"],
     }
@@ -259,5 +261,5 @@ def translate_vit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for part in ("weight", "bias"):
             joint = weights[f"{old}.self_attention.in_proj_{part}"].chunk(3)
             for role, tensor in zip("qkv", joint, strict=True):
-                found[f"{new}.attention.{role}_proj.{part}"] = tensor
-    return found | {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
+                renamed[f"{new}.attention.{role}_proj.{part}"] = tensor
+    return renamed | {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}

@@ -79,10 +79,10 @@ def check_fed(model: nn.Module, blocks: list[Block]) -> None:
 
     hooks = []
     for block in blocks:
-        found = norms(model, block)
-        hooks += [model.get_submodule(p).register_forward_hook(keep(p)) for p in found.values()]
+        paths = norms(model, block)
+        hooks += [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths.values()]
         hooks += [
-            model.get_submodule(s.path).register_forward_pre_hook(compare(found[s.group], s))
+            model.get_submodule(s.path).register_forward_pre_hook(compare(paths[s.group], s))
             for s in block.sites.values()
             if s.group in GROUPS
         ]

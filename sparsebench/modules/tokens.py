@@ -30,17 +30,17 @@ def follow(model: nn.Module) -> None:
 
 def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Hook before a call; a call without tokens of its own keeps what is known from around it."""
-    found, around = Call(), CALLS[-1]
+    call, around = Call(), CALLS[-1]
     ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    found.shape, found.mask = around.shape, around.mask
+    call.shape, call.mask = around.shape, around.mask
     if isinstance(ids, torch.Tensor) and ids.dim() >= 2:
-        found.shape, mask = tuple(ids.shape[:2]), kwargs.get("attention_mask")
-        known = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= found.shape[1]
+        call.shape, mask = tuple(ids.shape[:2]), kwargs.get("attention_mask")
+        known = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= call.shape[1]
         if known:
-            found.mask = mask[:, -found.shape[1] :].bool()  # with a cache, the mask covers earlier tokens, too
-        elif around.shape != found.shape:
-            found.mask = None
-    CALLS.append(found)
+            call.mask = mask[:, -call.shape[1] :].bool()  # with a cache, the mask covers earlier tokens, too
+        elif around.shape != call.shape:
+            call.mask = None
+    CALLS.append(call)
 
 
 def leave(module: nn.Module, args: tuple, output) -> None:

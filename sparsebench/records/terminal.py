@@ -63,17 +63,17 @@ def in_words(name: str, metric: dict[str, Any]) -> str:
     return f"{uncertain(metric['sparse'], metric.get('sparse_stderr'))} ({change(name, metric)}{mark})"
 
 
-def headline(found: dict[str, Any], path: Path) -> str:
+def headline(record: dict[str, Any], path: Path) -> str:
     """One line of JSON for scripts: the main figures of a record and where it lies."""
-    quality, latency = found.get("quality") or {}, found.get("latency") or {}
+    quality, latency = record.get("quality") or {}, record.get("latency") or {}
     name = "accuracy" if "accuracy" in quality else "perplexity"
     metric = quality.get(name) or {}
     content = {
-        "status": found["status"],
-        "name": found["name"],
+        "status": record["status"],
+        "name": record["name"],
         "record": str(path),
         **{f"{name}_{side}": significant(metric, side) for side in ("dense", "sparse")},
-        "sparsity_model_wide": (found.get("sparsity") or {}).get("model_wide"),
+        "sparsity_model_wide": (record.get("sparsity") or {}).get("model_wide"),
     }
     if metric.get("sparse") is not None:
         content[name] = in_words(name, metric)
@@ -82,8 +82,8 @@ def headline(found: dict[str, Any], path: Path) -> str:
     for side in ("dense", "sparse"):
         content[f"{part}_{side}_ms"] = quantiles(times[side]) if side in times else None
     content["dense_engine"], content["noisy"] = times.get("dense_engine"), latency.get("noisy")
-    if found["error"]:
-        content["error"] = found["error"]["message"]
+    if record["error"]:
+        content["error"] = record["error"]["message"]
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -107,26 +107,26 @@ def quantiles(times: dict[str, Any]) -> dict[str, float]:
     return {name: times[name] for name in ("median_ms", "p10_ms", "p90_ms")}
 
 
-def show(found: dict[str, Any], path: Path) -> None:
+def show(record: dict[str, Any], path: Path) -> None:
     """Print a record: its table (or why it failed), where it lies, and the line of JSON."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 140  # a file or a pipe has no width of its own
-    if found["status"] != "finished":
+    if record["status"] != "finished":
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"{found['status']}: {(found['error'] or {}).get('message')}", style="red", markup=False
+            f"{record['status']}: {(record['error'] or {}).get('message')}", style="red", markup=False
         )
     else:
-        console.print(table(found))
-        for line in notes(found):
+        console.print(table(record))
+        for line in notes(record):
             console.print(line, style="yellow", markup=False)
     console.print(f"record: {path}", markup=False)
-    print(headline(found, path), flush=True)
+    print(headline(record, path), flush=True)
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(record: dict[str, Any]) -> list[str]:
     """What must be known before figures of the table are used, one line each."""
-    latency, estimate = found.get("latency") or {}, found.get("estimate") or {}
+    latency, estimate = record.get("latency") or {}, record.get("estimate") or {}
     lines = [f"NOISY, times are not to be trusted: {'; '.join(latency['reasons'])}"] if latency.get("noisy") else []
     section = (latency.get("decode") or {}).get("break_even")
     if section and section["reason"]:
@@ -134,20 +134,20 @@ def notes(found: dict[str, Any]) -> list[str]:
     return lines + [f"estimate: {caution}" for caution in estimate.get("cautions", [])]
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(record: dict[str, Any]) -> Table:
     """The run's figures, dense beside sparse."""
-    grid = Table(title=found["name"], title_justify="left")
+    grid = Table(title=record["name"], title_justify="left")
     grid.add_column("")
     for name in ("dense", "sparse", "sparse / dense"):
         grid.add_column(name, justify="right")
-    for name, metric in found["quality"].items():
+    for name, metric in record["quality"].items():
         if name == "nll":
             continue
         label = f"{name}, {metric['tokens']} tokens: LITTLE TEXT" if metric.get("little_text") else name
         both = (uncertain(metric[side], metric.get(f"{side}_stderr")) for side in ("dense", "sparse"))
         grid.add_row(label, *both, change(name, metric))
-    sparsity_rows(grid, found["sparsity"])
-    macs, traffic = found["macs"], found["bytes"]
+    sparsity_rows(grid, record["sparsity"])
+    macs, traffic = record["macs"], record["bytes"]
     per = f"per {macs.get('per', 'decoded token')}"
     grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
     scored = macs.get("scored")
@@ -167,14 +167,14 @@ def table(found: dict[str, Any]) -> Table:
         scaled(traffic["sparse"], "B"),
         ratio(traffic["dense"], traffic["sparse"]),
     )
-    latency_rows(grid, found["latency"] or {})
-    if found.get("estimate"):
-        guess = found["estimate"]["decode"]
+    latency_rows(grid, record["latency"] or {})
+    if record.get("estimate"):
+        guess = record["estimate"]["decode"]
         grid.add_row(
-            f"decode on {found['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
+            f"decode on {record['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
             f"estimated {guess['speedup']:.2f}x",
         )  # fmt: skip
-    memory_rows(grid, found["memory"])
+    memory_rows(grid, record["memory"])
     return grid
 
 

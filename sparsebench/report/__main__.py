@@ -67,28 +67,28 @@ def reported(arguments: argparse.Namespace) -> dict:
     from sparsebench.report import page
     from sparsebench.report.rows import collect
 
-    found = collect(arguments.paths)
-    if not len(found):
-        for path, reason in found.unreadable:
+    collection = collect(arguments.paths)
+    if not len(collection):
+        for path, reason in collection.unreadable:
             print(f"{path}: {reason}", file=sys.stderr)
         stop(f"no records below {', '.join(map(str, arguments.paths))}", FAILED)
     first = arguments.paths[0]
     folder = arguments.output or (first if first.is_dir() else first.parent) / "report"
     try:
-        written = page.write(found, folder, arguments.title)
+        written = page.write(collection, folder, arguments.title)
     except OSError as error:
         stop(f"{folder} can't be written: {error}", FAILED)
     uploaded = None
     if arguments.wandb:
         from sparsebench.report import upload
 
-        uploaded = upload.send(found, folder, arguments.project)
+        uploaded = upload.send(collection, folder, arguments.project)
     print(
-        f"{len(found.finished)} finished, {len(found.failed)} failed, {len(found.unreadable)} unreadable",
+        f"{len(collection.finished)} finished, {len(collection.failed)} failed, {len(collection.unreadable)} unreadable",
         file=sys.stderr,
     )
-    return {"report": str(folder / "report.html"), "finished": len(found.finished), "failed": len(found.failed),
-            "unreadable": len(found.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
+    return {"report": str(folder / "report.html"), "finished": len(collection.finished), "failed": len(collection.failed),
+            "unreadable": len(collection.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
 
 
 def readable(paths: list[Path]) -> list[dict]:
@@ -96,16 +96,16 @@ def readable(paths: list[Path]) -> list[dict]:
     from sparsebench.records import record
     from sparsebench.report.sources import contents, is_bench
 
-    found = []
+    records = []
     for where, content in contents(paths):
         reason = None if is_bench(content) else record.refusal(content)
         if reason:
             print(f"{where} was left out: {reason}", file=sys.stderr)
         else:
-            found.append(content)
-    if not found:
+            records.append(content)
+    if not records:
         stop(f"no records below {', '.join(map(str, paths))}", FAILED)
-    return found
+    return records
 
 
 def archived(paths: list[Path], file: Path) -> dict:
@@ -114,9 +114,9 @@ def archived(paths: list[Path], file: Path) -> dict:
 
     if file.suffix != archive.SUFFIX:
         stop(f"--archive {file}: the name of an archive ends in {archive.SUFFIX}", WRONG)
-    found = readable(paths)
+    records = readable(paths)
     try:
-        archive.write(file, found)
+        archive.write(file, records)
     except OSError as error:
         stop(f"{file} can't be written: {error}", FAILED)
     return {"archive": str(file), "records": len(archive.read(file)), "bytes": file.stat().st_size}
@@ -126,11 +126,11 @@ def extracted(paths: list[Path], prefix: str, folder: Path) -> dict:
     """Write records whose hash begins with `prefix` as files again; records of one hash are numbered."""
     from sparsebench.records import archive, files
 
-    found = [each for each in readable(paths) if archive.key(each).startswith(prefix)]
-    if not found:
+    records = [each for each in readable(paths) if archive.key(each).startswith(prefix)]
+    if not records:
         stop(f"--extract {prefix}: no record has such a hash", FAILED)
     written: list[str] = []
-    for each in found:
+    for each in records:
         name = archive.key(each)[:10]
         taken = sum(Path(file).parent.name.split("-")[0] == name for file in written)
         path = folder / (f"{name}-{taken + 1}" if taken else name) / "result.json"

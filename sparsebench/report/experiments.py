@@ -174,26 +174,26 @@ def column(given: str | dict) -> dict:
     return {"head": given, **COLUMNS[given]} if isinstance(given, str) else given
 
 
-def at(found: Any, path: str) -> Any:
+def at(node: Any, path: str) -> Any:
     """The value at a dotted path of a record; None where there is none."""
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def value(row: Row, asked: dict) -> Any:
     if asked["path"] == "ffn_macs":  # summed over maps, see rows.ffn_share
         return row.ffn_macs
-    part = at(row.found, asked["path"])
+    part = at(row.record, asked["path"])
     if "of" not in asked:
         return part
-    whole = at(row.found, asked["of"])
+    whole = at(row.record, asked["of"])
     return part / whole if part is not None and whole else None
 
 
 def selected(rows: Iterable[Row], where: dict) -> list[Row]:
     return [
-        r for r in rows if all(at(r.found, path) in (v if isinstance(v, list) else [v]) for path, v in where.items())
+        r for r in rows if all(at(r.record, path) in (v if isinstance(v, list) else [v]) for path, v in where.items())
     ]
 
 
@@ -227,14 +227,14 @@ def check_seeds(same: list[Row], key: tuple, title: str) -> None:
 
     A key that an older record doesn't have is the same as one that is null.
     """
-    told = {digest([settings(r), r.machine, r.found["env"].get("git_commit")]) for r in same}
-    seeds = [r.found["config"].get("seed") for r in same]
+    told = {digest([settings(r), r.machine, r.record["env"].get("git_commit")]) for r in same}
+    seeds = [r.record["config"].get("seed") for r in same]
     if len(told) > 1 or len(set(seeds)) < len(seeds):
         raise ValueError(f"table {title!r}: {key} stands for runs that differ in more than the seed")
 
 
 def settings(row: Row) -> dict:
-    return {k: v for k, v in flat(row.found["config"]).items() if k != "seed" and v is not None}
+    return {k: v for k, v in flat(row.record["config"]).items() if k != "seed" and v is not None}
 
 
 def sortable(value: Any) -> tuple:

@@ -111,11 +111,11 @@ class Page:
         self.html.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(content)}</pre></details>")
 
 
-def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
-    """The page over everything found."""
-    page, parts = Page(), groups(found.finished)
-    look = plots.styles(list({r.series for r in found.finished}))
-    head(page, found, parts, title)
+def build(collection: Collection, title: str) -> tuple[Page, list[Group]]:
+    """The page over the whole collection."""
+    page, parts = Page(), groups(collection.finished)
+    look = plots.styles(list({r.series for r in collection.finished}))
+    head(page, collection, parts, title)
     if len(parts) > 1:
         page.open("protocols", "Protocols differ")
         page.text(
@@ -126,7 +126,7 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
         page.close()
     for i, group in enumerate(parts):
         one_group(page, group, i, look)
-    beside = published.beside(found.finished)
+    beside = published.beside(collection.finished)
     if beside:
         page.open("published", "Published beside measured")
         page.text(
@@ -139,40 +139,40 @@ def build(found: Collection, title: str) -> tuple[Page, list[Group]]:
             page.title("Same setting, other model")
             page.table(others)
         page.close()
-    if found.failed or found.unreadable:
+    if collection.failed or collection.unreadable:
         page.open("failures", "Failures")
-        if found.failed:
-            page.table(tables.failures(found.failed))
-        for _, content in found.failed:
+        if collection.failed:
+            page.table(tables.failures(collection.failed))
+        for _, content in collection.failed:
             if (content.get("error") or {}).get("traceback"):
                 page.details(content["name"], content["error"]["traceback"])
-        for path, reason in found.unreadable:
+        for path, reason in collection.unreadable:
             page.text(f"{path} was left out: {reason}.", "bad")
         page.close()
-    for i, (path, content) in enumerate(found.benches):
+    for i, (path, content) in enumerate(collection.benches):
         one_bench(page, path, content, i)
     return page, parts
 
 
-def head(page: Page, found: Collection, parts: list[Group], title: str) -> None:
-    counts = {"finished runs": len(found.finished), "failed": len(found.failed), "protocols": len(parts),
-              "machines": len({r.machine for r in found.finished}), "benchmarks": len(found.benches)}  # fmt: skip
+def head(page: Page, collection: Collection, parts: list[Group], title: str) -> None:
+    counts = {"finished runs": len(collection.finished), "failed": len(collection.failed), "protocols": len(parts),
+              "machines": len({r.machine for r in collection.finished}), "benchmarks": len(collection.benches)}  # fmt: skip
     links = [(f"group-{i}", f"{i + 1}. {g.title}") for i, g in enumerate(parts)]
-    links += [(f"bench-{i}", f"Benchmark {i + 1}") for i in range(len(found.benches))]
-    links += [("failures", "Failures")] if found.failed or found.unreadable else []
+    links += [(f"bench-{i}", f"Benchmark {i + 1}") for i in range(len(collection.benches))]
+    links += [("failures", "Failures")] if collection.failed or collection.unreadable else []
     page.html.append(f"<h1>{escape(title)}</h1>")
     shown = "".join(f"<li><b>{n}</b>{escape(k)}</li>" for k, n in counts.items() if n or k != "benchmarks")
-    shown += f"<li><b>{escape(tables.totals(found.finished))}</b>time of the runs together</li>"
+    shown += f"<li><b>{escape(tables.totals(collection.finished))}</b>time of the runs together</li>"
     page.html.append(f'<ul class="facts">{shown}</ul>')
     page.html.append("<nav>" + "".join(f'<a href="#{a}">{escape(t)}</a>' for a, t in links) + "</nav>")
     page.markdown.append(f"# {title}\n\n" + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".\n")
-    for version, count in sorted(found.schemas.items()):
+    for version, count in sorted(collection.schemas.items()):
         if version != record.SCHEMA_VERSION:
             page.text(
                 f"{count} record(s) are of schema {version}; this version writes {record.SCHEMA_VERSION}.", "soft"
             )
-    if found.repeated:
-        page.text(f"{found.repeated} record(s) were found twice (copied folders); each run counts once.", "soft")
+    if collection.repeated:
+        page.text(f"{collection.repeated} record(s) were found twice (copied folders); each run counts once.", "soft")
 
 
 def one_group(page: Page, group: Group, number: int, look: dict) -> None:
@@ -226,9 +226,9 @@ def document(page: Page, title: str) -> str:
     )
 
 
-def write(found: Collection, folder: Path, title: str) -> Page:
+def write(collection: Collection, folder: Path, title: str) -> Page:
     """report.html, report.md, report.csv and the plots as PNG in `folder`, each written atomically."""
-    page, parts = build(found, title)
+    page, parts = build(collection, title)
     for name, content in page.pictures.items():
         files.write_atomic(folder / name, content)
     files.write_atomic(folder / "report.csv", tables.as_csv(parts).encode())

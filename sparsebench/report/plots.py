@@ -126,7 +126,7 @@ def worst_is_far(rows: list[Row]) -> bool:
 
 def quality_plots(group: Group, look: dict) -> dict[str, Figure]:
     """name -> figure, for what the group's rows hold."""
-    found = {
+    figures = {
         "sparsity": against(group, look, lambda r: r.sparsity, "Quality against measured sparsity",
                             "sparsity, model-wide, measured on test tokens", lambda r: 0.0, sign=-1),
         "macs": against(group, look, lambda r: r.scored_macs, "Quality against MACs",
@@ -140,16 +140,16 @@ def quality_plots(group: Group, look: dict) -> dict[str, Figure]:
             part = next(k for k, v in here.rows[0].times.items() if v is here.rows[0].decode)
             title = f"Quality against measured {part} time"
             label = f"{part}, ms (median) - {machine}"
-            found[f"latency-{number}"] = against(
+            figures[f"latency-{number}"] = against(
                 here, look, lambda r: r.decode["sparse"], title, label, lambda r: r.decode["dense"]
             )
-    found["roofline"] = roofline(group, look)
-    found["layers"] = heat_map(group)
+    figures["roofline"] = roofline(group, look)
+    figures["layers"] = heat_map(group)
     for name in ("sparsity", "macs", "ffn-macs"):
-        if found[name] is not None:
-            axis = found[name].axes[0].xaxis
+        if figures[name] is not None:
+            axis = figures[name].axes[0].xaxis
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def roofline(group: Group, look: dict) -> Figure | None:
@@ -173,7 +173,7 @@ def roofline(group: Group, look: dict) -> Figure | None:
 
 def heat_map(group: Group) -> Figure | None:
     """Sparsity per layer (columns) and run (rows)."""
-    rows = [(r, sites_by_layer(r.found)) for r in group.rows if r.method != "dense"]
+    rows = [(r, sites_by_layer(r.record)) for r in group.rows if r.method != "dense"]
     rows = [(r, layers) for r, layers in rows if layers][:MOST_LINES]
     if not rows:
         return None

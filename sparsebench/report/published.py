@@ -48,20 +48,20 @@ def beside(rows: list[Row]) -> list[Beside]:
 
     Where an entry is about the row's own model, entries about other models are left out.
     """
-    found = []
+    lines = []
     for row in rows:
         mine = []
         for entry in figures():
-            settings = flat(row.found["config"])
+            settings = flat(row.record["config"])
             if entry["method"] != row.method or measured(row, entry["metric"]) is None:
                 continue
             point = next((p for p in entry["points"] if same(settings.get(entry["key"]), p)), None)
             if point is not None:
                 mine.append((entry, point, settings))
-        model = row.found["config"]["model"]["name"]
+        model = row.record["config"]["model"]["name"]
         exact = [each for each in mine if each[0]["model"] == model]
-        found += [compare(row, *each) for each in exact or mine]
-    return found
+        lines += [compare(row, *each) for each in exact or mine]
+    return lines
 
 
 def same(ours, published) -> bool:
@@ -76,9 +76,9 @@ def measured(row: Row, metric: str) -> tuple[float | None, float] | None:
         value = row.decode.get("speedup")
         return None if value is None else (None, value)
     if metric == "x1_zero":
-        neurons = ((row.found.get("extra") or {}).get("neurons") or {}).get("sparse") or {}
+        neurons = ((row.record.get("extra") or {}).get("neurons") or {}).get("sparse") or {}
         return None if neurons.get(metric) is None else (None, neurons[metric])
-    quality = (row.found.get("quality") or {}).get(metric)
+    quality = (row.record.get("quality") or {}).get(metric)
     return None if quality is None or quality["sparse"] is None else (quality["dense"], quality["sparse"])
 
 
@@ -88,7 +88,7 @@ def compare(row: Row, entry: dict, point: float, settings: dict) -> Beside:
     unsure = "recalled" if point in entry.get("recalled", ()) else entry["seen"]
     source = f"{entry['source']}; {SEEN[unsure]}"
     ours, theirs = words(metric, dense, sparse), words(metric, entry.get("dense"), value)
-    exact = row.found["config"]["model"]["name"] == entry["model"]
+    exact = row.record["config"]["model"]["name"] == entry["model"]
     return Beside(row, metric, ours, theirs, source, differs(row, entry, settings), entry["model"], exact)
 
 
@@ -102,24 +102,24 @@ def words(metric: str, dense: float | None, sparse: float) -> str:
 
 def differs(row: Row, entry: dict, settings: dict) -> list[str]:
     """What is not as published: model, weights, data, machine, settings."""
-    model = row.found["config"]["model"]
-    found = []
+    model = row.record["config"]["model"]
+    differences = []
     if model["name"] != entry["model"]:
-        found.append(f"model {model['name']} instead of {entry['model']}")
+        differences.append(f"model {model['name']} instead of {entry['model']}")
     elif entry["metric"] != "speedup" and model.get("weights", "pretrained") != "pretrained":
-        found.append(f"{model['weights']} weights")
+        differences.append(f"{model['weights']} weights")
     if model.get("num_layers"):
-        found.append(f"only {model['num_layers']} layers")
+        differences.append(f"only {model['num_layers']} layers")
     if entry["metric"] == "speedup":
         if entry["hardware"].lower() not in row.machine.lower():
-            found.append(f"{row.machine.partition(',')[0]} instead of {entry['hardware']}")
+            differences.append(f"{row.machine.partition(',')[0]} instead of {entry['hardware']}")
     else:
-        data = row.found["config"]["dataset"]
+        data = row.record["config"]["dataset"]
         ours = (
             f"{data['name']}, windows of {data.get('sequence_length')}" if "sequence_length" in data else data["name"]
         )
-        found.append(f"data {ours}; published: {entry.get('protocol', 'protocol not stated')}")
+        differences.append(f"data {ours}; published: {entry.get('protocol', 'protocol not stated')}")
     for key, value in entry["with"].items():
         if not same(settings.get(key), value):
-            found.append(f"{key}={settings.get(key)} instead of {value}")
-    return found
+            differences.append(f"{key}={settings.get(key)} instead of {value}")
+    return differences

@@ -35,7 +35,7 @@ class Row:
     """One finished record, with what tables and plots ask for. None = not measured."""
 
     path: Path
-    found: dict
+    record: dict
     label: str = ""
     series: str = ""  # the curve it belongs to: its method, and what tells the method's curves apart
     method: str = ""
@@ -101,35 +101,35 @@ class Collection:
     @property
     def schemas(self) -> Counter:
         """How many runs there are of each schema version."""
-        contents = [*(r.found for r in self.finished), *(content for _, content in self.failed)]
+        contents = [*(r.record for r in self.finished), *(content for _, content in self.failed)]
         return Counter(content["schema_version"] for content in contents)
 
 
 def collect(paths: Iterable[Path]) -> Collection:
     """All records below `paths`. One run found twice (copied folders) counts once, the later one."""
-    found, latest = Collection(), {}
+    collection, latest = Collection(), {}
     for where, content in contents(paths):
         if is_bench(content):
-            found.benches.append((where, content))
+            collection.benches.append((where, content))
             continue
         reason = record.refusal(content)
         if reason:
-            found.unreadable.append((where, reason))
+            collection.unreadable.append((where, reason))
             continue
         key = archive.key(content)
         if key in latest:
-            found.repeated += 1
+            collection.repeated += 1
         if key not in latest or rank(content) > rank(latest[key][1]):
             latest[key] = (where, content)
     for where, content in latest.values():
         if content["status"] != "finished":
-            found.failed.append((where, content))
+            collection.failed.append((where, content))
             continue
         try:
-            found.finished.append(make_row(where, content))
+            collection.finished.append(make_row(where, content))
         except (KeyError, TypeError, AttributeError) as error:
-            found.unreadable.append((where, f"not a whole record ({type(error).__name__}: {error})"))
-    return found
+            collection.unreadable.append((where, f"not a whole record ({type(error).__name__}: {error})"))
+    return collection
 
 
 def rank(content: dict) -> tuple[bool, str]:
@@ -147,24 +147,24 @@ def todays(config: dict) -> dict:
     return {**config, "eval": moved} if moved else config
 
 
-def make_row(path: Path, found: dict) -> Row:
-    found = {**found, "config": todays(found["config"])}
-    quality, costs, traffic = (found.get(k) or {} for k in ("quality", "macs", "bytes"))
+def make_row(path: Path, record: dict) -> Row:
+    record = {**record, "config": todays(record["config"])}
+    quality, costs, traffic = (record.get(k) or {} for k in ("quality", "macs", "bytes"))
     name = main_metric(quality)
-    row = Row(path, found, method=found["config"]["method"]["name"], metric=name, machine=machine(found))
+    row = Row(path, record, method=record["config"]["method"]["name"], metric=name, machine=machine(record))
     if name:
         row.dense, row.sparse = quality[name]["dense"], quality[name]["sparse"]
         row.higher_is_better = quality[name]["higher_is_better"]
-    measured = found.get("sparsity") or {}
+    measured = record.get("sparsity") or {}
     row.requested, row.sparsity = measured.get("requested"), measured.get("model_wide")
     row.macs, row.executed = (share(costs.get(k), costs.get("dense")) for k in ("sparse", "executed"))
     scored = costs.get("scored") or costs  # without a prompt policy, and in older records, the same
     row.scored_macs = share(scored.get("sparse"), scored.get("dense"))
     row.ffn_macs = ffn_share(scored.get("per_site") or {})
     row.bytes = share(traffic.get("sparse"), traffic.get("dense"))
-    row.fit_seconds = (found.get("fit") or {}).get("seconds")
-    row.times = dict(timings(found.get("latency") or {}))
-    row.noisy = (found.get("latency") or {}).get("noisy")
+    row.fit_seconds = (record.get("fit") or {}).get("seconds")
+    row.times = dict(timings(record.get("latency") or {}))
+    row.noisy = (record.get("latency") or {}).get("noisy")
     return row
 
 
@@ -198,9 +198,9 @@ def timings(latency: dict) -> Iterable[tuple[str, dict]]:
             yield from ((f"{part} {inner}", times) for inner, times in timings(content))
 
 
-def machine(found: dict) -> str:
+def machine(record: dict) -> str:
     """What must be equal before two times are compared, in words."""
-    env, latency = found.get("env") or {}, found.get("latency") or {}
+    env, latency = record.get("env") or {}, record.get("latency") or {}
     target = env.get("hardware") or {}
     where = env.get("gpu") if "cuda" in str(target.get("device")) else env.get("cpu")
     parts = [str(where or "unknown machine"), str(target.get("dtype"))]
@@ -218,10 +218,10 @@ def machine(found: dict) -> str:
 
 def protocol(row: Row) -> dict:
     """What must be equal before two rows are ranked together."""
-    settings, quality = row.found["config"], (row.found.get("quality") or {})
-    dataset = row.found.get("dataset") or {}
+    settings, quality = row.record["config"], (row.record.get("quality") or {})
+    dataset = row.record.get("dataset") or {}
     stated = quality[row.metric].get("protocol") if row.metric else None
-    weights = (row.found.get("model") or {}).get("source")
+    weights = (row.record.get("model") or {}).get("source")
     if settings["model"].get("weights") == "scratch" and weights:
         weights = Path(weights).name  # named after what trained it, the same in any output folder
     return {
@@ -237,25 +237,25 @@ def protocol(row: Row) -> dict:
 
 def groups(rows: list[Row]) -> list[Group]:
     """Rows by protocol, larger groups first; labels and Pareto fronts are set on the way."""
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     plain: list[tuple[dict, Row]] = []
     for row in rows:
         stated = protocol(row)
         if row.method == "dense":
             plain.append(({k: v for k, v in stated.items() if k != "prompt_policy"}, row))
         else:
-            found.setdefault(digest(stated), Group(stated, [])).rows.append(row)
+            groups.setdefault(digest(stated), Group(stated, [])).rows.append(row)
     for stated, row in plain:
-        mine = [g for g in found.values() if {k: v for k, v in g.protocol.items() if k != "prompt_policy"} == stated]
-        for group in mine or [found.setdefault(digest(stated), Group(stated, []))]:
+        mine = [g for g in groups.values() if {k: v for k, v in g.protocol.items() if k != "prompt_policy"} == stated]
+        for group in mine or [groups.setdefault(digest(stated), Group(stated, []))]:
             group.rows.append(row)
-    for group in found.values():
+    for group in groups.values():
         label(group.rows)
         group.rows.sort(key=lambda r: (r.method, r.sparsity or 0.0, r.label))
         front = pareto([(-(r.sparsity or 0.0), r.sparse) for r in group.rows], group.rows[0].higher_is_better)
         for i in front:
             group.rows[i].on_front = True
-    ordered = sorted(found.values(), key=lambda g: -len(g.rows))
+    ordered = sorted(groups.values(), key=lambda g: -len(g.rows))
     for title in {g.title for g in ordered}:
         alike = [g for g in ordered if g.title == title]
         told = differences(alike)
@@ -268,22 +268,22 @@ def groups(rows: list[Row]) -> list[Group]:
 
 def flat(node: dict, prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys; what says where a run is kept is left out."""
-    found = {}
+    leaves = {}
     for key, value in node.items():
         if (not prefix and key in NOT_IDENTITY) or key == "_target_":
             continue
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def label(rows: list[Row]) -> None:
     """Name each row by its method and by the settings in which rows of that method differ; its curve by some of them."""
     for method in {r.method for r in rows}:
         mine = [r for r in rows if r.method == method]
-        settings = [flat(r.found["config"]) for r in mine]
+        settings = [flat(r.record["config"]) for r in mine]
         keys = differing(settings)
         apart = telling_apart(mine, settings)
         for row, values in zip(mine, settings, strict=True):
@@ -306,7 +306,7 @@ def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
     fits: dict[str | None, list[dict]] = {}
     choices: dict[tuple, list[dict]] = {}
     for row, values in zip(rows, settings, strict=True):
-        fits.setdefault(row.found.get("fit", {}).get("state"), []).append(values)
+        fits.setdefault(row.record.get("fit", {}).get("state"), []).append(values)
         choices.setdefault(tuple(values.get(k) for k in words), []).append(values)
     along = {k for same in fits.values() for k in differing(same) if k in keys and k not in words}
     numbers = {k for same in choices.values() for k in differing(same)} - along if along else set()
@@ -325,20 +325,20 @@ def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bo
     return front
 
 
-def differences(found: list[Group]) -> dict[str, list]:
+def differences(groups: list[Group]) -> dict[str, list]:
     """The protocol keys in which groups differ: key -> value per group, in the order of the groups."""
-    keys = {k: None for g in found for k in g.protocol}
-    values = {k: [g.protocol.get(k) for g in found] for k in keys}
+    keys = {k: None for g in groups for k in g.protocol}
+    values = {k: [g.protocol.get(k) for g in groups] for k in keys}
     return {k: v for k, v in values.items() if len({repr(x) for x in v}) > 1}
 
 
 def repeats(rows: list[Row]) -> list[list[Row]]:
     """Rows that differ in nothing but the seed, together."""
-    found: dict[str, list[Row]] = {}
+    sets: dict[str, list[Row]] = {}
     for row in rows:
-        settings = {k: v for k, v in row.found["config"].items() if k not in (*NOT_IDENTITY, "seed")}
-        found.setdefault(digest([settings, row.machine]), []).append(row)
-    return list(found.values())
+        settings = {k: v for k, v in row.record["config"].items() if k not in (*NOT_IDENTITY, "seed")}
+        sets.setdefault(digest([settings, row.machine]), []).append(row)
+    return list(sets.values())
 
 
 def over_seeds(rows: list[Row]) -> list[dict]:
@@ -356,10 +356,10 @@ def over_seeds(rows: list[Row]) -> list[dict]:
     return summaries
 
 
-def sites_by_layer(found: dict) -> dict[str, float]:
+def sites_by_layer(record: dict) -> dict[str, float]:
     """Sparsity per layer (sites are named `<layer>.<role>` or otherwise stand for themselves), weighted by parameters."""
     sums: dict[str, list[float]] = {}
-    for name, site in ((found.get("sparsity") or {}).get("per_site") or {}).items():
+    for name, site in ((record.get("sparsity") or {}).get("per_site") or {}).items():
         layer, weight = name.partition(".")[0] if name[:1].isdigit() else name, site.get("weight") or 1
         total = sums.setdefault(layer, [0.0, 0.0])
         total[0] += site["sparsity"] * weight

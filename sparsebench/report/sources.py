@@ -16,7 +16,7 @@ def contents(paths: Iterable[Path]) -> list[tuple[Path, Any]]:
     paths: archives, result.json files, folders with either. A file named as `paths` that is no archive though its name
     ends so raises ArchiveError; inside a folder it may be anybody's (a data set) and is left out.
     """
-    found: dict[Path, list[tuple[Path, Any]]] = {}
+    contents: dict[Path, list[tuple[Path, Any]]] = {}
     for path in paths:
         named = [path] if path.is_file() else sorted([*path.rglob("result.json"), *path.rglob(f"*{archive.SUFFIX}")])
         for file in named:
@@ -27,10 +27,10 @@ def contents(paths: Iterable[Path]) -> list[tuple[Path, Any]]:
                     if file == path:
                         raise
                     continue
-                found[file.resolve()] = [(Path(f"{file}#{archive.key(each)[:10]}"), each) for each in inside]
+                contents[file.resolve()] = [(Path(f"{file}#{archive.key(each)[:10]}"), each) for each in inside]
             else:
-                found[file.resolve()] = [(file, parsed(file))]
-    return [each for inside in found.values() for each in inside]
+                contents[file.resolve()] = [(file, parsed(file))]
+    return [each for inside in contents.values() for each in inside]
 
 
 def parsed(file: Path) -> Any:

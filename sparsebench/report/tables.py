@@ -75,13 +75,13 @@ def speedup(row: Row) -> str:
 
 def metrics(group: Group) -> Table | None:
     """Every further metric of the group's records, dense and sparse; None where there is only the main one."""
-    names = list(dict.fromkeys(m for r in group.rows for m in (r.found.get("quality") or {})))
+    names = list(dict.fromkeys(m for r in group.rows for m in (r.record.get("quality") or {})))
     names = [m for m in names if m not in (group.protocol["metric"], "nll")]
     if not names:
         return None
     rows = []
     for row in group.rows:
-        quality = row.found.get("quality") or {}
+        quality = row.record.get("quality") or {}
         cells = [
             f"{number(quality[m]['dense'])} → {number(quality[m]['sparse'])}" if m in quality else DASH for m in names
         ]
@@ -90,7 +90,7 @@ def metrics(group: Group) -> Table | None:
 
 
 def seeds(group: Group) -> Table | None:
-    found = over_seeds(group.rows)
+    means = over_seeds(group.rows)
     rows = [
         [
             s["label"],
@@ -98,7 +98,7 @@ def seeds(group: Group) -> Table | None:
             f"{s['sparsity']:.1%} ± {s['sparsity_sd']:.1%}",
             f"{s['mean']:.4g} ± {s['sd']:.2g}",
         ]
-        for s in found
+        for s in means
     ]
     head = ["setting", "seeds", "sparsity, mean ± s.d.", f"{group.protocol['metric']}, mean ± s.d."]
     return Table(head, rows, {1, 2, 3}, set()) if rows else None
@@ -108,15 +108,15 @@ def estimates(group: Group) -> Table | None:
     """Predicted times of absent targets, beside the same run measured on the target where the records hold one."""
     rows = []
     for row in group.rows:
-        found = row.found.get("estimate")
-        if not found:
+        estimate = row.record.get("estimate")
+        if not estimate:
             continue
-        decode, real = found["decode"], on_target(row, group)
+        decode, real = estimate["decode"], on_target(row, group)
         rows.append([
-            row.label, found["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
-            f"≈ {decode['speedup']:.2f}x", found["fitted_on"]["device"],
+            row.label, estimate["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
+            f"≈ {decode['speedup']:.2f}x", estimate["fitted_on"]["device"],
             f"{spread(real.decode, 'dense')}, {spread(real.decode, 'sparse')}, {speedup(real)}" if real else DASH,
-            "; ".join(found["cautions"]) or DASH,
+            "; ".join(estimate["cautions"]) or DASH,
         ])  # fmt: skip
     head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
     note = "Estimates, not measurements: the target's roofline over the efficiency measured on the present device."
@@ -127,20 +127,20 @@ def on_target(row: Row, group: Group) -> Row | None:
     """A measured row of the same settings on the device that `row` estimates, or None."""
 
     def settings(each: Row) -> dict:
-        return {k: v for k, v in each.found["config"].items() if k not in (*NOT_IDENTITY, "hardware")}
+        return {k: v for k, v in each.record["config"].items() if k not in (*NOT_IDENTITY, "hardware")}
 
-    device = row.found["config"]["hardware"]["requires"]
+    device = row.record["config"]["hardware"]["requires"]
     return next(
-        (r for r in group.rows if device and device in r.machine and r.decode and not r.found.get("estimate")
+        (r for r in group.rows if device and device in r.machine and r.decode and not r.record.get("estimate")
          and digest(settings(r)) == digest(settings(row))), None,
     )  # fmt: skip
 
 
-def protocols(found: list[Group]) -> Table | None:
+def protocols(groups: list[Group]) -> Table | None:
     """What keeps the groups apart; None where there is one group."""
-    values = differences(found)
+    values = differences(groups)
     rows = [[k, *(shown(v) for v in each)] for k, each in values.items()]
-    head = ["protocol", *(f"group {i + 1}" for i in range(len(found)))]
+    head = ["protocol", *(f"group {i + 1}" for i in range(len(groups)))]
     return Table(head, rows, set(), set()) if rows else None
 
 
@@ -158,7 +158,7 @@ def busy(group: Group) -> str | None:
     """A warning where times were taken on a machine that had more to do than it has cores."""
     loads = [
         (env["load_average"][0], env.get("cores"))
-        for env in (r.found.get("env") or {} for r in group.rows if r.times)
+        for env in (r.record.get("env") or {} for r in group.rows if r.times)
         if env.get("load_average") and env.get("cores") and "cuda" not in str((env.get("hardware") or {}).get("device"))
     ]
     over = [(load, cores) for load, cores in loads if load > cores]
@@ -171,11 +171,11 @@ def busy(group: Group) -> str | None:
     )
 
 
-def beside(found: list) -> Table | None:
+def beside(lines: list) -> Table | None:
     """Published figures about the very model of the row, one to a line."""
     rows = [
         [b.row.label, b.metric, b.ours, b.published, b.source, "; ".join(b.differs) or "nothing"]
-        for b in found
+        for b in lines
         if b.exact
     ]
     return (
@@ -185,13 +185,13 @@ def beside(found: list) -> Table | None:
     )
 
 
-def beside_other_models(found: list) -> Table | None:
+def beside_other_models(lines: list) -> Table | None:
     """Published figures about other models, those of one run and metric together on a line."""
-    lines: dict[tuple, list] = {}
-    for each in sorted((b for b in found if not b.exact), key=lambda b: (b.metric, b.row.label, str(b.row.path))):
-        lines.setdefault((each.metric, each.row.path), []).append(each)
+    by_run: dict[tuple, list] = {}
+    for each in sorted((b for b in lines if not b.exact), key=lambda b: (b.metric, b.row.label, str(b.row.path))):
+        by_run.setdefault((each.metric, each.row.path), []).append(each)
     rows = []
-    for same in lines.values():
+    for same in by_run.values():
         first, figures = (
             same[0],
             "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same),
@@ -205,8 +205,8 @@ def beside_other_models(found: list) -> Table | None:
     return Table(head, rows, set(), set()) if rows else None
 
 
-def failures(found: list) -> Table:
-    rows = [[r["name"], r["status"], (r.get("error") or {}).get("message") or DASH, str(path)] for path, r in found]
+def failures(failed: list) -> Table:
+    rows = [[r["name"], r["status"], (r.get("error") or {}).get("message") or DASH, str(path)] for path, r in failed]
     return Table(["run", "status", "reason", "record"], rows, set(), set())
 
 
@@ -231,20 +231,20 @@ def as_csv(groups: list[Group]) -> str:
     writer.writerow(columns)
     for i, group in enumerate(groups):
         for row in group.rows:
-            settings, time = row.found["config"], row.decode
-            estimate = row.found.get("estimate") or {}
+            settings, time = row.record["config"], row.decode
+            estimate = row.record.get("estimate") or {}
             writer.writerow([
-                i + 1, row.found["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
+                i + 1, row.record["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
                 row.metric, row.dense, row.sparse, row.requested, row.sparsity, row.macs, row.executed, row.bytes,
                 time.get("dense"), time.get("sparse"), time.get("speedup"), time.get("dense_p10"), time.get("dense_p90"),
                 time.get("sparse_p10"), time.get("sparse_p90"), time.get("dense_engine"), row.noisy,
                 row.roofline, time.get("kernel"), row.machine,
-                row.fit_seconds, row.found["seconds"], settings["seed"], estimate.get("target"),
-                (estimate.get("decode") or {}).get("sparse_ms"), row.found["config_hash"], row.path,
+                row.fit_seconds, row.record["seconds"], settings["seed"], estimate.get("target"),
+                (estimate.get("decode") or {}).get("sparse_ms"), row.record["config_hash"], row.path,
             ])  # fmt: skip
     return file.getvalue()
 
 
 def totals(rows: list[Row]) -> str:
     """How long the finished runs took together."""
-    return scaled(sum(r.found["seconds"] for r in rows), "s")
+    return scaled(sum(r.record["seconds"] for r in rows), "s")

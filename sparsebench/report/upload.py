@@ -19,12 +19,12 @@ from sparsebench.report.rows import Collection, groups
 log = logging.getLogger(__name__)
 
 
-def send(found: Collection, folder: Path, project: str) -> int:
+def send(collection: Collection, folder: Path, project: str) -> int:
     """Send every record and the report in `folder`; returns how many records were taken."""
     mode = "offline" if os.environ.get("WANDB_MODE") == "offline" else "online"
     settings = {"mode": mode, "project": project, "entity": None, "group": None, "artifacts": False}
     sent = 0
-    for path, content in [*((r.path, r.found) for r in found.finished), *found.failed]:
+    for path, content in [*((r.path, r.record) for r in collection.finished), *collection.failed]:
         own = {**settings, "group": (content["config"].get("wandb") or {}).get("group")}
         tracker = tracking.start(own, content["name"], folder, content["config"], run_id=content["config_hash"][:16])
         if isinstance(tracker, tracking.NullTracker):
@@ -32,19 +32,19 @@ def send(found: Collection, folder: Path, project: str) -> int:
             continue
         tracker.finish(content)
         sent += 1
-    send_report(found, folder, settings)
+    send_report(collection, folder, settings)
     wandb.teardown()  # waits until everything is written or sent
     return sent
 
 
-def send_report(found: Collection, folder: Path, settings: dict) -> None:
+def send_report(collection: Collection, folder: Path, settings: dict) -> None:
     """The tables, plots and page of the report as one W&B run."""
-    tracker = tracking.start(settings, f"report of {len(found)} records", folder, {})
+    tracker = tracking.start(settings, f"report of {len(collection)} records", folder, {})
     if isinstance(tracker, tracking.NullTracker):
         return
     try:
         content = {p.stem: wandb.Image(str(p)) for p in sorted(folder.glob("group-*.png"))}
-        for i, group in enumerate(groups(found.finished)):
+        for i, group in enumerate(groups(collection.finished)):
             table = tables.comparison(group)
             content[f"table-{i + 1}"] = wandb.Table(columns=table.head, data=table.rows)
         content["report"] = wandb.Html((folder / "report.html").read_text(), inject=False)

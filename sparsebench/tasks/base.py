@@ -83,4 +83,4 @@ class Task(ABC, Generic[A]):
 
 def beside(dense: Assessment, sparse: Assessment) -> dict[str, Any]:
     """Further measurements of both models, by name."""
-    return {name: {"dense": dense.further[name], "sparse": found} for name, found in sparse.further.items()}
+    return {name: {"dense": dense.further[name], "sparse": metric} for name, metric in sparse.further.items()}

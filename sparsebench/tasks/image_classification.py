@@ -125,10 +125,10 @@ class ImageClassification(Task[ImageAssessment]):
     def illustrate(self, dense, sparse, data, folder):
         """Confusion matrices, accuracy per class, and pictures in the run's folder."""
         both = {"dense": dense[1].metrics, "sparse": sparse[1].metrics}
-        found = {"classes": data.classes, "per_class": {n: m["per_class"] for n, m in both.items()}}
+        shown = {"classes": data.classes, "per_class": {n: m["per_class"] for n, m in both.items()}}
         few = len(data.classes) <= 100
         if few:
-            found["confusion"] = {n: m["confusion"] for n, m in both.items()}
+            shown["confusion"] = {n: m["confusion"] for n, m in both.items()}
         batch = next(data.test.batches(3, 3, next(sparse[0].parameters()).device))
         drawn = []
         if any(True for _ in maps_of(sparse[0])):
@@ -136,7 +136,7 @@ class ImageClassification(Task[ImageAssessment]):
         if few:
             confusions = (m["confusion"] for m in both.values())
             drawn.append(pictures.confusion(*confusions, data.classes, folder / "confusion.png"))
-        return {"classification": found, "pictures": drawn}
+        return {"classification": shown, "pictures": drawn}
 
 
 def is_product(module: nn.Module) -> bool:
@@ -204,11 +204,13 @@ def multiplications(dense: ImageAssessment, sparse: ImageAssessment, prunes: boo
     prunes: whether the method set weights to 0; zeros that a network happens to have are not credited to it.
     """
     counted = "both" if prunes else "activation"
-    found, base, attention = sparse.products, dense.products, sparse.attention_macs
-    images = next(iter(found.values())).images
-    total = {k: sum(getattr(p, k) for p in found.values()) / images for k in ("dense", "both", "activation", "weight")}
+    products, base, attention = sparse.products, dense.products, sparse.attention_macs
+    images = next(iter(products.values())).images
+    total = {
+        k: sum(getattr(p, k) for p in products.values()) / images for k in ("dense", "both", "activation", "weight")
+    }
     natural = effective_macs.reduction(base, "both")
-    reductions = {k: effective_macs.reduction(found, k) for k in ("both", "activation", "weight")}
+    reductions = {k: effective_macs.reduction(products, k) for k in ("both", "activation", "weight")}
     independent = 1 - (1 - reductions["activation"]) * (1 - reductions["weight"])
     return {
         "dense": total["dense"] + attention,
@@ -221,23 +223,23 @@ def multiplications(dense: ImageAssessment, sparse: ImageAssessment, prunes: boo
         "parts": {"attention": attention},
         "reduction": reductions | {"if_independent": independent, "baseline": natural},
         "reduction_gain_points": 100 * (reductions["both"] - natural),
-        "per_site": {name: site_cost(p, base.get(name), counted) for name, p in found.items()},
+        "per_site": {name: site_cost(p, base.get(name), counted) for name, p in products.items()},
     }
 
 
-def site_cost(found: Products, base: Products | None, counted: str) -> dict:
-    each = found.per_image()
+def site_cost(products: Products, base: Products | None, counted: str) -> dict:
+    each = products.per_image()
     return {
         "dense_macs": each["dense"], "sparse_macs": each[counted], "activation_only": each["activation"],
         "weight_only": each["weight"], "baseline_macs": base.per_image()[counted] if base else None,
     }  # fmt: skip
 
 
-def attention_products(module: nn.Module, found: dict[str, Products]) -> float:
+def attention_products(module: nn.Module, products: dict[str, Products]) -> float:
     """Scores and weighted values of a vision transformer, per image; 0 for others."""
     if not isinstance(module, PreTrainedModel):
         return 0
-    tokens = max(p.per_image()["rows"] for p in found.values())
+    tokens = max(p.per_image()["rows"] for p in products.values())
     return 2 * module.config.num_hidden_layers * module.config.hidden_size * tokens**2
 
 

@@ -30,9 +30,9 @@ def save(figure: Figure, path: Path) -> str:
 
 def seen(module: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every activation map of one forward pass by site, on the CPU."""
-    found: dict[str, torch.Tensor] = {}
+    maps: dict[str, torch.Tensor] = {}
     hooks = [
-        m.register_forward_hook(lambda layer, _, y: found.__setitem__(layer.site, y.float().cpu()))
+        m.register_forward_hook(lambda layer, _, y: maps.__setitem__(layer.site, y.float().cpu()))
         for m in maps_of(module)
     ]
     try:
@@ -41,7 +41,7 @@ def seen(module: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return maps
 
 
 def tiles(a: torch.Tensor) -> np.ndarray:
@@ -75,14 +75,14 @@ def maps(dense: nn.Module, sparse: nn.Module, batch, path: Path) -> str:
     figure = Figure(figsize=(2 * (len(chosen) + 1), 2.3 * 2 * count), dpi=90, layout="constrained")
     axes = figure.subplots(2 * count, len(chosen) + 1, squeeze=False)
     for n in range(count):
-        for row, (name, found) in enumerate((("dense", before), ("sparse", after))):
+        for row, (name, maps) in enumerate((("dense", before), ("sparse", after))):
             line = axes[2 * n + row]
             picture = images[n].permute(1, 2, 0)
             picture = (picture - picture.min()) / (picture.max() - picture.min() + 1e-9)
             line[0].imshow(picture.squeeze(-1), cmap="gray")
             line[0].set_title(f"{name}, label {int(batch.labels[n])}", fontsize=8)
             for axis, site in zip(line[1:], chosen, strict=True):
-                a = found[site][n]
+                a = maps[site][n]
                 axis.imshow(
                     tiles(a), cmap="viridis", vmin=0, vmax=float(before[site][n].max()) or 1, interpolation="none"
                 )
@@ -97,8 +97,8 @@ def maps(dense: nn.Module, sparse: nn.Module, batch, path: Path) -> str:
 def confusion(dense: list, sparse: list, classes: list[str], path: Path) -> str:
     """Confusion matrices as shares of each true class, dense and sparse, numbers in the cells where they are few."""
     figure = Figure(figsize=(11, 5.2), dpi=90, layout="constrained")
-    for axis, (name, found) in zip(figure.subplots(1, 2), (("dense", dense), ("sparse", sparse)), strict=True):
-        counts = np.asarray(found, dtype=float)
+    for axis, (name, counted) in zip(figure.subplots(1, 2), (("dense", dense), ("sparse", sparse)), strict=True):
+        counts = np.asarray(counted, dtype=float)
         share = counts / np.maximum(1, counts.sum(1, keepdims=True))
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"{name}: accuracy {np.trace(counts) / counts.sum():.2%}", fontsize=10)

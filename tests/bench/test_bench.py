@@ -20,10 +20,10 @@ def test_the_command_times_products_blocks_and_steps(tmp_path):
         "contexts=[16]", f"output={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["kind"] == "bench" and found["weights"] == "random" and found["read_bandwidth_gbs"] > 0
+    actual = json.loads((tmp_path / "result.json").read_text())
+    assert actual["kind"] == "bench" and actual["weights"] == "random" and actual["read_bandwidth_gbs"] > 0
     for part in ("projections", "ffn", "step"):
-        assert found[part], part
+        assert actual[part], part
     assert (tmp_path / "speedup.png").stat().st_size > 1000
     table = (tmp_path / "table.md").read_text()
     assert "random weights" in table and "Whole decode step" in table and table in done.stdout
@@ -54,11 +54,12 @@ def test_expert_times_are_of_the_share_that_was_asked_for(monkeypatch, tmp_path)
         {"tokens": 40, "d": 32, "experts": 8, "size": 4, "activation": "relu", "gated": False, "width": 8},
         {"tokens": 1, "d": 32, "experts": 8, "size": 4, "activation": "silu", "gated": True, "width": None},
     ):
-        found = experts.time_shape("small", shape, Settings)
-        for row in found["rows"]:
+        actual = experts.time_shape("small", shape, Settings)
+        for row in actual["rows"]:
             assert row["measured"] == pytest.approx(row["executed"], abs=1e-6)
             assert row["relative_error"] < 1e-5
             assert row["speedup"] == pytest.approx(
-                found["times"][found["dense"]]["median_us"] / found["times"][f"experts@{row['executed']}"]["median_us"]
+                actual["times"][actual["dense"]]["median_us"]
+                / actual["times"][f"experts@{row['executed']}"]["median_us"]
             )
-        assert "Expert FFN" in "\n".join(output.expert_lines([found]))
+        assert "Expert FFN" in "\n".join(output.expert_lines([actual]))

@@ -31,8 +31,8 @@ def test_quantile_is_linear_inside_a_bin():
 def test_quantile_does_not_decrease_in_p():
     histogram = AbsHistogram()
     histogram.add(torch.randn(10_000))
-    found = [histogram.quantile(p / 200) for p in range(201)]
-    assert found == sorted(found) and found[0] == 0.0
+    values = [histogram.quantile(p / 200) for p in range(201)]
+    assert values == sorted(values) and values[0] == 0.0
 
 
 def test_counts_are_additive():

@@ -29,8 +29,8 @@ def finished_record(configuration: dict) -> dict:
 
 def test_a_runs_own_record_answers(configuration):
     assert cli.finished(configuration) is None
-    found = finished_record(configuration)
-    assert cli.finished(configuration) == found
+    record = finished_record(configuration)
+    assert cli.finished(configuration) == record
     assert cli.finished({**configuration, "force": True}) is None
 
 
@@ -73,11 +73,11 @@ def test_a_copied_record_and_a_flipped_byte_in_a_cached_state(sparsebench, model
     folder.mkdir()
     shutil.copy(own.with_name("result.json"), folder / "result.json")
     process = sparsebench(*other)
-    found = record_of(process, tmp_path)
-    assert found["config"]["method"]["sparsity"] == found["sparsity"]["requested"] == 0.25
+    record = record_of(process, tmp_path)
+    assert record["config"]["method"]["sparsity"] == record["sparsity"]["requested"] == 0.25
     assert "is made again: it is the record of another run" in process.stderr
     assert "is damaged (its SHA-256 is" in process.stderr and "fitting again" in process.stderr
-    assert found["fit"]["cached"] is False and state.load(own)[1] == first["fit"]["state_sha256"]
+    assert record["fit"]["cached"] is False and state.load(own)[1] == first["fit"]["state_sha256"]
 
 
 def test_an_answer_from_a_record_is_instant_and_without_torch(configuration, tmp_path):
@@ -97,5 +97,5 @@ def test_an_answer_from_a_record_is_instant_and_without_torch(configuration, tmp
 def test_made_up_records_of_the_first_schema_are_still_told_apart(tmp_path):
     file = Path(tmp_path, "result.json")
     file.write_text(json.dumps({**made(), "schema_version": 1}))
-    found, problem = record.read_any(file)
-    assert found["status"] == "finished" and problem == "it is of schema 1, this version reads 2"
+    content, problem = record.read_any(file)
+    assert content["status"] == "finished" and problem == "it is of schema 1, this version reads 2"

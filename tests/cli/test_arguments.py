@@ -128,9 +128,9 @@ def test_a_plugin_that_is_not_installed_names_its_extra(monkeypatch):
 
 
 def test_keys_that_only_some_swept_methods_have_apply_there():
-    found = plan(["method=dense,teal", "method.sparsity=0.25,0.5"], sweep=True)
-    assert [c["method"].get("sparsity") for c in found.configurations] == [None, None, 0.25, 0.5]
-    assert found.partial == {"method.sparsity=0.25,0.5"}
+    actual = plan(["method=dense,teal", "method.sparsity=0.25,0.5"], sweep=True)
+    assert [c["method"].get("sparsity") for c in actual.configurations] == [None, None, 0.25, 0.5]
+    assert actual.partial == {"method.sparsity=0.25,0.5"}
     with pytest.raises(config.ConfigError):
         compose_all(["method=dense,fatrelu", "method.sparsity=0.5"], sweep=True)
     assert len(compose_all(["method=glob(teal*)"], sweep=True)) == 2

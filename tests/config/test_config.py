@@ -58,14 +58,14 @@ def test_keys_changed_on_purpose():
             else:
                 yield f"{prefix}{key}"
 
-    found = set()
+    actual = set()
     for file in [*FILES, CONF / "config.yaml", CONF / "bench.yaml"]:
         content = yaml.safe_load(file.read_text())
         content.pop("defaults", None)
         group = f"{file.parent.name}." if file.parent != CONF and "experiment" not in file.parts else ""
         group = "bench." if file.stem == "bench" else group
-        found |= set(walk(group, content))
-    assert sorted(found) == KEYS.read_text().split(), "update tests/config/keys.txt if the change is meant"
+        actual |= set(walk(group, content))
+    assert sorted(actual) == KEYS.read_text().split(), "update tests/config/keys.txt if the change is meant"
 
 
 def test_a_model_names_its_data_and_an_explicit_choice_wins():
@@ -112,8 +112,8 @@ def test_bounds_are_those_that_are_said():
 
 
 def test_sweeps_expand_to_every_combination():
-    found = compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
-    assert {(c["method"]["sparsity"], c["seed"]) for c in found} == {(s, i) for s in (0.25, 0.5) for i in range(3)}
+    actual = compose_all(["method.sparsity=0.25,0.5", "seed=range(3)"], sweep=True)
+    assert {(c["method"]["sparsity"], c["seed"]) for c in actual} == {(s, i) for s in (0.25, 0.5) for i in range(3)}
 
 
 MACHINE = {"cpu": "a", "gpus": [], "versions": {"torch": "1"}}
@@ -152,14 +152,14 @@ def test_canonical_form():
 
 def test_an_experiment_brings_its_own_sweep():
     """`-m experiment=training_free` is a whole table; an axis named on the command line replaces the experiment's."""
-    found = compose_all(["experiment=training_free"], sweep=True)
-    axes = {(c["method"]["name"], c["method"]["sparsity"], c["seed"]) for c in found}
-    assert len(found) == len(axes) == 10 * 4 * 3
+    actual = compose_all(["experiment=training_free"], sweep=True)
+    axes = {(c["method"]["name"], c["method"]["sparsity"], c["seed"]) for c in actual}
+    assert len(actual) == len(axes) == 10 * 4 * 3
     narrowed = compose_all(["experiment=training_free", "seed=4", "method=teal,wina"], sweep=True)
     assert {(c["method"]["name"], c["seed"]) for c in narrowed} == {("teal", 4), ("wina", 4)} and len(narrowed) == 8
-    assert {c["method"]["calibration_tokens"] for c in found} == {20480} and {c["method"]["prompt"] for c in found} == {
-        "all"
-    }
+    assert {c["method"]["calibration_tokens"] for c in actual} == {20480} and {
+        c["method"]["prompt"] for c in actual
+    } == {"all"}
     assert len(compose_all(["experiment=training_free"])) == 1
     with pytest.raises(config.ConfigError, match="experiment must be one of"):
         compose_all(["experiment=training_fre"], sweep=True)

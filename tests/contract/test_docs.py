@@ -62,9 +62,9 @@ def test_the_added_method_runs(model_folder, text_file, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
-    assert found["sparsity"]["requested"] is None and 0 < found["sparsity"]["model_wide"] < 1
-    assert found["latency"]["decode"]["speedup"] > 0
+    record = record_of(process, tmp_path)
+    assert record["sparsity"]["requested"] is None and 0 < record["sparsity"]["model_wide"] < 1
+    assert record["latency"]["decode"]["speedup"] > 0
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def example(tmp_path, monkeypatch):
         (folder / f"{name}.yaml").write_text(block(text, f"# extra/{group}/{name}.yaml"))
         problems: list[str] = []
         (composed,) = compose_all([f"{group}={name}", *overrides], config_dir=str(tmp_path / "extra"))
-        found = config.build(composed[group], group, problems)
+        actual = config.build(composed[group], group, problems)
         assert not problems, problems
-        return found
+        return actual
 
     return build
 
@@ -148,15 +148,15 @@ def test_the_example_kernel_equals_masked_dense():
 
 def commands() -> list[tuple[str, str]]:
     """(page, line) of every `sparsebench` command in a fenced block that stands for one by itself."""
-    found = []
+    values = []
     for file in PAGES:
         if file.parent.name == "experiments":
             continue
         for fenced in re.findall(r"^ *```\n(.*?)```", file.read_text(), re.S | re.M):
             for line in fenced.replace("\\\n", " ").splitlines():
                 if re.match(r"sparsebench( |$)", line.strip()) and "hydra/" not in line and "--config-dir" not in line:
-                    found.append((file.name, line.strip()))
-    return found
+                    values.append((file.name, line.strip()))
+    return values
 
 
 @pytest.mark.parametrize(("name", "line"), commands())
@@ -200,9 +200,9 @@ def test_the_matrix_is_what_the_classes_take():
 
 
 def test_every_key_has_a_meaning():
-    found = explain.entries()
-    assert not [e.key for e in found if not e.meaning]
-    known = {e.key if e.group != "bench" else f"bench.{e.key}" for e in found}
+    actual = explain.entries()
+    assert not [e.key for e in actual if not e.meaning]
+    known = {e.key if e.group != "bench" else f"bench.{e.key}" for e in actual}
     listed = set((ROOT / "tests" / "config" / "keys.txt").read_text().split())
     left_out = {k for k in listed if k.endswith("._target_") or k in ("hydra", "bench.hydra")}
     assert not {k for k in listed - left_out if k not in known and not any(e.startswith(f"{k}.") for e in known)}

@@ -19,15 +19,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REPRESENTATIVE)
 def test_a_family_and_a_method(kind, tmp_path):
-    found = {name: outcome(kind, name, tmp_path) for name in QUICK}
-    assert {name for name, line in found.items() if line != "equal"} == {n for n in QUICK if kind in REFUSED[n]}, found
+    record = {name: outcome(kind, name, tmp_path) for name in QUICK}
+    assert {name for name, line in record.items() if line != "equal"} == {n for n in QUICK if kind in REFUSED[n]}, (
+        record
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KNOWN)
 def test_every_family_and_every_method(kind, tmp_path):
-    found = {name: outcome(kind, name, tmp_path) for name in METHODS}
-    assert {found[name] for name in ("teal", "wina_plain", "rsparse")} == {"equal"}
+    record = {name: outcome(kind, name, tmp_path) for name in METHODS}
+    assert {record[name] for name in ("teal", "wina_plain", "rsparse")} == {"equal"}
 
 
 def test_a_family_of_unknown_structure_names_the_block():

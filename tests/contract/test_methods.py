@@ -79,11 +79,11 @@ def test_says_its_neutral_setting_and_takes_a_known_kind(name):
 def test_neutral_setting_changes_nothing(name, kind, tmp_path):
     method, rows = build(name, kind, *neutral_overrides(name)), kind.inputs(3)
     sparse = sparse_model(method, kind, fitted(method, kind, tmp_path), tmp_path)
-    found, dense = kind.logits(sparse, rows), kind.logits(kind.loaded().module, rows)
+    actual, dense = kind.logits(sparse, rows), kind.logits(kind.loaded().module, rows)
     if not method.neutral_is_exact:
-        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, dense, rtol=1e-4, atol=1e-4)
     else:
-        assert torch.equal(found, dense)
+        assert torch.equal(actual, dense)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

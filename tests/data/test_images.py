@@ -35,10 +35,10 @@ def idx(folder, **changes):
 
 
 def test_digits_are_split_by_class_and_the_seed_changes_nothing():
-    found, again = image_settings().load(0), image_settings().load(1)
-    assert {s.name: len(s) for s in (found.fit, found.dev, found.test)} == {"fit": 1078, "dev": 359, "test": 360}
-    assert found.test.fingerprints() == again.test.fingerprints()
-    found.check_disjoint()
+    actual, again = image_settings().load(0), image_settings().load(1)
+    assert {s.name: len(s) for s in (actual.fit, actual.dev, actual.test)} == {"fit": 1078, "dev": 359, "test": 360}
+    assert actual.test.fingerprints() == again.test.fingerprints()
+    actual.check_disjoint()
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -141,8 +141,8 @@ def test_other_files_are_cropped_only_where_the_sets_own_are(tmp_path):
     as_stored = torch.from_numpy(np.array(Image.open(paths[0]))).permute(2, 0, 1)
     data = tiny_images(size=16)
     for split in (data.test, folder_settings(tmp_path).load(0).test):
-        found = split.read_files(paths)
-        assert torch.equal(found[0], as_stored) and found[1].shape == (3, 16, 16)
+        actual = split.read_files(paths)
+        assert torch.equal(actual[0], as_stored) and actual[1].shape == (3, 16, 16)
     whole = torchvision.transforms.v2.functional.resize(decode(paths[1]), [16, 16], antialias=True)
     assert torch.equal(data.test.read_files(paths)[1], whole)  # sets in memory are never cropped
 
@@ -202,9 +202,9 @@ def test_flip_mirrors_about_half():
     data = tiny_images(augment="shift-flip", shift=0)
     torch.manual_seed(0)
     rows = torch.arange(32)
-    found, original = data.fit[rows].images, data.fit.store.images[data.fit.rows]
-    flipped = [torch.equal(found[i], original[i].flip(-1)) for i in range(32)]
-    assert all(f or torch.equal(found[i], original[i]) for i, f in enumerate(flipped)) and 8 <= sum(flipped) <= 24
+    actual, original = data.fit[rows].images, data.fit.store.images[data.fit.rows]
+    flipped = [torch.equal(actual[i], original[i].flip(-1)) for i in range(32)]
+    assert all(f or torch.equal(actual[i], original[i]) for i, f in enumerate(flipped)) and 8 <= sum(flipped) <= 24
 
 
 def test_grey_images_are_repeated_and_resized_on_request():

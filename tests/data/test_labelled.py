@@ -47,20 +47,20 @@ def test_metrics_by_hand():
     counts = quality.ClassCounts(2)
     scores = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)], [math.log(9), 0.0], [0.0, 0.0]])
     counts.add(scores, torch.tensor([1, 0, 0, 1]))
-    found = counts.metrics()
-    assert found["confusion"] == [[1, 1], [1, 1]]  # a tie is won by the first class
-    assert found["accuracy"] == 0.5 and found["per_class"] == [0.5, 0.5] and found["examples"] == 4
-    assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25) + math.log(0.9) + math.log(0.5)) / 4)
+    actual = counts.metrics()
+    assert actual["confusion"] == [[1, 1], [1, 1]]  # a tie is won by the first class
+    assert actual["accuracy"] == 0.5 and actual["per_class"] == [0.5, 0.5] and actual["examples"] == 4
+    assert actual["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25) + math.log(0.9) + math.log(0.5)) / 4)
     # bins of 1/15: 0.75 twice with one right, 0.9 once and right, 0.5 once and wrong
-    assert found["ece"] == pytest.approx((abs(1 - 1.5) + abs(1 - 0.9) + abs(0 - 0.5)) / 4)
+    assert actual["ece"] == pytest.approx((abs(1 - 1.5) + abs(1 - 0.9) + abs(0 - 0.5)) / 4)
 
 
 def test_rows_of_the_confusion_matrix_are_true_classes():
     counts = quality.ClassCounts(2)
     counts.add(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]), torch.tensor([0, 0, 0, 1]))
-    found = counts.metrics()
-    assert found["confusion"] == [[1, 2], [0, 1]] and found["per_class"] == [pytest.approx(1 / 3), 1.0]
-    assert found["accuracy"] == 0.5  # of examples, not the mean over classes
+    actual = counts.metrics()
+    assert actual["confusion"] == [[1, 2], [0, 1]] and actual["per_class"] == [pytest.approx(1 / 3), 1.0]
+    assert actual["accuracy"] == 0.5  # of examples, not the mean over classes
 
 
 def test_calibration_has_fifteen_bins():
@@ -143,12 +143,12 @@ def test_autocast_ends_with_the_training(tmp_path):
 def test_stratified_split_is_even_disjoint_and_a_function_of_the_seed():
     labels = torch.arange(100) % 5
     shares = {"fit": 0.6, "dev": 0.2, "test": 0.2}
-    found = stratified(labels, shares, seed=1)
-    assert {k: len(v) for k, v in found.items()} == {"fit": 60, "dev": 20, "test": 20}
-    assert all(torch.bincount(labels[rows]).tolist() == [len(rows) // 5] * 5 for rows in found.values())
-    assert sorted(torch.cat(list(found.values())).tolist()) == list(range(100))
-    assert torch.equal(stratified(labels, shares, seed=1)["dev"], found["dev"])
-    assert not torch.equal(stratified(labels, shares, seed=2)["dev"], found["dev"])
+    actual = stratified(labels, shares, seed=1)
+    assert {k: len(v) for k, v in actual.items()} == {"fit": 60, "dev": 20, "test": 20}
+    assert all(torch.bincount(labels[rows]).tolist() == [len(rows) // 5] * 5 for rows in actual.values())
+    assert sorted(torch.cat(list(actual.values())).tolist()) == list(range(100))
+    assert torch.equal(stratified(labels, shares, seed=1)["dev"], actual["dev"])
+    assert not torch.equal(stratified(labels, shares, seed=2)["dev"], actual["dev"])
 
 
 def test_an_example_in_two_splits_is_an_error():

@@ -80,11 +80,11 @@ def test_rows_of_a_file(tmp_path, suffix):
 
 
 def test_passages_of_the_standard_library_split_by_file():
-    found = built("dataset", "model=bert-tiny", num_classes=4, per_class=60)
-    data = found.load(0)
+    actual = built("dataset", "model=bert-tiny", num_classes=4, per_class=60)
+    data = actual.load(0)
     assert len(data.classes) == 4 and min(len(s) for s in (data.fit, data.dev, data.test)) > 10
     data.check_disjoint()
-    files = {text: group for text, _, group in found.passages()}
+    files = {text: group for text, _, group in actual.passages()}
     groups = [{files[t] for t in split.texts} for split in (data.fit, data.dev, data.test)]
     assert not groups[0] & groups[2] and not groups[0] & groups[1] and not groups[1] & groups[2]
 
@@ -102,12 +102,12 @@ def test_all_experts_are_the_dense_encoder(kind, texts):
 
 def test_padding_changes_no_count_and_no_prediction(texts):
     """One text at a time (no padding) gives the counts of padded batches."""
-    model, found = routed(), {}
+    model, actual = routed(), {}
     for size in (1, 8):
         metrics, counters = quality.classification_quality(model, texts.test, None, size)
-        found[size] = (metrics["confusion"], {s: (c.kept.tolist(), c.sparse_tokens) for s, c in counters.items()})
-    assert found[1] == found[8]
-    assert found[1][1]["0.ffn"][1] == int(texts.test.lengths(None).sum())
+        actual[size] = (metrics["confusion"], {s: (c.kept.tolist(), c.sparse_tokens) for s, c in counters.items()})
+    assert actual[1] == actual[8]
+    assert actual[1][1]["0.ffn"][1] == int(texts.test.lengths(None).sum())
 
 
 def test_macs_per_text(texts):
@@ -170,8 +170,8 @@ def test_a_whole_run_through_the_command(sparsebench, tmp_path):
              "eval.classifier.test_examples=30", "dataset.num_classes=3", "dataset.per_class=60", "hardware.threads=1")  # fmt: skip
     process = sparsebench("model=bert-tiny", "method=d2dmoe", "hardware=cpu", *quick, timeout=580)
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
-    jsonschema.validate(found, json.loads(record.SCHEMA_FILE.read_text()))
-    assert found["quality"]["accuracy"]["protocol"]["examples"] == 30 and found["macs"]["per"] == "text"
-    assert found["macs"]["executed"] == pytest.approx(found["macs"]["sparse"])  # every expert FFN ran its kernel
-    assert set(found["latency"]["forward"]) == {"1", "32"} and found["latency"]["forward"]["1"]["speedup"] > 0
+    content = record_of(process, tmp_path)
+    jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))
+    assert content["quality"]["accuracy"]["protocol"]["examples"] == 30 and content["macs"]["per"] == "text"
+    assert content["macs"]["executed"] == pytest.approx(content["macs"]["sparse"])  # every expert FFN ran its kernel
+    assert set(content["latency"]["forward"]) == {"1", "32"} and content["latency"]["forward"]["1"]["speedup"] > 0

@@ -27,11 +27,11 @@ def test_pystdlib_splits_files_by_a_hash_of_their_path(tmp_path):
     (tmp_path / "test" / "test_x.py").write_text("never")
     data = dataset("pystdlib", path=str(tmp_path)).load(0)
     data.check_disjoint()
-    found = keys(data)
-    assert sum(map(len, found.values())) == 200 and not any("test" in k for part in found.values() for k in part)
-    assert len(found["fit"]) > 160 and found["dev"] and found["test"]
+    record = keys(data)
+    assert sum(map(len, record.values())) == 200 and not any("test" in k for part in record.values() for k in part)
+    assert len(record["fit"]) > 160 and record["dev"] and record["test"]
     (tmp_path / "package0" / "module0.py").write_text("changed = 1\n")  # the content does not decide
-    assert keys(dataset("pystdlib", path=str(tmp_path)).load(0)) == found
+    assert keys(dataset("pystdlib", path=str(tmp_path)).load(0)) == record
 
 
 def test_equal_documents_are_kept_once(tmp_path):

@@ -51,8 +51,8 @@ def test_cpu_step_equals_torch(kind, threshold, scale, threads):
     fused.threads = threads  # also where one would have been faster
     reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
     for i in range(20, 24):
-        expected, found = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,5 +24,5 @@ def test_experts_learn_on_the_fit_split():
 
 
 def test_quality_on_the_way_is_of_dev(tmp_path):
-    found = passes.dev_quality(tiny_model(), TEXT, work(tmp_path), 4)
-    assert found["perplexity"] == quality.perplexity(tiny_model(), TEXT.dev.rows, 4)["perplexity"]
+    actual = passes.dev_quality(tiny_model(), TEXT, work(tmp_path), 4)
+    assert actual["perplexity"] == quality.perplexity(tiny_model(), TEXT.dev.rows, 4)["perplexity"]

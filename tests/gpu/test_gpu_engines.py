@@ -41,8 +41,8 @@ def test_cuda_decoder(dtype, groups, rank, threshold):
     if threshold < 0:
         reference = engines.Decoder(dense, ids[:, :36], 4, compiled=False)
         for i in range(36, 40):
-            expected, found = reference.step(ids[:, i : i + 1]).float(), fused.step(ids[:, i : i + 1])
-            assert float((found - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.float16 else 5e-2)
+            expected, actual = reference.step(ids[:, i : i + 1]).float(), fused.step(ids[:, i : i + 1])
+            assert float((actual - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.float16 else 5e-2)
 
 
 @pytest.mark.gpu
@@ -53,10 +53,10 @@ def test_cuda_greedy_tokens_come_from_the_device():
     fused = fused_cuda.Decoder(model, ids, 8)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)[0, 16:].tolist()
     first = int(fused.logits[0, -1].argmax())
-    found = [first]
+    values = [first]
     fused.step(torch.tensor([[first]], device="cuda"))
-    found.append(int(fused.steps.token))
+    values.append(int(fused.steps.token))
     for _ in range(4):
         fused.step()
-        found.append(int(fused.steps.token))
-    assert found == expected
+        values.append(int(fused.steps.token))
+    assert values == expected

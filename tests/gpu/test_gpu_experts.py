@@ -79,37 +79,37 @@ def test_one_token_on_the_gpu(dtype, limit, gated):
 def test_expert_ffn_in_a_cuda_graph(rows, dtype):
     """Captured twice in a row, replayed on new input: router, rule and experts follow it."""
     maps = {k: v.cuda() for k, v in tensors(d=512, f=1024, n=512, gated=True, bias=False, dtype=dtype).items()}
-    found = ExpertFFN(maps, "silu", 32, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
-    found.router = routers.random_router(512, None, 32, torch.Generator().manual_seed(0)).cuda()
-    routers.harden(model_of(found), "above", 0.5, kernel="cuda_gather")
+    actual = ExpertFFN(maps, "silu", 32, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
+    actual.router = routers.random_router(512, None, 32, torch.Generator().manual_seed(0)).cuda()
+    routers.harden(model_of(actual), "above", 0.5, kernel="cuda_gather")
     x = x_of(rows, d=512, dtype=dtype).cuda()
     with torch.no_grad():
-        found(x)
+        actual(x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found(x)
-            y = found(x)
+            actual(x)
+            y = actual(x)
         for seed in (5, 6):
             x.copy_(x_of(rows, d=512, dtype=dtype, seed=seed).cuda())
             for _ in range(20):
                 graph.replay()
-            keep = (x.double() @ found.router.first.double().t()) > 0
+            keep = (x.double() @ actual.router.first.double().t()) > 0
             wide = {k: v.double() for k, v in maps.items()}
             first, last = wide.pop("first"), wide.pop("last")
             expected = kernels.load("masked_dense").expert_ffn(x.double(), keep, first, last, "silu", **wide)
             assert float((y.double() - expected).norm() / expected.norm()) < 1e-2
-            assert torch.equal(found.keep(x), keep)
-    assert found.kernel(1) == "cuda_gather" and found.kernel(MANY) == "cuda_triton"
+            assert torch.equal(actual.keep(x), keep)
+    assert actual.kernel(1) == "cuda_gather" and actual.kernel(MANY) == "cuda_triton"
 
 
 @pytest.mark.gpu
 def test_expert_ffn_compiles_for_one_token():
     maps = {k: v.cuda() for k, v in tensors(d=64, f=96, n=64, gated=True, dtype=torch.float16).items()}
-    found = ExpertFFN(maps, "silu", 6, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
-    found.router = routers.random_router(64, None, 6, torch.Generator().manual_seed(0)).cuda()
-    routers.harden(model_of(found), "above", 0.5, kernel="cuda_gather")
+    actual = ExpertFFN(maps, "silu", 6, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="cuda_gather")
+    actual.router = routers.random_router(64, None, 6, torch.Generator().manual_seed(0)).cuda()
+    routers.harden(model_of(actual), "above", 0.5, kernel="cuda_gather")
     x = x_of(1, 1, d=64, dtype=torch.float16).cuda()
     with torch.no_grad():
-        expected = found(x)
-        torch.testing.assert_close(torch.compile(found, fullgraph=True)(x), expected)
+        expected = actual(x)
+        torch.testing.assert_close(torch.compile(actual, fullgraph=True)(x), expected)

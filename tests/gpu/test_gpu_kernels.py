@@ -33,8 +33,8 @@ def test_cuda_product(dtype):
             )
             for _ in range(2):
                 torch.full((m,), float("nan"), device="cuda", dtype=dtype)
-                found = cuda_gather.input_sparse_linear(x, weight, bias, threshold=limit, scale=scale)
-                assert error(found, reference) < LIMIT[dtype], (m, n, threshold)
+                actual = cuda_gather.input_sparse_linear(x, weight, bias, threshold=limit, scale=scale)
+                assert error(actual, reference) < LIMIT[dtype], (m, n, threshold)
 
 
 @pytest.mark.gpu
@@ -49,8 +49,8 @@ def test_gpu_neuron_sparse_ffn(name, share):
         reference = masked_dense.neuron_sparse_ffn(x.float(), activation.float(), up.float(), down.float())
         for _ in range(2):
             torch.full((72,), float("nan"), device="cuda", dtype=dtype)
-            found = backend.neuron_sparse_ffn(x, activation, up, down.t().contiguous().t())
-            assert error(found, reference) < LIMIT[dtype] or not share
+            actual = backend.neuron_sparse_ffn(x, activation, up, down.t().contiguous().t())
+            assert error(actual, reference) < LIMIT[dtype] or not share
 
 
 @pytest.mark.gpu

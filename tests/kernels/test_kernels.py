@@ -28,7 +28,7 @@ def test_cpu_input_sparse_linear(dtype, threads, monkeypatch):
         x, weight, bias, scale = inputs(m, n, rows, dtype)
         for threshold in (-1.0, 0.3, 0.9, 1e9):
             for use_bias, use_scale in ((None, None), (bias, scale)):
-                found = cpu_numba.input_sparse_linear(x, weight, use_bias, threshold=threshold, scale=use_scale)
+                actual = cpu_numba.input_sparse_linear(x, weight, use_bias, threshold=threshold, scale=use_scale)
                 reference = masked_dense.input_sparse_linear(
                     x.float(),
                     weight.float(),
@@ -36,8 +36,8 @@ def test_cpu_input_sparse_linear(dtype, threads, monkeypatch):
                     threshold=threshold,
                     scale=use_scale,
                 )
-                assert found.shape == (rows, 1, m) and found.dtype == dtype
-                assert error(found, reference) < LIMIT[dtype], (m, n, rows, threshold)
+                assert actual.shape == (rows, 1, m) and actual.dtype == dtype
+                assert error(actual, reference) < LIMIT[dtype], (m, n, rows, threshold)
 
 
 def test_cpu_none_kept_gives_the_bias():
@@ -50,9 +50,9 @@ def test_cpu_mask_and_low_rank():
         x, weight, bias, _ = inputs(45, 70, rows, torch.float32)
         keep = torch.rand(rows, 1, 70) > 0.5
         low_rank = (torch.randn(70, 5), torch.randn(5, 45))
-        found = cpu_numba.input_sparse_linear(x, weight, bias, keep=keep, low_rank=low_rank)
+        actual = cpu_numba.input_sparse_linear(x, weight, bias, keep=keep, low_rank=low_rank)
         reference = masked_dense.input_sparse_linear(x, weight, bias, keep=keep, low_rank=low_rank)
-        assert error(found, reference) < 1e-5
+        assert error(actual, reference) < 1e-5
 
 
 def test_cpu_reads_only_kept_channels():
@@ -61,8 +61,8 @@ def test_cpu_reads_only_kept_channels():
     dropped = x[0, 0].abs() <= 0.7
     poisoned = weight.clone().t().contiguous().t()
     poisoned[:, dropped] = float("nan")
-    found = cpu_numba.input_sparse_linear(x, poisoned, bias, threshold=0.7)
-    assert error(found, masked_dense.input_sparse_linear(x, weight, bias, threshold=0.7)) < 1e-5
+    actual = cpu_numba.input_sparse_linear(x, poisoned, bias, threshold=0.7)
+    assert error(actual, masked_dense.input_sparse_linear(x, weight, bias, threshold=0.7)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_cpu_neuron_sparse_ffn(threads, monkeypatch):
             down = torch.randn(f, d).to(dtype).t()
             for share in (0.0, 0.5, 0.9, 1.0):
                 gate = torch.rand(rows, 1, f).to(dtype) * (torch.rand(rows, 1, f) >= share)
-                found = cpu_numba.neuron_sparse_ffn(x, gate, up, down)
+                actual = cpu_numba.neuron_sparse_ffn(x, gate, up, down)
                 reference = masked_dense.neuron_sparse_ffn(x.float(), gate.float(), up.float(), down.float())
                 if share == 1.0:
-                    assert not found.any()
+                    assert not actual.any()
                 else:
-                    assert error(found, reference) < LIMIT[dtype]
+                    assert error(actual, reference) < LIMIT[dtype]
 
 
 def test_cpu_neuron_sparse_ffn_reads_only_active_neurons():

@@ -70,8 +70,8 @@ def test_contenders_that_pollute_each_others_cache_are_measured_alike_in_any_ord
         )
 
     def ratios(measure):
-        found = (medians(order, measure, monkeypatch) for order in itertools.permutations(READS))
-        return [each["dense"] / each["sparse"] for each in found]
+        actual = (medians(order, measure, monkeypatch) for order in itertools.permutations(READS))
+        return [each["dense"] / each["sparse"] for each in actual]
 
     before = ratios(one_after_another)
     assert max(before) > 2 * min(before)  # the order alone: what the protocol is there for
@@ -93,8 +93,8 @@ def test_steps_that_read_other_channels_each_time_need_more_than_one_untimed_cal
             "half": lambda _: machine.read(generator.sample(weights, 30)),
         }
         times, _ = clock.interleaved([Contender(calls[name], untimed=untimed) for name in order], 3, 60, CPU)
-        found = {name: statistics.mean(t) for name, t in zip(order, times, strict=True)}
-        return found["dense"] / found["half"]
+        values = {name: statistics.mean(t) for name, t in zip(order, times, strict=True)}
+        return values["dense"] / values["half"]
 
     one, other = ratio(["dense", "half", "all", "eager"]), ratio(["all", "half", "eager", "dense"])
     steady = 60 / 30  # everything in the cache, as when only this step runs
@@ -123,8 +123,8 @@ def test_a_copy_has_plausible_bandwidth():
 
 def test_summary_and_speedup():
     samples = [float(i) for i in range(1, 12)]
-    found = clock.summary(samples)
-    assert (found["median_ms"], found["p10_ms"], found["p90_ms"]) == (6, 2, 10)
+    actual = clock.summary(samples)
+    assert (actual["median_ms"], actual["p10_ms"], actual["p90_ms"]) == (6, 2, 10)
     assert clock.summary([1.0, 1.0, 2.0, 50.0, 3.0])["median_ms"] == 2  # a mean would follow the one that was disturbed
     assert clock.speedup(samples, [1.0] * 11) == {"speedup": 6, "speedup_p10": 2, "speedup_p90": 10}
     assert clock.speedup(samples, samples) == {"speedup": 1, "speedup_p10": 1, "speedup_p90": 1}  # pairs, not quantiles
@@ -149,11 +149,11 @@ def steady(spread=0.0):
     ],
 )
 def test_what_makes_a_figure_noisy(spread, load, reason):
-    found = clock.noise(steady(spread), load)
-    assert found["noisy"] == bool(reason) and len(found["reasons"]) == bool(reason)
+    actual = clock.noise(steady(spread), load)
+    assert actual["noisy"] == bool(reason) and len(actual["reasons"]) == bool(reason)
     if reason:
-        assert re.fullmatch(reason, found["reasons"][0])
-    assert found["load"] == {
+        assert re.fullmatch(reason, actual["reasons"][0])
+    assert actual["load"] == {
         "cores": 4, "threads": load.threads, "load_average": load.average, "other_cores": load.others,
     }  # fmt: skip
 
@@ -187,13 +187,13 @@ def test_the_load_of_others_is_seen_and_ones_own_is_not(monkeypatch):
 def test_break_even_lies_between_measured_points(dense, expected):
     """12 - 10 s at 0, 0.2, 0.4 and 0.5."""
     curve = {s: [12 - 10 * s] * 5 for s in (0.5, 0.0, 0.4, 0.2)}
-    found = clock.break_even([dense] * 5, curve)
-    assert found["sparsity"] == (None if expected is None else pytest.approx(expected))
-    assert found["p10"] == found["p90"] == found["sparsity"]
-    assert [p["sparsity"] for p in found["points"]] == [0.0, 0.2, 0.4, 0.5] and found["points"][0]["median_ms"] == 12
-    assert (found["reason"] is None) == (expected is not None)
+    record = clock.break_even([dense] * 5, curve)
+    assert record["sparsity"] == (None if expected is None else pytest.approx(expected))
+    assert record["p10"] == record["p90"] == record["sparsity"]
+    assert [p["sparsity"] for p in record["points"]] == [0.0, 0.2, 0.4, 0.5] and record["points"][0]["median_ms"] == 12
+    assert (record["reason"] is None) == (expected is not None)
     if expected is None:
-        assert found["reason"] == "slower than dense at every measured sparsity up to 50.0%"
+        assert record["reason"] == "slower than dense at every measured sparsity up to 50.0%"
 
 
 def test_break_even_is_where_sparse_stays_faster():
@@ -203,8 +203,8 @@ def test_break_even_is_where_sparse_stays_faster():
 
 
 def test_two_sparsities_make_no_break_even():
-    found = clock.break_even([10.0] * 5, {0.0: [12.0] * 5, 0.5: [7.0] * 5, 0.502: [7.0] * 5})
-    assert found["sparsity"] is None and found["reason"] == "needs three measured sparsities, got 2"
+    record = clock.break_even([10.0] * 5, {0.0: [12.0] * 5, 0.5: [7.0] * 5, 0.502: [7.0] * 5})
+    assert record["sparsity"] is None and record["reason"] == "needs three measured sparsities, got 2"
 
 
 def test_break_even_has_the_spread_of_its_samples():
@@ -214,8 +214,8 @@ def test_break_even_has_the_spread_of_its_samples():
         return (mean + spread * torch.randn(40, generator=generator)).tolist()
 
     def width(spread):
-        found = clock.break_even(around(10, spread), {s: around(12 - 10 * s, spread) for s in (0.0, 0.2, 0.4, 0.6)})
-        assert found["p10"] <= found["sparsity"] <= found["p90"]
-        return found["p90"] - found["p10"]
+        record = clock.break_even(around(10, spread), {s: around(12 - 10 * s, spread) for s in (0.0, 0.2, 0.4, 0.6)})
+        assert record["p10"] <= record["sparsity"] <= record["p90"]
+        return record["p90"] - record["p10"]
 
     assert 0 < width(0.1) < width(1.0)

@@ -53,29 +53,29 @@ def test_convolution_equals_brute_force(geometry):
     torch.manual_seed(1)
     conv = nn.Conv2d(4, 8, 3, **geometry)
     conv.weight.data = sparse_tensor(*conv.weight.shape, share=0.4)
-    x, found = sparse_tensor(2, 4, 7, 6), Products()
+    x, actual = sparse_tensor(2, 4, 7, 6), Products()
     with torch.no_grad():
-        effective_macs.count(conv, x, conv(x), found)
-        assert (found.dense, found.both, found.activation, found.weight) == brute_force(conv, x)
-    assert found.images == 2
+        effective_macs.count(conv, x, conv(x), actual)
+        assert (actual.dense, actual.both, actual.activation, actual.weight) == brute_force(conv, x)
+    assert actual.images == 2
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])
 def test_linear_equals_brute_force(shape):
     linear = nn.Linear(12, 4)
     linear.weight.data = sparse_tensor(4, 12)
-    x, found = sparse_tensor(*shape), Products()
-    effective_macs.count(linear, x, linear(x), found)
+    x, actual = sparse_tensor(*shape), Products()
+    effective_macs.count(linear, x, linear(x), actual)
     rows = x.flatten(0, -2)
-    assert found.both == sum(int(((row != 0) & (linear.weight != 0)).sum()) for row in rows)
-    assert found.dense == len(rows) * 48 and found.activation == 4 * int((x != 0).sum())
-    assert found.weight == len(rows) * int((linear.weight != 0).sum())
+    assert actual.both == sum(int(((row != 0) & (linear.weight != 0)).sum()) for row in rows)
+    assert actual.dense == len(rows) * 48 and actual.activation == 4 * int((x != 0).sum())
+    assert actual.weight == len(rows) * int((linear.weight != 0).sum())
 
 
 def counted(model, x):
-    with torch.no_grad(), effective_macs.counting(model) as found:
+    with torch.no_grad(), effective_macs.counting(model) as actual:
         model(x)
-    return found
+    return actual
 
 
 def test_no_zeros_no_reduction_and_all_zero_weights_reduce_everything():
@@ -90,8 +90,8 @@ def test_total_reduction_is_at_least_each_alone():
     model, x = tiny_cnn(), torch.randn(4, 1, 8, 8)
     for parameter in model.parameters():
         parameter.mul_((torch.rand_like(parameter) > 0.4).float())
-    found = counted(model, x)
-    both, activation, weight = (effective_macs.reduction(found, k) for k in ("both", "activation", "weight"))
+    actual = counted(model, x)
+    both, activation, weight = (effective_macs.reduction(actual, k) for k in ("both", "activation", "weight"))
     assert 1 > both >= max(activation, weight) > 0.1
     assert both == pytest.approx(1 - (1 - activation) * (1 - weight), abs=0.1)  # near independence for random zeros
 
@@ -107,11 +107,11 @@ def test_counts_are_additive_over_images():
 def test_dense_products_of_lenet5_by_hand():
     from sparsebench.models.vision import LeNet5
 
-    found = counted(LeNet5(1, 10), torch.rand(1, 1, 28, 28) + 0.1)
+    actual = counted(LeNet5(1, 10), torch.rand(1, 1, 28, 28) + 0.1)
     inside = 6 * sum(min(28, y + 3) - max(0, y - 2) for y in range(28)) ** 2  # padding 2: less at the border
-    assert found["conv1"].dense == inside
-    assert found["conv2"].dense == 16 * 6 * 25 * 100
-    assert [found[f"fc{i}"].dense for i in (1, 2, 3)] == [400 * 120, 120 * 84, 84 * 10]
+    assert actual["conv1"].dense == inside
+    assert actual["conv2"].dense == 16 * 6 * 25 * 100
+    assert [actual[f"fc{i}"].dense for i in (1, 2, 3)] == [400 * 120, 120 * 84, 84 * 10]
 
 
 def test_weight_sparsity_counts_products_only():

@@ -20,10 +20,13 @@ class Target:
 
 
 def a_record(dense_ms, sparse_ms):
-    found = record.Record("ab" * 32, "m/t", {"seed": 0})
-    found.bytes, found.macs = {"dense": 1e9, "sparse": 4e8}, {"dense": 5e8, "executed": 2e8}
-    found.latency = {"device": "cpu", "decode": {"dense": {"median_ms": dense_ms}, "sparse": {"median_ms": sparse_ms}}}
-    return found
+    content = record.Record("ab" * 32, "m/t", {"seed": 0})
+    content.bytes, content.macs = {"dense": 1e9, "sparse": 4e8}, {"dense": 5e8, "executed": 2e8}
+    content.latency = {
+        "device": "cpu",
+        "decode": {"dense": {"median_ms": dense_ms}, "sparse": {"median_ms": sparse_ms}},
+    }
+    return content
 
 
 def test_roofline_is_the_slower_of_bytes_and_arithmetic():
@@ -34,19 +37,20 @@ def test_roofline_is_the_slower_of_bytes_and_arithmetic():
 
 def test_each_step_keeps_its_own_efficiency():
     """Here 100 GB/s: dense took 20 ms for 10 (50 %), sparse 5 ms for 4 (80 %). There 1 and 0.4 ms at the peak."""
-    found = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
-    assert found["fitted_on"]["efficiency"] == pytest.approx({"dense": 0.5, "sparse": 0.8})
-    assert found["decode"] == pytest.approx({"dense_ms": 2.0, "sparse_ms": 0.5, "speedup": 4.0})
+    record = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
+    assert record["fitted_on"]["efficiency"] == pytest.approx({"dense": 0.5, "sparse": 0.8})
+    assert record["decode"] == pytest.approx({"dense_ms": 2.0, "sparse_ms": 0.5, "speedup": 4.0})
     assert (
-        "estimate" in found["label"] and len(estimate.predict(Target, a_record(5.0, 2.0), 100.0, 10.0)["cautions"]) == 3
+        "estimate" in record["label"]
+        and len(estimate.predict(Target, a_record(5.0, 2.0), 100.0, 10.0)["cautions"]) == 3
     )
 
 
 def test_the_local_ratio_is_called_so():
     """Both steps bound by reading here and there: whatever the target, the answer is the ratio measured here."""
-    found = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
-    assert found["equals_local_ratio"] and found["decode"]["speedup"] == pytest.approx(20 / 5)
-    assert found["cautions"] == ["equals the local ratio: what bounds both steps here bounds both there"]
+    content = estimate.predict(Target, a_record(20.0, 5.0), 100.0, 10.0)
+    assert content["equals_local_ratio"] and content["decode"]["speedup"] == pytest.approx(20 / 5)
+    assert content["cautions"] == ["equals the local ratio: what bounds both steps here bounds both there"]
 
     class Slow(Target):
         peak_tflops = 0.5  # 1 GMAC takes 2 ms there and reading 1 ms: arithmetic bounds the dense step
@@ -62,9 +66,9 @@ def test_another_kind_of_device_is_flagged():
     class Other(Target):
         device = "cuda"
 
-    found = estimate.predict(Other, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
-    assert found["cautions"][1].startswith("fitted on a cpu device for a cuda target")
-    assert found["equals_local_ratio"]  # a processor's fixed costs say nothing about a GPU's
+    actual = estimate.predict(Other, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
+    assert actual["cautions"][1].startswith("fitted on a cpu device for a cuda target")
+    assert actual["equals_local_ratio"]  # a processor's fixed costs say nothing about a GPU's
 
 
 class Device:
@@ -79,34 +83,34 @@ class Device:
 
 def with_curve(device: Device):
     """A record of a step of 1 GB dense and 0.4 GB sparse, timed on `device` at four sparsities in one engine."""
-    found = a_record(device.ms(1e9), device.ms(4e8))
+    record = a_record(device.ms(1e9), device.ms(4e8))
     points = [
         {"sparsity": s, "bytes": 1e9 * (1 - s), "median_ms": device.ms(1e9 * (1 - s))} for s in (0, 0.2, 0.4, 0.6)
     ]
-    found.latency["decode"] |= {
+    record.latency["decode"] |= {
         "dense_engine": "fused", "sparse_engine": "fused", "sparsity": 0.6, "break_even": {"points": points},
     }  # fmt: skip
-    return found
+    return record
 
 
 def test_predicts_a_device_it_was_not_fitted_on():
     """Ten times the bandwidth, the same fixed cost: the step's times there come out, and so does another speed-up."""
     here, there = Device(100.0, 3.0), Device(1000.0, 3.0)
-    found = estimate.predict(Target, with_curve(here), 100.0, 10.0)
+    actual = estimate.predict(Target, with_curve(here), 100.0, 10.0)
     dense, sparse = there.ms(1e9), there.ms(4e8)
-    assert found["decode"] == pytest.approx({"dense_ms": dense, "sparse_ms": sparse, "speedup": dense / sparse})
-    assert found["basis"]["fixed_ms"] == pytest.approx({"dense": 3.0, "sparse": 3.0})
-    assert found["basis"]["kernel_bandwidth_gbs"] == pytest.approx(80.0)
-    assert not found["equals_local_ratio"] and not found["cautions"]
-    assert here.ms(1e9) / here.ms(4e8) - found["decode"]["speedup"] > 0.3  # the local ratio would be wrong by this
+    assert actual["decode"] == pytest.approx({"dense_ms": dense, "sparse_ms": sparse, "speedup": dense / sparse})
+    assert actual["basis"]["fixed_ms"] == pytest.approx({"dense": 3.0, "sparse": 3.0})
+    assert actual["basis"]["kernel_bandwidth_gbs"] == pytest.approx(80.0)
+    assert not actual["equals_local_ratio"] and not actual["cautions"]
+    assert here.ms(1e9) / here.ms(4e8) - actual["decode"]["speedup"] > 0.3  # the local ratio would be wrong by this
 
 
 def test_no_step_is_faster_than_its_arithmetic():
     class Slow(Target):
         peak_tflops = 0.1
 
-    found = estimate.predict(Slow, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
-    assert found["decode"]["dense_ms"] == pytest.approx(2 * 5e8 / 0.1e12 * 1e3)
+    actual = estimate.predict(Slow, with_curve(Device(100.0, 3.0)), 100.0, 10.0)
+    assert actual["decode"]["dense_ms"] == pytest.approx(2 * 5e8 / 0.1e12 * 1e3)
 
 
 def test_the_line_through_the_points():
@@ -123,16 +127,16 @@ def test_the_line_through_the_points():
 def test_another_engines_fixed_cost_is_not_taken_for_the_dense_steps():
     record = with_curve(Device(100.0, 3.0))
     record.latency["decode"]["dense_engine"] = "eager"
-    found = estimate.predict(Target, record, 100.0, 10.0)
-    assert found["basis"]["fixed_ms"]["dense"] == 0
-    assert found["decode"]["dense_ms"] == pytest.approx(Device(100.0, 3.0).ms(1e9) / 10)
+    content = estimate.predict(Target, record, 100.0, 10.0)
+    assert content["basis"]["fixed_ms"]["dense"] == 0
+    assert content["decode"]["dense_ms"] == pytest.approx(Device(100.0, 3.0).ms(1e9) / 10)
 
 
 def test_no_decode_step_is_an_error():
-    found = a_record(1.0, 1.0)
-    found.latency = None
+    record = a_record(1.0, 1.0)
+    record.latency = None
     with pytest.raises(ValueError, match="needs a measured decode step"):
-        estimate.predict(Target, found, 1.0, 1.0)
+        estimate.predict(Target, record, 1.0, 1.0)
 
 
 def test_rates_of_this_machine_are_plausible():
@@ -171,9 +175,9 @@ def test_a_run_labels_its_estimate(sparsebench, model_folder, text_file, tmp_pat
         "hardware=arm-phone", "hardware.estimate=true",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
-    jsonschema.validate(found, json.loads(record.SCHEMA_FILE.read_text()))
-    assert found["estimate"]["target"] == "arm-phone" and "not a measurement" in found["estimate"]["label"]
-    assert found["latency"]["device"] == "cpu" and found["env"]["cpu"] == found["estimate"]["fitted_on"]["device"]
+    content = record_of(process, tmp_path)
+    jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))
+    assert content["estimate"]["target"] == "arm-phone" and "not a measurement" in content["estimate"]["label"]
+    assert content["latency"]["device"] == "cpu" and content["env"]["cpu"] == content["estimate"]["fitted_on"]["device"]
     (line,) = [line for line in process.stdout.splitlines() if "arm-phone" in line and "(ms)" in line]
     assert "ESTIMATE" in line and "estimated" in line and "~" in line

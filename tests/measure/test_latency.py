@@ -43,8 +43,8 @@ def test_sparse_decode_equals_masked_dense_logits():
     ids = torch.randint(0, 320, (1, 12))
     fast, reference = sparse_copy(), sparse_copy(kernel="masked_dense")
     kernels.load("cpu_numba").prepare(1)
-    found = [Decoder(m, ids[:, :11], 1, compiled=False).step(ids[:, 11:]) for m in (fast, reference)]
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    values = [Decoder(m, ids[:, :11], 1, compiled=False).step(ids[:, 11:]) for m in (fast, reference)]
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
 
 
 def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
@@ -94,22 +94,22 @@ def test_every_run_has_the_fastest_dense_step_and_a_measured_break_even(engine):
     """The fused dense step is timed wherever it can be, whatever engine the sparse model runs in."""
     model = sparse_copy()
     timing = latency.latency(tiny_model(), model, tokens(), settings(), hardware("cpu_numba", engine))
-    found, decode = timing.latency, timing.latency["decode"]
+    actual, decode = timing.latency, timing.latency["decode"]
     mine = "eager" if engine == "eager" else "fused"
-    assert found["kernel"] == "cpu_numba" and decode["sparse_engine"] == mine
+    assert actual["kernel"] == "cpu_numba" and decode["sparse_engine"] == mine
     assert set(decode["engines"]) == {"dense/eager", "dense/fused", f"sparse/{mine}"} and decode["refused"] == {}
     fastest = min(("eager", "fused"), key=lambda name: decode["engines"][f"dense/{name}"]["median_ms"])
     assert decode["dense_engine"] == fastest and decode["dense"] == decode["engines"][f"dense/{fastest}"]
     assert decode["speedup"] == decode["dense"]["median_ms"] / decode["sparse"]["median_ms"]
     assert decode["speedup_p10"] <= decode["speedup_p90"]
-    assert "speedup" not in found["prefill"]  # the prompt runs masked-dense
-    assert 0 < found["parity_relative_error"] < 1e-5
+    assert "speedup" not in actual["prefill"]  # the prompt runs masked-dense
+    assert 0 < actual["parity_relative_error"] < 1e-5
     points = decode["break_even"]["points"]
     assert points[0]["sparsity"] == 0 and points[-1]["sparsity"] == decode["sparsity"] > 0.05
     assert [p["sparsity"] for p in points] == sorted({p["sparsity"] for p in points}) and len(points) == 4
     assert [p["bytes"] for p in points] == sorted({p["bytes"] for p in points}, reverse=True)
     assert (decode["break_even"]["reason"] is None) == (decode["break_even"]["sparsity"] is not None)
-    assert {"noisy", "reasons", "load"} <= set(found)
+    assert {"noisy", "reasons", "load"} <= set(actual)
     assert all(float(m.threshold) == pytest.approx(0.3) for m in model.modules() if isinstance(m, InputSparseLinear))
 
 
@@ -231,9 +231,9 @@ def test_reversing_the_order_moves_the_default_runs_speedup_by_less_than_5_perce
 
     for name, turns in [("as it is", clock.interleaved), ("reversed", backwards)] * 5:
         monkeypatch.setattr(latency, "interleaved", turns)
-        found = task.time(dense, sparse, data, settings).latency
-        speedups[name].append(found["decode"]["speedup"])
-    if found["noisy"]:
-        pytest.skip(f"times mean nothing on this machine now: {'; '.join(found['reasons'])}; seen {speedups}")
+        actual = task.time(dense, sparse, data, settings).latency
+        speedups[name].append(actual["decode"]["speedup"])
+    if actual["noisy"]:
+        pytest.skip(f"times mean nothing on this machine now: {'; '.join(actual['reasons'])}; seen {speedups}")
     one, other = (statistics.median(each) for each in speedups.values())
     assert abs(other / one - 1) < 0.05, speedups

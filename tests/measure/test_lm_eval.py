@@ -67,9 +67,9 @@ def by_hand(model, tokenizer) -> float:
 @needs_lm_eval
 def test_score_is_what_a_loop_by_hand_gives(task_folder):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    found = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)), 4)
-    assert found["words/acc"]["value"] == pytest.approx(by_hand(model, tokenizer))
-    assert found["words/acc"]["higher_is_better"] and found["words/acc"]["stderr"] > 0
+    actual = lm_eval.score(model, tokenizer, settings(task_path=str(task_folder)), 4)
+    assert actual["words/acc"]["value"] == pytest.approx(by_hand(model, tokenizer))
+    assert actual["words/acc"]["higher_is_better"] and actual["words/acc"]["stderr"] > 0
     with pytest.raises(ValueError, match="lm-eval knows no task nothing_like_it"):
         lm_eval.score(model, tokenizer, settings(tasks=["nothing_like_it"]), 4)
 
@@ -77,13 +77,13 @@ def test_score_is_what_a_loop_by_hand_gives(task_folder):
 @needs_lm_eval
 def test_the_batch_changes_no_answer(task_folder):
     """With half of each question sparse, padding would move the boundary and with it the answers."""
-    found = []
+    values = []
     for batch in (1, 8, 32):
         model = tiny_model()
         for site in sites(model):
             swap(model, site, 0.8, prompt="half")
-        found.append(lm_eval.score(model, tiny_tokenizer(), settings(task_path=str(task_folder)), batch)["words/acc"])
-    assert found[0]["rows"] == found[1]["rows"] == found[2]["rows"] and len(found[0]["rows"]) == len(ROWS)
+        values.append(lm_eval.score(model, tiny_tokenizer(), settings(task_path=str(task_folder)), batch)["words/acc"])
+    assert values[0]["rows"] == values[1]["rows"] == values[2]["rows"] and len(values[0]["rows"]) == len(ROWS)
 
 
 def test_paired_error_by_hand():
@@ -101,11 +101,11 @@ def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, tas
         f"eval.lm_eval.task_path={task_folder}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)["quality"]
-    assert next(iter(found)) == "perplexity"
-    accuracy = found["words/acc"]
+    record = record_of(process, tmp_path)["quality"]
+    assert next(iter(record)) == "perplexity"
+    accuracy = record["words/acc"]
     assert 0 <= accuracy["sparse"] <= 1 and math.isfinite(accuracy["dense_stderr"])
-    assert accuracy["difference_stderr"] is not None and found["perplexity"]["little_text"]
+    assert accuracy["difference_stderr"] is not None and record["perplexity"]["little_text"]
     assert accuracy["protocol"]["prompt_policy"] == "p99" and "lm-eval" in accuracy["protocol"]["harness"]
 
 

@@ -29,9 +29,9 @@ def brute_force(model, context: int) -> int:
 
 def test_dense_macs_by_hand():
     model = tiny_model()
-    found, traffic = accounted(macs.dense_sites(model), model, {}, context=10, skips=False)
-    assert found["dense"] == brute_force(model, 10) == LAYERS * BLOCK + V * D + LAYERS * 2 * 4 * 16 * 10
-    assert found["sparse"] == found["executed"] == found["dense"] and found["overhead"] == 0
+    actual, traffic = accounted(macs.dense_sites(model), model, {}, context=10, skips=False)
+    assert actual["dense"] == brute_force(model, 10) == LAYERS * BLOCK + V * D + LAYERS * 2 * 4 * 16 * 10
+    assert actual["sparse"] == actual["executed"] == actual["dense"] and actual["overhead"] == 0
     assert traffic["dense"] == 4 * (LAYERS * BLOCK + V * D + LAYERS * 2 * 2 * 16 * 10)
 
 
@@ -45,9 +45,9 @@ def test_sparse_macs_follow_measured_counts(skips):
         quality.perplexity(model, torch.randint(0, 300, (3, 16)), 3)
     share = sparsity.summarise(model, counters)["0.down"].sparsity
     assert 0.05 < share < 0.95
-    found, traffic = accounted(dense, model, sparsity.summarise(model, counters), context=1, skips=skips)
-    assert found["dense"] - found["sparse"] == pytest.approx(share * D * F)
-    assert found["executed"] == (found["sparse"] if skips else found["dense"])  # a simulation saves nothing
+    actual, traffic = accounted(dense, model, sparsity.summarise(model, counters), context=1, skips=skips)
+    assert actual["dense"] - actual["sparse"] == pytest.approx(share * D * F)
+    assert actual["executed"] == (actual["sparse"] if skips else actual["dense"])  # a simulation saves nothing
     assert traffic["dense"] - traffic["sparse"] == pytest.approx(4 * share * D * F)
 
 
@@ -70,8 +70,8 @@ def test_ffn_of_a_gated_model_is_3df_per_token():
 def test_nothing_is_executed_before_it_is_timed():
     model = tiny_model()
     costs, outside = macs.dense_sites(model), macs.outside_blocks(model, 10)
-    found, _ = macs.account(costs, costs, outside, 10)
-    assert found["executed"] is None
+    actual, _ = macs.account(costs, costs, outside, 10)
+    assert actual["executed"] is None
     assert macs.executed(costs, costs, outside, skips=True) == brute_force(model, 10)
     assert macs.per_sample("image", 1000.0, 10.0, 4.0, costs)["executed"] is None
 
@@ -115,8 +115,8 @@ def test_accidental_zero_weights_are_no_saving(prunes):
     with sparsity.counting(model) as counters:
         quality.perplexity(model, torch.randint(0, 300, (3, 16)), 3)
     measured = sparsity.summarise(model, counters, prunes)
-    found, _ = accounted(dense, model, measured, context=1, skips=True)
-    assert found["dense"] - found["sparse"] == (D * F // 2 if prunes else 0)
+    actual, _ = accounted(dense, model, measured, context=1, skips=True)
+    assert actual["dense"] - actual["sparse"] == (D * F // 2 if prunes else 0)
     sparse = dense | macs.site_costs(model, measured)
     scored, _ = macs.over_scored_tokens(dense, sparse, measured, macs.outside_blocks(model, 1), 1)
     assert scored["dense"] - scored["sparse"] == (D * F // 2 if prunes else 0)  # pruned for dense tokens, too

@@ -31,23 +31,23 @@ def settings(**changes):
 
 
 def x1_of(model, rows=ROWS):
-    found = {}
-    with neurons.watching(model, lambda layer, x1: found.update({layer: x1})), torch.no_grad():
+    values = {}
+    with neurons.watching(model, lambda layer, x1: values.update({layer: x1})), torch.no_grad():
         model(input_ids=rows, use_cache=False)
-    return found
+    return values
 
 
 def test_zeros_and_unions_by_hand():
     """Check 7: skip(1) = S, skip(B) at most S and never rising with B."""
     model = relu_model()
-    found = neurons.zeros(model, ROWS, 4, [1, 2, 4, 64])
+    actual = neurons.zeros(model, ROWS, 4, [1, 2, 4, 64])
     x1 = x1_of(model)
-    assert found["x1_zero"] == pytest.approx(sum(float((x == 0).float().mean()) for x in x1.values()) / 2)
+    assert actual["x1_zero"] == pytest.approx(sum(float((x == 0).float().mean()) for x in x1.values()) / 2)
     pairs = torch.stack([(x == 0).view(6, 16, 2, -1).all(2).float().mean() for x in x1.values()]).mean()
-    assert found["aggregate"][2] == pytest.approx(float(pairs))
-    assert found["aggregate"][1] == pytest.approx(found["x1_zero"])
-    assert found["x1_zero"] > found["aggregate"][2] > found["aggregate"][4]
-    assert found["aggregate"][64] is None  # windows of 32 hold no group of 64
+    assert actual["aggregate"][2] == pytest.approx(float(pairs))
+    assert actual["aggregate"][1] == pytest.approx(actual["x1_zero"])
+    assert actual["x1_zero"] > actual["aggregate"][2] > actual["aggregate"][4]
+    assert actual["aggregate"][64] is None  # windows of 32 hold no group of 64
 
 
 def test_batches_do_not_move_the_figures():
@@ -116,12 +116,12 @@ def test_search_reaches_the_ratio(increase, memorising):
     """Check 5: R within 1e-3 of 1 + p %, and the ratio is what an independent evaluation of the same rule gives."""
     model = memorising
     rows = MEMORISED
-    found = neurons.search(model, rows, 8, settings(increase=increase, tokens=200))
-    assert found["reached"]
-    assert found["ratio"] == pytest.approx(1 + increase / 100, abs=1e-3)
+    actual = neurons.search(model, rows, 8, settings(increase=increase, tokens=200))
+    assert actual["reached"]
+    assert actual["ratio"] == pytest.approx(1 + increase / 100, abs=1e-3)
     by_hand = {
         i: (e, last_map(model, b).weight.norm(dim=0))
-        for i, (b, e) in enumerate(zip(find_blocks(model), found["epsilon"], strict=True))
+        for i, (b, e) in enumerate(zip(find_blocks(model), actual["epsilon"], strict=True))
     }
 
     def off(layer, x1):
@@ -130,15 +130,15 @@ def test_search_reaches_the_ratio(increase, memorising):
 
     dense = quality.perplexity(model, rows, 8)["perplexity"]
     with neurons.watching(model, off):
-        assert quality.perplexity(model, rows, 8)["perplexity"] / dense == pytest.approx(found["ratio"], abs=1e-3)
+        assert quality.perplexity(model, rows, 8)["perplexity"] / dense == pytest.approx(actual["ratio"], abs=1e-3)
 
 
 def test_nothing_allowed_drops_only_what_has_no_effect():
     """Check 5, p = 0."""
     model = relu_model()
-    found = neurons.search(model, ROWS, 4, settings(increase=0.0, tokens=192))
-    assert found["ratio"] == pytest.approx(1.0, abs=1e-6) and found["cett"] == 0.0
-    assert found["sparsity"] == pytest.approx(neurons.zeros(model, ROWS, 4, [])["x1_zero"])
+    record = neurons.search(model, ROWS, 4, settings(increase=0.0, tokens=192))
+    assert record["ratio"] == pytest.approx(1.0, abs=1e-6) and record["cett"] == 0.0
+    assert record["sparsity"] == pytest.approx(neurons.zeros(model, ROWS, 4, [])["x1_zero"])
 
 
 def test_an_unreachable_ratio_is_said_to_be_so():
@@ -155,12 +155,12 @@ def test_levels_are_searched_on_dev_and_judged_on_test():
     text = SimpleNamespace(batch_size=3, test_sequences=None, dev_sequences=None)
     chosen = SimpleNamespace(text=text, neurons=settings(tokens=64))
     model = relu_model()
-    found = neurons.measure(model, SimpleNamespace(**splits), chosen)
+    actual = neurons.measure(model, SimpleNamespace(**splits), chosen)
     on_dev = neurons.search(model, ROWS[:3], 3, chosen.neurons)
-    assert found["cett"]["epsilon"] == on_dev["epsilon"] and found["cett"]["ratio"] == on_dev["ratio"]
+    assert actual["cett"]["epsilon"] == on_dev["epsilon"] and actual["cett"]["ratio"] == on_dev["ratio"]
     assert on_dev["epsilon"] != neurons.search(model, ROWS[3:], 3, chosen.neurons)["epsilon"]
-    assert found["cett"]["test"]["sparsity"] == neurons.dropped(model, on_dev["epsilon"], ROWS[3:], 3)[1]
-    assert found["x1_zero"] == neurons.zeros(model, ROWS[3:], 3, [])["x1_zero"]
+    assert actual["cett"]["test"]["sparsity"] == neurons.dropped(model, on_dev["epsilon"], ROWS[3:], 3)[1]
+    assert actual["x1_zero"] == neurons.zeros(model, ROWS[3:], 3, [])["x1_zero"]
 
 
 def test_in_the_record_of_a_run(sparsebench, tmp_path, text_file, model_folder):
@@ -170,7 +170,7 @@ def test_in_the_record_of_a_run(sparsebench, tmp_path, text_file, model_folder):
         "eval.text.test_sequences=8", "eval.text.dev_sequences=8", "hardware=cpu", "hardware.threads=1", "wandb.mode=disabled",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)["extra"]["neurons"]
-    assert json.dumps(found["dense"]) == json.dumps(found["sparse"])  # method=dense changes nothing
-    assert found["dense"]["x1_zero"] == 0.0 and set(found["dense"]["aggregate"]) == {"1", "4", "16", "64"}
-    assert math.isfinite(found["dense"]["cett"]["ratio"]) and 0 <= found["dense"]["cett"]["test"]["sparsity"] <= 1
+    record = record_of(process, tmp_path)["extra"]["neurons"]
+    assert json.dumps(record["dense"]) == json.dumps(record["sparse"])  # method=dense changes nothing
+    assert record["dense"]["x1_zero"] == 0.0 and set(record["dense"]["aggregate"]) == {"1", "4", "16", "64"}
+    assert math.isfinite(record["dense"]["cett"]["ratio"]) and 0 <= record["dense"]["cett"]["test"]["sparsity"] <= 1

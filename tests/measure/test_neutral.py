@@ -94,5 +94,5 @@ def test_opt_counts_dense_and_sparse_tokens_of_every_site_alike(data, tmp_path):
     state = method.fit(Loaded(tiny_model("opt"), None, {}), data, work(tmp_path))
     sparse = method.apply(tiny_model("opt"), state, work(tmp_path))
     _, counters = quality.language_quality(sparse, Rows(data.test.rows[:4]), None, 2)
-    found = sparsity.summarise(sparse, counters)
-    assert {(f.dense_tokens, f.sparse_tokens) for f in found.values()} == {(64, 64)}
+    actual = sparsity.summarise(sparse, counters)
+    assert {(f.dense_tokens, f.sparse_tokens) for f in actual.values()} == {(64, 64)}

@@ -22,9 +22,9 @@ def test_token_mean_whatever_the_batches():
         logits = model(input_ids=rows).logits
     by_hand = F.cross_entropy(logits[:, :-1].reshape(-1, 320), rows[:, 1:].reshape(-1)).item()
     for batch in (1, 3, 7):  # 3 leaves a last batch of one row: a mean of batch means would differ
-        found = quality.perplexity(model, rows, batch)
-        assert found["nll"] == pytest.approx(by_hand, rel=1e-5) and found["tokens"] == 7 * 19
-        assert found["perplexity"] == pytest.approx(math.exp(by_hand), rel=1e-5)
+        actual = quality.perplexity(model, rows, batch)
+        assert actual["nll"] == pytest.approx(by_hand, rel=1e-5) and actual["tokens"] == 7 * 19
+        assert actual["perplexity"] == pytest.approx(math.exp(by_hand), rel=1e-5)
 
 
 def test_nan_weights_are_an_error():

@@ -41,10 +41,10 @@ def test_published_figures_from_their_trials(network):
     """docs/methods/metrics.md, Shape bias: bias and cue accuracy to 1e-3, images with equal cues left out."""
     for bias, accuracy in PUBLISHED[network].values():
         answered = round(1200 * accuracy)
-        found = shape_bias.score(trials(round(bias * answered), answered - round(bias * answered)))
-        assert found["shape_bias"] == pytest.approx(bias, abs=1e-3)
-        assert found["cue_accuracy"] == pytest.approx(accuracy, abs=1e-3)
-        assert found["trials"] == 1200
+        actual = shape_bias.score(trials(round(bias * answered), answered - round(bias * answered)))
+        assert actual["shape_bias"] == pytest.approx(bias, abs=1e-3)
+        assert actual["cue_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+        assert actual["trials"] == 1200
 
 
 def test_counts_that_were_published_with_the_figures():
@@ -91,8 +91,8 @@ class Data:
 
 
 def test_pictures_are_scored_by_name(pictures):
-    found = shape_bias.measure(Brightness(), Data(["dark", "grey", "bright"]), str(pictures), 2)
-    assert found == {
+    actual = shape_bias.measure(Brightness(), Data(["dark", "grey", "bright"]), str(pictures), 2)
+    assert actual == {
         "shape_bias": 2 / 3, "cue_accuracy": 1.0, "shape_answers": 2, "texture_answers": 1, "trials": 3,
     }  # fmt: skip
 
@@ -126,5 +126,5 @@ def test_the_task_of_image_classifiers_measures_it(pictures, monkeypatch):
         shape_bias, "measure", lambda module, data, folder, size: asked.append((folder, size)) or {"x": 1}
     )
     loaded = Loaded(tiny_cnn(), None, {})
-    found = tasks.load("vision").assess(loaded, loaded.module, tiny_images(), settings_with(pictures))
-    assert found.further == {"shape_bias": {"x": 1}} and asked == [(str(pictures), 256)]
+    actual = tasks.load("vision").assess(loaded, loaded.module, tiny_images(), settings_with(pictures))
+    assert actual.further == {"shape_bias": {"x": 1}} and asked == [(str(pictures), 256)]

@@ -55,11 +55,11 @@ def test_prompt_policies(policy, tokens, dense):
 
 def test_dense_prompt_tokens_lower_the_figure_but_not_that_of_sparse_tokens():
     x = torch.randn(3, 10, 50)
-    found = counted(x, prompt="half")
+    actual = counted(x, prompt="half")
     dropped = float((x[:, 5:].abs() <= 0.5).float().mean())
-    assert found.sparsity_of_sparse_tokens == pytest.approx(dropped)
-    assert found.sparsity == pytest.approx(dropped / 2)
-    assert (found.sparse_tokens, found.dense_tokens) == (15, 15)
+    assert actual.sparsity_of_sparse_tokens == pytest.approx(dropped)
+    assert actual.sparsity == pytest.approx(dropped / 2)
+    assert (actual.sparse_tokens, actual.dense_tokens) == (15, 15)
 
 
 GQA = {

@@ -22,45 +22,45 @@ def test_by_hand():
     """Two windows of two tokens, one document each: means 2 and 4, SE of their mean = sd / sqrt(2) = 1."""
     dense, sparse = pieces([[1, 3], [4, 4]]), pieces([[1.5, 3.5], [4, 5]])
     assert dense.mean == 3 and dense.stderr(dense.influence) == pytest.approx(1)
-    found = uncertainty.perplexities(dense, sparse)
-    assert found["dense_stderr"] == pytest.approx(math.e**3)
-    assert found["ratio"] == pytest.approx(math.exp(0.5)) and found["ratio_stderr"] == pytest.approx(0)
-    assert found["clusters"] == {"windows": 2, "documents": 2} and found["tokens"] == 4 and found["little_text"]
-    assert found["difference_stderr"] == pytest.approx(math.exp(3.5) - math.exp(3))
+    actual = uncertainty.perplexities(dense, sparse)
+    assert actual["dense_stderr"] == pytest.approx(math.e**3)
+    assert actual["ratio"] == pytest.approx(math.exp(0.5)) and actual["ratio_stderr"] == pytest.approx(0)
+    assert actual["clusters"] == {"windows": 2, "documents": 2} and actual["tokens"] == 4 and actual["little_text"]
+    assert actual["difference_stderr"] == pytest.approx(math.exp(3.5) - math.exp(3))
 
 
 def test_pieces_are_parts_of_documents_in_windows():
-    found = pieces([[1, 2, 3], [4, 5, 6]], [[0, 0, 1], [1, 1, 2]])
-    assert found.window.tolist() == [0, 0, 1, 1] and found.document.tolist() == [0, 1, 1, 2]
-    assert found.tokens.tolist() == [2, 1, 2, 1] and found.loss.tolist() == [3, 3, 9, 6]
+    actual = pieces([[1, 2, 3], [4, 5, 6]], [[0, 0, 1], [1, 1, 2]])
+    assert actual.window.tolist() == [0, 0, 1, 1] and actual.document.tolist() == [0, 1, 1, 2]
+    assert actual.tokens.tolist() == [2, 1, 2, 1] and actual.loss.tolist() == [3, 3, 9, 6]
 
 
 def test_nested_clusters_give_the_larger_one():
     generator = np.random.default_rng(0)
     losses = generator.normal(size=(12, 8))
-    found = pieces(losses, np.repeat(np.arange(3), 4)[:, None])  # four windows in each document
+    actual = pieces(losses, np.repeat(np.arange(3), 4)[:, None])  # four windows in each document
     means = losses.reshape(3, -1).mean(1)
-    assert found.stderr(found.influence) >= np.std(means, ddof=1) / math.sqrt(3) - 1e-12
+    assert actual.stderr(actual.influence) >= np.std(means, ddof=1) / math.sqrt(3) - 1e-12
 
 
 def test_one_window_has_no_error():
-    found = pieces([[1.0, 2.0]])
-    assert found.stderr(found.influence) is None
+    actual = pieces([[1.0, 2.0]])
+    assert actual.stderr(actual.influence) is None
 
 
 def test_simulation_with_known_variance():
     """Documents of three windows: NLL = document effect + window effect + noise. The known SE of the mean over 20
     documents is found on average, where tokens taken as independent would give a fourth of it."""
-    generator, windows, tokens, found, means = np.random.default_rng(1), 60, 40, [], []
+    generator, windows, tokens, actual, means = np.random.default_rng(1), 60, 40, [], []
     for _ in range(400):
         document = np.repeat(generator.normal(0, 0.5, 20), 3)[:, None]
         losses = 3 + document + generator.normal(0, 0.3, (windows, 1)) + generator.normal(0, 1, (windows, tokens))
         each = pieces(losses, np.repeat(np.arange(20), 3)[:, None])
-        found.append(each.stderr(each.influence))
+        actual.append(each.stderr(each.influence))
         means.append(each.mean)
     known = math.sqrt(0.5**2 / 20 + 0.3**2 / windows + 1 / (windows * tokens))
     assert np.std(means) == pytest.approx(known, rel=0.1)
-    assert np.sqrt(np.mean(np.square(found))) == pytest.approx(known, rel=0.1)
+    assert np.sqrt(np.mean(np.square(actual))) == pytest.approx(known, rel=0.1)
     naive = math.sqrt((0.25 + 0.09 + 1) / (windows * tokens))
     assert known / naive > 4
 
@@ -71,12 +71,12 @@ def test_pairing_takes_the_text_out_of_the_ratio():
     for _ in range(300):
         dense = 3 + generator.normal(0, 1, (50, 1)) + generator.normal(0, 1, (50, 30))
         sparse = dense + 0.1 + generator.normal(0, 0.2, (50, 30))
-        found = uncertainty.perplexities(pieces(dense), pieces(sparse))
-        ratios.append(found["ratio"])
-        errors.append(found["ratio_stderr"])
+        actual = uncertainty.perplexities(pieces(dense), pieces(sparse))
+        ratios.append(actual["ratio"])
+        errors.append(actual["ratio_stderr"])
     known = math.exp(0.1) * 0.2 / math.sqrt(50 * 30)
     assert np.std(ratios) == pytest.approx(known, rel=0.15) and np.mean(errors) == pytest.approx(known, rel=0.1)
-    assert found["dense_stderr"] > 20 * found["ratio_stderr"]
+    assert actual["dense_stderr"] > 20 * actual["ratio_stderr"]
 
 
 def test_kept_losses_give_the_figures_again():
@@ -99,7 +99,7 @@ def test_scored_tokens_know_their_document(bos):
     split = Split("test", documents, 24, bos, 0)
     split.tokenizer = tokenizer
     windows = split.sequences(20)
-    found = split.scored_documents(len(windows))
+    actual = split.scored_documents(len(windows))
     owner = []
     for i, document in enumerate(split.documents):
         ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
@@ -107,7 +107,7 @@ def test_scored_tokens_know_their_document(bos):
     body = 23 if bos == "window" else 24
     for row in range(len(windows)):
         expected = owner[row * body : (row + 1) * body]
-        assert found[row].tolist() == (expected if bos == "window" else expected[1:])
+        assert actual[row].tolist() == (expected if bos == "window" else expected[1:])
     metrics, _ = quality.language_quality(tiny_model(), split, 20, 4)
     assert metrics["pieces"].mean == pytest.approx(metrics["nll"], rel=1e-6)
 

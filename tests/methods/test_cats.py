@@ -26,8 +26,8 @@ def applied(rule, data, tmp_path, kind="llama"):
 
 
 def test_no_sparsity_is_dense(data, tmp_path):
-    found = applied(method(sparsity=0.0), data, tmp_path)
-    assert torch.equal(logits(found, data.test.rows[:3]), logits(tiny_model(), data.test.rows[:3]))
+    actual = applied(method(sparsity=0.0), data, tmp_path)
+    assert torch.equal(logits(actual, data.test.rows[:3]), logits(tiny_model(), data.test.rows[:3]))
 
 
 def test_gate_is_whole_and_neurons_at_the_threshold_stay(data):
@@ -60,14 +60,14 @@ def test_ffn_and_model_wide_sparsity_are_both_reported(data, tmp_path):
     dense = macs.dense_sites(tiny_model())
     model = applied(method(sparsity=0.5), data, tmp_path)
     _, counters = quality.language_quality(model, data.test, None, 4)
-    found = sparsity.summarise(model, counters)
-    assert set(found) == {"0.up", "0.down", "1.up", "1.down"}
-    assert found["0.up"].sparsity == found["0.down"].sparsity == pytest.approx(0.5, abs=0.03)
+    actual = sparsity.summarise(model, counters)
+    assert set(actual) == {"0.up", "0.down", "1.up", "1.down"}
+    assert actual["0.up"].sparsity == actual["0.down"].sparsity == pytest.approx(0.5, abs=0.03)
     weights = {name: int(cost.dense_macs) for name, cost in dense.items()}
-    wide = sparsity.model_wide(dict.fromkeys(weights, 0.0) | {n: s.sparsity for n, s in found.items()}, weights)
-    neurons = (found["0.up"].sparsity + found["1.up"].sparsity) / 2
+    wide = sparsity.model_wide(dict.fromkeys(weights, 0.0) | {n: s.sparsity for n, s in actual.items()}, weights)
+    neurons = (actual["0.up"].sparsity + actual["1.up"].sparsity) / 2
     assert wide == pytest.approx(neurons * FFN)
-    counted, _ = accounted(dense, model, found, context=1, skips=True)
+    counted, _ = accounted(dense, model, actual, context=1, skips=True)
     assert counted["dense"] - counted["sparse"] == pytest.approx(wide * sum(weights.values()))
 
 
@@ -92,8 +92,8 @@ def test_prompt_policies(policy, data, tmp_path):
     row, dense = data.test.rows[:1], logits(tiny_model(), data.test.rows[:1])
     same = bool(torch.equal(logits(model, row), dense))
     assert same == (policy == "none")
-    found = model.generate(row[:, :12], max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert found.shape[1] > 12
+    actual = model.generate(row[:, :12], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert actual.shape[1] > 12
 
 
 def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
@@ -103,9 +103,11 @@ def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
     model = rule.apply(tiny_model(), rule.fit(Loaded(tiny_model(), None, {}), data, worker), worker)
     assert engines.choose(model, worker.hardware) == "eager"
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
-    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
+    actual = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert (
-        found["kernel"] == "cpu_numba" and 0 < found["parity_relative_error"] < 1e-4 and found["decode"]["speedup"] > 0
+        actual["kernel"] == "cpu_numba"
+        and 0 < actual["parity_relative_error"] < 1e-4
+        and actual["decode"]["speedup"] > 0
     )
 
 

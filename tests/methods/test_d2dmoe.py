@@ -54,18 +54,18 @@ def test_width_of_a_distilled_projection():
     assert h == 384 and h * (2 * 768 + 1) + 768 == 590_976 and 768 * 768 + 768 == 590_592
 
 
-def penalty_on(model, found, alpha=1.0, ramp=0.5):
-    return ActivationPenalty(model, found, "hoyer", alpha, 100, ramp)
+def penalty_on(model, actual, alpha=1.0, ramp=0.5):
+    return ActivationPenalty(model, actual, "hoyer", alpha, 100, ramp)
 
 
 def test_groups_are_averaged_apart_and_padding_counts_nowhere():
     model = tiny_model()
-    found = conversion.convert(model, 16, "relu")
-    found[1].site = "1.q"  # stands for an attention MLP
-    penalty = penalty_on(model.train(), found)
+    actual = conversion.convert(model, 16, "relu")
+    actual[1].site = "1.q"  # stands for an attention MLP
+    penalty = penalty_on(model.train(), actual)
     rows = torch.arange(24).view(2, 12)
     seen = {}
-    hooks = [f.register_forward_hook(lambda m, a, y: seen.__setitem__(m.site, m.hidden(a[0])[1])) for f in found]
+    hooks = [f.register_forward_hook(lambda m, a, y: seen.__setitem__(m.site, m.hidden(a[0])[1])) for f in actual]
     model(input_ids=rows, use_cache=False)
     assert float(penalty.value()) == pytest.approx(float(sum(hoyer(a).mean() for a in seen.values())), rel=1e-5)
     mask = torch.ones(2, 12, dtype=torch.int64)
@@ -87,9 +87,9 @@ def test_penalty_makes_activations_sparser(data, tmp_path):
     zeros = {}
     for alpha in (0.0, 0.05):
         model = copy.deepcopy(tiny_model()).requires_grad_(True)
-        found = conversion.convert(model, 16, "relu")
+        actual = conversion.convert(model, 16, "relu")
         model.requires_grad_(True)
-        penalty = penalty_on(model, found, alpha, 0.1)
+        penalty = penalty_on(model, actual, alpha, 0.1)
         node = compose_all(["method=d2dmoe"])[0]["method"]["train"]
         settings = config.build({**node, "steps": 25, **QUICK_TRAINING, "lr": 3e-3}, "train", [], Training)
         train(model, data.fit.rows, settings, folder=tmp_path / str(alpha), seed=0, penalty=penalty)
@@ -99,7 +99,7 @@ def test_penalty_makes_activations_sparser(data, tmp_path):
         def see(ffn, x, z, a, x1, total=total):
             total.append(float((a == 0).float().mean()))
 
-        with torch.no_grad(), conversion.watching(found, see):
+        with torch.no_grad(), conversion.watching(actual, see):
             model(input_ids=data.dev.rows, use_cache=False)
         zeros[alpha] = sum(total) / len(total)
     assert zeros[0.05] > zeros[0.0] + 0.05
@@ -110,12 +110,12 @@ def test_router_training_changes_routers_only(name, data, tmp_path):
     """All other tensors stay bitwise equal."""
     chosen = method(name, train=None, router=5)
     model = tiny_model()
-    found = conversion.convert(model, chosen.experts.size, chosen.activation)
-    for ffn in found:
+    actual = conversion.convert(model, chosen.experts.size, chosen.activation)
+    for ffn in actual:
         ffn.router = routers.random_router(64, 8, ffn.num_experts, torch.Generator().manual_seed(0), outer="abs")
     before = {k: v.clone() for k, v in model.named_parameters()}
-    label = activation_labels if name == "moefication" else type(found[0]).norms
-    routers.fit_routers(model, found, label, torch.nn.functional.mse_loss, data, chosen.router, work(tmp_path))
+    label = activation_labels if name == "moefication" else type(actual[0]).norms
+    routers.fit_routers(model, actual, label, torch.nn.functional.mse_loss, data, chosen.router, work(tmp_path))
     after = dict(model.named_parameters())
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert changed and all(".router." in k for k in changed)
@@ -142,8 +142,8 @@ class Padded:
 def test_labels_are_float32_and_of_real_tokens(precision, tmp_path):
     """Whatever precision the routers train in, labels are those of a float32 pass over tokens that are no padding."""
     model, seen = tiny_model(), []
-    found = conversion.convert(model, 16, "relu")
-    for ffn in found:
+    actual = conversion.convert(model, 16, "relu")
+    for ffn in actual:
         ffn.router = routers.random_router(64, 8, ffn.num_experts, torch.Generator().manual_seed(0), outer="abs")
     plain = copy.deepcopy(model)
 
@@ -156,7 +156,7 @@ def test_labels_are_float32_and_of_real_tokens(precision, tmp_path):
         {**node, "steps": 1, **QUICK_TRAINING, "warmup": 0, "precision": precision}, "t", [], Training
     )
     data = type("Data", (), {"fit": Padded()})
-    routers.fit_routers(model, found, label, torch.nn.functional.mse_loss, data, settings, work(tmp_path))
+    routers.fit_routers(model, actual, label, torch.nn.functional.mse_loss, data, settings, work(tmp_path))
     batch, expected = Padded()[order(12, 0, 0)[:8]], []
 
     def see(ffn, x, z, a, x1):
@@ -178,10 +178,10 @@ def test_norms_ignore_autocast():
 
 
 def test_moefication_labels():
-    found = conversion.convert(tiny_model(), 16, "relu")[0]
+    actual = conversion.convert(tiny_model(), 16, "relu")[0]
     x1 = torch.randn(2, 3, 160)
     sums = x1.abs().view(2, 3, 10, 16).sum(-1)
-    torch.testing.assert_close(activation_labels(found, x1), sums / sums.max())
+    torch.testing.assert_close(activation_labels(actual, x1), sums / sums.max())
 
 
 def test_kept_experts_are_rounded_not_truncated():
@@ -197,9 +197,9 @@ def test_a_fit_trains_routers_on_the_methods_own_labels(name, data, tmp_path, mo
     """D2DMoE: norms of the experts' outputs. MoEfication: sums of activations, over the largest of the batch."""
     given, right = {}, routers.fit_routers
 
-    def watched(module, found, label, loss, *rest):
+    def watched(module, actual, label, loss, *rest):
         given.update(label=label, loss=loss)
-        return right(module, found, label, loss, *rest)
+        return right(module, actual, label, loss, *rest)
 
     monkeypatch.setattr(routers, "fit_routers", watched)
     method(name, train=None, router=2).fit(Loaded(tiny_model(), None, {}), data, work(tmp_path))
@@ -234,8 +234,8 @@ def scored(trained, tmp_path, rule, value, keep=None, routing="trained"):
     model = chosen.apply(tiny_model(), state, work(tmp_path))
     routers.harden(model, rule, value, keep=keep, routing=routing)
     quality, counters = language_quality(model, data.test, None, 8)
-    found = sparsity.summarise(model, counters)
-    return quality["nll"], sum(s.sparsity for s in found.values()) / len(found)
+    actual = sparsity.summarise(model, counters)
+    return quality["nll"], sum(s.sparsity for s in actual.values()) / len(actual)
 
 
 def test_oracle_beats_the_trained_router_beats_a_random_one(trained, tmp_path):
@@ -287,12 +287,12 @@ def test_attention_projections_become_experts_of_a_vision_transformer(tmp_path):
     sites = {s.name for b in find_blocks(dense) for s in b.sites.values()}
     state = chosen.fit(Loaded(dense, None, {}), data, work(tmp_path))
     model = chosen.apply(tiny_vit(), state, work(tmp_path))
-    found = conversion.ffns(model)
-    assert {f.site for f in found} == {f"{i}.{r}" for i in (0, 1) for r in ("q", "k", "v", "o", "ffn")}
+    actual = conversion.ffns(model)
+    assert {f.site for f in actual} == {f"{i}.{r}" for i in (0, 1) for r in ("q", "k", "v", "o", "ffn")}
     _, counters = classification_quality(model, data.test, None, 8)
     measured = sparsity.summarise(model, counters)
     assert set(measured) == sites
-    costs = {k: v for f in found for k, v in f.costs(measured).items()}
+    costs = {k: v for f in actual for k, v in f.costs(measured).items()}
     assert costs["0.q"].dense_macs == 32 * 32 and costs["0.q"].overhead_macs == 128 * (32 + 4)
     assert costs["0.fc1"].dense_macs == 32 * 64
 

@@ -212,8 +212,8 @@ def test_the_control_has_the_steps_and_candidates_of_dual(trained, tmp_path, mon
     monkeypatch.setattr("sparsebench.methods.dstf.method.train", counted)
     for variant in ("dual", "finetune"):
         taken[variant] = []
-        found = fitted(method(f"method.stages={variant}"), trained, tmp_path / variant).info["extra"]["dstf"]["search"]
-        assert len([r for r in found if r["stage"] == 3]) == 2
+        actual = fitted(method(f"method.stages={variant}"), trained, tmp_path / variant).info["extra"]["dstf"]["search"]
+        assert len([r for r in actual if r["stage"] == 3]) == 2
     assert (
         sum(steps for _, steps, _ in taken["dual"])
         == sum(steps for _, steps, _ in taken["finetune"])
@@ -237,11 +237,11 @@ def test_the_sparsest_admissible_strength_is_chosen(trained, tmp_path):
 def test_each_regulariser_makes_maps_sparser(name, trained, tmp_path):
     """Check 9 in small: at 1e5 times the (tiny) cross-entropy on dev every regulariser beats plain fine-tuning's zeros."""
     overrides = (f"method.regulariser={name}", "method.stages=activation", "method.strengths=[1.0e+5]")
-    found = fitted(method(*overrides, steps=60), trained, tmp_path / name).info["extra"]["dstf"]["search"][-1]
+    actual = fitted(method(*overrides, steps=60), trained, tmp_path / name).info["extra"]["dstf"]["search"][-1]
     control = fitted(method("method.stages=finetune", steps=60), trained, tmp_path / "c").info["extra"]["dstf"][
         "search"
     ][-1]
-    assert found["map_sparsity"] > control["map_sparsity"] + 0.2
+    assert actual["map_sparsity"] > control["map_sparsity"] + 0.2
 
 
 def test_variants_train_what_they_say(trained, tmp_path):
@@ -275,7 +275,7 @@ def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     """Check 10: pooled and layer-mean by hand; a tiny positive value is no zero."""
     module, data = network(trained), tiny_images()
     _, maps = quality.classification_quality(module, data.test, None, 16)
-    found = image_classification.shares(maps)
+    actual = image_classification.shares(maps)
     seen = {}
     for layer in maps_of(module):
         layer.register_forward_hook(lambda m, _, y: seen.__setitem__(m.site, y))
@@ -283,11 +283,11 @@ def test_map_sparsity_is_counted_in_eval_mode_by_exact_zeros(trained):
     with torch.no_grad():
         module(batch.inputs)
     zeros = {site: float((y == 0).float().mean()) for site, y in seen.items()}
-    assert {s: v["sparsity"] for s, v in found["per_site"].items()} == pytest.approx(zeros)
-    assert found["layer_mean"] == pytest.approx(sum(zeros.values()) / 3)
+    assert {s: v["sparsity"] for s, v in actual["per_site"].items()} == pytest.approx(zeros)
+    assert actual["layer_mean"] == pytest.approx(sum(zeros.values()) / 3)
     elements = sum(y.numel() for y in seen.values())
-    assert found["model_wide"] == pytest.approx(sum(zeros[s] * y.numel() for s, y in seen.items()) / elements)
-    assert found["model_wide"] != pytest.approx(found["layer_mean"], abs=1e-3)
+    assert actual["model_wide"] == pytest.approx(sum(zeros[s] * y.numel() for s, y in seen.items()) / elements)
+    assert actual["model_wide"] != pytest.approx(actual["layer_mean"], abs=1e-3)
     layer = next(maps_of(tiny_cnn()))
     layer.counter = layer.new_counter()
     layer(torch.tensor([[1e-30, 0.0, -1.0, 5.0]]))
@@ -309,12 +309,12 @@ def test_fatrelu_keeps_the_last_threshold_that_passed_and_the_global_budget(trai
         return quality.classification_quality(module, data.dev, None, 16)[0]["accuracy"]
 
     start = accuracy()
-    found = fatrelu.search(module, accuracy, budget=0.1, upper=1.0, tolerance=1e-3)
-    assert {m.site: m.threshold for m in maps_of(module)} == found
-    assert accuracy() >= start - 0.1 and any(t > 0 for t in found.values())
+    actual = fatrelu.search(module, accuracy, budget=0.1, upper=1.0, tolerance=1e-3)
+    assert {m.site: m.threshold for m in maps_of(module)} == actual
+    assert accuracy() >= start - 0.1 and any(t > 0 for t in actual.values())
     for layer in maps_of(module):  # where bisection stopped short of the end, a little more costs too much
-        if found[layer.site] < 1.0:
-            assert found[layer.site] == pytest.approx(round(found[layer.site] * 1024) / 1024)
+        if actual[layer.site] < 1.0:
+            assert actual[layer.site] == pytest.approx(round(actual[layer.site] * 1024) / 1024)
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.3, 0.55, 0.8])
@@ -327,10 +327,10 @@ def test_fatrelu_bisects_to_a_known_threshold(limit):
         tried.append(layer.threshold or 0)
         return 1.0 if tried[-1] <= limit else 0.0
 
-    found = fatrelu.search(module, accuracy, budget=0.0, upper=1.0, tolerance=1e-3)
-    assert limit - 1e-3 <= found[layer.site] <= limit
-    assert {m.site: m.threshold for m in maps_of(module)} == found
-    assert found[layer.site] == max(t for t in tried if t <= limit)
+    actual = fatrelu.search(module, accuracy, budget=0.0, upper=1.0, tolerance=1e-3)
+    assert limit - 1e-3 <= actual[layer.site] <= limit
+    assert {m.site: m.threshold for m in maps_of(module)} == actual
+    assert actual[layer.site] == max(t for t in tried if t <= limit)
 
 
 def test_fatrelu_keeps_values_at_the_threshold():

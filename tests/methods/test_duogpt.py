@@ -36,10 +36,10 @@ def layer(rows=24, k=32, tokens=400, drift=0.3, share=0.5, seed=0):
 
 
 def statistics(dense, sparse, dtype=torch.float64) -> Statistics:
-    found = Statistics.empty(dense.shape[1], dtype=dtype)
+    actual = Statistics.empty(dense.shape[1], dtype=dtype)
     for i in range(0, len(dense), 96):  # streamed
-        found.add(sparse[i : i + 96], dense[i : i + 96])
-    return found
+        actual.add(sparse[i : i + 96], dense[i : i + 96])
+    return actual
 
 
 def sparsegpt(weight, x, share, damping, block):
@@ -66,10 +66,10 @@ def sparsegpt(weight, x, share, damping, block):
 def test_alpha_zero_is_sparsegpt_on_the_sparse_inputs(block):
     """Check 2, against an independent SparseGPT, and check 12: H is of the masked inputs."""
     W, dense, sparse = layer()
-    found = pruning.prune(W, statistics(dense, sparse), Rule(0.5, alpha=0.0, damping=0.05, block=block))
-    torch.testing.assert_close(found, sparsegpt(W, sparse, 0.5, 0.05, block), rtol=1e-8, atol=1e-10)
+    actual = pruning.prune(W, statistics(dense, sparse), Rule(0.5, alpha=0.0, damping=0.05, block=block))
+    torch.testing.assert_close(actual, sparsegpt(W, sparse, 0.5, 0.05, block), rtol=1e-8, atol=1e-10)
     other = sparsegpt(W, dense, 0.5, 0.05, block)
-    assert (found - other).abs().max() > 1e-3
+    assert (actual - other).abs().max() > 1e-3
 
 
 def test_without_drift_the_correction_is_nothing_bit_for_bit():
@@ -93,8 +93,8 @@ def test_first_maps_of_the_model_equal_sparsegpt_without_activation_sparsity(dat
 def test_pure_correction_brings_the_output_nearer(alpha):
     """Check 3: p_w = 0."""
     W, dense, sparse = layer()
-    found = pruning.prune(W, statistics(dense, sparse), Rule(0.0, alpha=alpha, damping=1e-6))
-    before, after = ((dense @ W.T - sparse @ w.T).norm() for w in (W, found))
+    actual = pruning.prune(W, statistics(dense, sparse), Rule(0.0, alpha=alpha, damping=1e-6))
+    before, after = ((dense @ W.T - sparse @ w.T).norm() for w in (W, actual))
     assert after < before
 
 
@@ -106,8 +106,8 @@ def closed_form_case():
     dense[:, 0] += torch.randn(60, dtype=torch.float64)
     w = torch.randn(1, 12, dtype=torch.float64)
     w[0, 0] = 1e-3  # by far the smallest score: this one is pruned
-    found = statistics(dense, sparse)
-    return w, dense, sparse, found
+    actual = statistics(dense, sparse)
+    return w, dense, sparse, actual
 
 
 def constrained(w, dense, sparse):
@@ -121,8 +121,8 @@ def constrained(w, dense, sparse):
 
 def test_update_is_the_constrained_least_squares_solution():
     """Check 4, fp64, k = 12, no damping."""
-    w, dense, sparse, found = closed_form_case()
-    pruned = pruning.prune(w, found, Rule(1 / 12 + 1e-6, alpha=1.0, damping=1e-300))
+    w, dense, sparse, actual = closed_form_case()
+    pruned = pruning.prune(w, actual, Rule(1 / 12 + 1e-6, alpha=1.0, damping=1e-300))
     delta, _ = constrained(w, dense, sparse)
     assert pruned[0, 0] == 0 and (pruned != 0).sum() == 11
     assert float((pruned[0] - w[0] - delta).abs().max()) < 1e-10
@@ -130,9 +130,9 @@ def test_update_is_the_constrained_least_squares_solution():
 
 def test_score_is_the_loss_of_that_solution():
     """Check 4, second half: w^2 (1/U^2 + a - b + 2c) is the least squares loss."""
-    w, dense, sparse, found = closed_form_case()
-    U = inverse_factor(found.H, 1e-300)
-    _, extra = correction(U, found.G, found.a, 1.0)
+    w, dense, sparse, actual = closed_form_case()
+    U = inverse_factor(actual.H, 1e-300)
+    _, extra = correction(U, actual.G, actual.a, 1.0)
     score = float(w[0, 0] ** 2 * (1 / U[0, 0] ** 2 + extra[0]))
     assert score == pytest.approx(constrained(w, dense, sparse)[1], rel=1e-9)
 
@@ -140,12 +140,12 @@ def test_score_is_the_loss_of_that_solution():
 def test_result_does_not_depend_on_the_block_size():
     """Check 5, fp64 with masks that don't depend on it either (2:4); the released code's lazy update does depend."""
     W, dense, sparse = layer(k=64)
-    found = statistics(dense, sparse)
-    whole = pruning.prune(W, found, Rule(0.5, pattern="2:4", alpha=1.0, block=64))
+    actual = statistics(dense, sparse)
+    whole = pruning.prune(W, actual, Rule(0.5, pattern="2:4", alpha=1.0, block=64))
     for block in (4, 8, 32):
-        lazy = pruning.prune(W, found, Rule(0.5, pattern="2:4", alpha=1.0, block=block))
+        lazy = pruning.prune(W, actual, Rule(0.5, pattern="2:4", alpha=1.0, block=block))
         assert float((lazy - whole).abs().max()) < 1e-12
-    other = pruning.prune(W, found, Rule(0.5, pattern="2:4", alpha=1.0, block=8, compat_lazy=True))
+    other = pruning.prune(W, actual, Rule(0.5, pattern="2:4", alpha=1.0, block=8, compat_lazy=True))
     assert float((other - whole).abs().max()) > 1e-4
 
 
@@ -155,10 +155,10 @@ def test_zeros_per_block_are_exact(order, share):
     """Check 6: floor(p_w n columns) in every block of columns, the last one pro rata."""
     W, dense, sparse = layer(rows=7, k=40)
     stats = statistics(dense, sparse)
-    found = pruning.prune(W, stats, Rule(share, order=order, block=16, alpha=0.125))
+    actual = pruning.prune(W, stats, Rule(share, order=order, block=16, alpha=0.125))
     columns = stats.H.diagonal().argsort(descending=True, stable=True) if order == "diag" else torch.arange(40)
     for part in columns.split(16):
-        assert int((found[:, part] == 0).sum()) == int(share * 7 * len(part) + 1e-9)
+        assert int((actual[:, part] == 0).sum()) == int(share * 7 * len(part) + 1e-9)
 
 
 @pytest.mark.parametrize(("pattern", "n", "m"), [("2:4", 2, 4), ("4:8", 4, 8)])
@@ -166,36 +166,36 @@ def test_groups_are_exact(pattern, n, m):
     """Check 6: n zeros of every m neighbours, in the second-order and in the magnitude pattern."""
     W, dense, sparse = layer()
     rule = Rule(0.5, pattern=pattern, alpha=0.125)
-    for found in (pruning.prune(W, statistics(dense, sparse), rule), pruning.magnitude(W, rule)):
-        assert torch.all((found.view(24, -1, m) == 0).sum(-1) == n)
+    for actual in (pruning.prune(W, statistics(dense, sparse), rule), pruning.magnitude(W, rule)):
+        assert torch.all((actual.view(24, -1, m) == 0).sum(-1) == n)
 
 
 def test_magnitude_keeps_the_largest():
     weight = torch.randn(9, 16)
-    found = pruning.magnitude(weight, Rule(0.5))
-    assert int((found == 0).sum()) == 72 and weight[found == 0].abs().max() <= found[found != 0].abs().min()
+    actual = pruning.magnitude(weight, Rule(0.5))
+    assert int((actual == 0).sum()) == 72 and weight[actual == 0].abs().max() <= actual[actual != 0].abs().min()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.65])
 def test_kept_inputs_per_token(share):
     """Check 7: D - int(D p_x) without ties, and p_x = 0 is the identity."""
     x = torch.randn(3, 5, 64)
-    found = method(sparsity=share).pruned_input(x)
-    assert torch.all((found != 0).sum(-1) == 64 - int(64 * share))
-    assert torch.equal(found, x) == (share == 0)
+    actual = method(sparsity=share).pruned_input(x)
+    assert torch.all((actual != 0).sum(-1) == 64 - int(64 * share))
+    assert torch.equal(actual, x) == (share == 0)
     limit = x.abs().sort(-1).values[..., int(64 * share)]
-    assert torch.equal(found != 0, x.abs() >= limit[..., None])  # tau = sorted |x| at int(D p_x), kept where >=
+    assert torch.equal(actual != 0, x.abs() >= limit[..., None])  # tau = sorted |x| at int(D p_x), kept where >=
 
 
 def test_statistics_are_streamed_symmetric_and_positive():
     """Check 8, and that pieces add up to the whole."""
     _, dense, sparse = layer()
-    found = statistics(dense, sparse)
-    torch.testing.assert_close(found.H, sparse.T @ sparse / len(sparse))
-    torch.testing.assert_close(found.G, (dense - sparse).T @ sparse / len(sparse))
-    torch.testing.assert_close(found.a, (dense - sparse).square().mean(0))
-    assert torch.allclose(found.H, found.H.T) and torch.linalg.eigvalsh(found.H).min() > -1e-10
-    P, _ = correction(inverse_factor(found.H, 0.05), found.G, found.a, 1.0)
+    actual = statistics(dense, sparse)
+    torch.testing.assert_close(actual.H, sparse.T @ sparse / len(sparse))
+    torch.testing.assert_close(actual.G, (dense - sparse).T @ sparse / len(sparse))
+    torch.testing.assert_close(actual.a, (dense - sparse).square().mean(0))
+    assert torch.allclose(actual.H, actual.H.T) and torch.linalg.eigvalsh(actual.H).min() > -1e-10
+    P, _ = correction(inverse_factor(actual.H, 0.05), actual.G, actual.a, 1.0)
     assert P.any() and not P.tril().any()
 
 
@@ -204,9 +204,9 @@ def test_correction_helps_at_equal_damping_for_most_layers():
     better, gains = 0, []
     for seed in range(12):
         W, dense, sparse = layer(seed=seed)
-        found = statistics(dense, sparse)
+        actual = statistics(dense, sparse)
         errors = [
-            float((dense @ W.T - sparse @ pruning.prune(W, found, Rule(0.5, alpha=a, block=8)).T).norm())
+            float((dense @ W.T - sparse @ pruning.prune(W, actual, Rule(0.5, alpha=a, block=8)).T).norm())
             for a in (0.0, 1.0)
         ]
         gains.append(1 - errors[1] / errors[0])
@@ -285,8 +285,8 @@ def test_both_sparsities_and_what_both_leave_are_reported(name, data, tmp_path):
     for hook in hooks:
         hook.remove()
     measured = sparsity.summarise(model, counters, rule.prunes)
-    found = language_modeling.describe_sparsity(rule.requested, measured, dense, sparsity.zero_weights(model))
-    assert found["weights"] == pytest.approx(0.5, abs=2e-3) and found["model_wide"] == pytest.approx(0.25)
+    actual = language_modeling.describe_sparsity(rule.requested, measured, dense, sparsity.zero_weights(model))
+    assert actual["weights"] == pytest.approx(0.5, abs=2e-3) and actual["model_wide"] == pytest.approx(0.25)
     counted, _ = accounted(dense, model, measured, context=1, skips=True)
     assert counted["parts"]["blocks_sparse"] - counted["overhead"] == pytest.approx(products / tokens)
     blocks = counted["parts"]["blocks_dense"]

@@ -60,14 +60,14 @@ def test_open_gates_are_the_dense_model():
 @torch.no_grad()
 def test_closed_gates_give_the_output_bias_exactly():
     model = tiny_model("gpt2")
-    found = conversion.convert(model, 16, None)
-    for ffn in found:
+    actual = conversion.convert(model, 16, None)
+    for ffn in actual:
         ffn.last_bias.data.normal_()
         ffn.router = random_router(64, None, ffn.num_experts, torch.Generator())
     set_logits(model, -1)
     harden(model, "above", 0.5)
-    y = found[0](torch.randn(2, 3, 64))
-    assert torch.equal(y, found[0].last_bias.expand(2, 3, -1))
+    y = actual[0](torch.randn(2, 3, 64))
+    assert torch.equal(y, actual[0].last_bias.expand(2, 3, -1))
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (7, 2), (3, 5, 6)])
@@ -122,11 +122,11 @@ def test_a_fit_trains_soft_gates_first_then_hard_ones_with_frozen_routers(data, 
     seen, right = {}, lte.train
 
     def watched(module, *arguments, label, **named):
-        found = conversion.ffns(module)
-        before = [f.router.first.detach().clone() for f in found]
-        modes, learning = {f.mode for f in found}, {f.router.first.requires_grad for f in found}
+        actual = conversion.ffns(module)
+        before = [f.router.first.detach().clone() for f in actual]
+        modes, learning = {f.mode for f in actual}, {f.router.first.requires_grad for f in actual}
         history = right(module, *arguments, label=label, **named)
-        same = all(torch.equal(b, f.router.first) for b, f in zip(before, found, strict=True))
+        same = all(torch.equal(b, f.router.first) for b, f in zip(before, actual, strict=True))
         seen[label] = (modes, learning, same, bool(named["penalty"]))
         return history
 
@@ -187,20 +187,20 @@ class Fits:
         self.data = type(
             "Data", (), {"fit": Rows(windows[:64]), "dev": Rows(windows[64:80]), "test": Rows(windows[80:110])}
         )
-        self.folder, self.found = folder, {}
+        self.folder, self.record = folder, {}
 
     def __call__(self, **changes):
         key = str(changes)
-        if key not in self.found:
+        if key not in self.record:
             chosen = method(steps=60, router_std=0.1, experts={"size": 8, "by": "kmeans", "rounds": 2}, **changes)
-            state = chosen.fit(Loaded(tiny_model(), None, {}), self.data, work(self.folder / str(len(self.found))))
-            self.found[key] = (state, chosen.apply(tiny_model(), state, work(self.folder)))
-        return self.found[key]
+            state = chosen.fit(Loaded(tiny_model(), None, {}), self.data, work(self.folder / str(len(self.record))))
+            self.record[key] = (state, chosen.apply(tiny_model(), state, work(self.folder)))
+        return self.record[key]
 
     def shares(self, model):
         quality, counters = language_quality(model, self.data.test, None, 8)
-        found = sparsity.summarise(model, counters)
-        return quality["nll"], {n: s.sparsity for n, s in found.items() if n.endswith(".down")}
+        actual = sparsity.summarise(model, counters)
+        return quality["nll"], {n: s.sparsity for n, s in actual.items() if n.endswith(".down")}
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,11 @@ def test_sparsity_rises_with_eta(fits):
 
 def test_separability_leaves_fewer_undecided_scores(fits):
     """F3: share of scores in [0.4, 0.6]; logged beside the flip rate and the quality at the switch."""
-    found = {lam: fits(eta=1.0, lam=lam)[0].info["extra"]["routing"] for lam in (0.0, 0.5)}
-    assert found[0.5]["undecided"] < found[0.0]["undecided"]
-    assert 0 <= found[0.5]["flip_rate"] <= 1
-    assert {"dev_soft", "dev_at_the_switch", "dev_adapted", "epsilon"} <= set(found[0.5])
-    assert found[0.5]["dev_soft"]["sparsity"] == 0
+    values = {lam: fits(eta=1.0, lam=lam)[0].info["extra"]["routing"] for lam in (0.0, 0.5)}
+    assert values[0.5]["undecided"] < values[0.0]["undecided"]
+    assert 0 <= values[0.5]["flip_rate"] <= 1
+    assert {"dev_soft", "dev_at_the_switch", "dev_adapted", "epsilon"} <= set(values[0.5])
+    assert values[0.5]["dev_soft"]["sparsity"] == 0
 
 
 def test_learned_router_beats_a_random_one_and_layers_differ(fits):

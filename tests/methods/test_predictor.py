@@ -40,8 +40,8 @@ def test_measures_by_hand():
     one = Fixed(torch.zeros(1, 4), torch.zeros(4, 1), torch.zeros(1), torch.zeros(4))
     x = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, -1.0]])
     active = torch.tensor([[True, False, True, False], [True, False, False, False]])
-    found = predictor.measures(one, x, active)
-    assert found == {"recall": 2 / 3, "predicted_sparsity": 1 - 3 / 8, "sparsity": 1 - 3 / 8}
+    actual = predictor.measures(one, x, active)
+    assert actual == {"recall": 2 / 3, "predicted_sparsity": 1 - 3 / 8, "sparsity": 1 - 3 / 8}
 
 
 def test_labels_are_all_active_neurons_negative_products_included():
@@ -60,8 +60,8 @@ def test_learns_a_rule_it_can_express():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 16, generator=generator)
     active = x @ torch.randn(16, 40, generator=generator) > 1.5
-    one, found = predictor.train_one(x, active, settings(epochs=20), seed=0)
-    assert found["recall"] > 0.9 and found["predicted_sparsity"] > 0.5 * found["sparsity"]
+    one, record = predictor.train_one(x, active, settings(epochs=20), seed=0)
+    assert record["recall"] > 0.9 and record["predicted_sparsity"] > 0.5 * record["sparsity"]
     again, _ = predictor.train_one(x, active, settings(epochs=20), seed=0)
     assert torch.equal(one.first, again.first)
 
@@ -78,8 +78,8 @@ def test_the_epoch_with_the_best_held_out_recall_is_kept(monkeypatch):
         return {"recall": recalls[len(at_epoch) - 1], "predicted_sparsity": 0.5, "sparsity": 0.7}
 
     monkeypatch.setattr(predictor, "measures", scripted)
-    one, found = predictor.train_one(x, active, settings(epochs=4), seed=0)
-    assert (found["recall"], found["epoch"]) == (0.8, 1)
+    one, actual = predictor.train_one(x, active, settings(epochs=4), seed=0)
+    assert (actual["recall"], actual["epoch"]) == (0.8, 1)
     assert torch.equal(one.first, at_epoch[1]) and not torch.equal(one.first, at_epoch[3])
 
 
@@ -145,7 +145,7 @@ def test_predictors_are_of_the_threshold_in_use(tmp_path):
         loaded = Loaded(tiny_model(), tiny_tokenizer(), {})
         fits[name] = settings.method, settings.method.fit(loaded, data(), work(tmp_path / name))
     assert keys["exact"] == keys["own"] != keys["zero"]
-    assert [found.info["predictor_threshold"] for _, found in fits.values()] == [0.3, 0.3, 0.0]
+    assert [actual.info["predictor_threshold"] for _, actual in fits.values()] == [0.3, 0.3, 0.0]
     with pytest.raises(ValueError, match=r"threshold must be 0.3 with this state's predictors, got 0"):
         fits["zero"][0].apply(tiny_model(), fits["own"][1], work(tmp_path))
     assert fits["zero"][0].apply(tiny_model(), fits["zero"][1], work(tmp_path)) is not None

@@ -148,8 +148,8 @@ def test_thresholds_are_judged_on_dev(tmp_path):
     method = build("method.thresholds=[0.005]", "method.threshold=0")
     state = fitted(method, tmp_path)
     model = method.apply(tiny_model(), state, work(tmp_path))
-    found = quality.perplexity(model, data().dev.sequences(8), 4)["perplexity"]
-    assert state.info["extra"]["thresholds_on_dev"][0]["perplexity"] == pytest.approx(found, rel=1e-5)
+    actual = quality.perplexity(model, data().dev.sequences(8), 4)["perplexity"]
+    assert state.info["extra"]["thresholds_on_dev"][0]["perplexity"] == pytest.approx(actual, rel=1e-5)
 
 
 def test_threshold_is_an_operating_point(tmp_path):
@@ -159,8 +159,8 @@ def test_threshold_is_an_operating_point(tmp_path):
     chosen = method.apply(tiny_model(), state, work(tmp_path))
     method.threshold = 0.0
     plain = method.apply(tiny_model(), state, work(tmp_path))
-    found = [float(m.threshold) for model in (chosen, plain) for _, m in base.measured_modules(model)]
-    assert found == pytest.approx([0.3, 0.3, 0.0, 0.0])
+    values = [float(m.threshold) for model in (chosen, plain) for _, m in base.measured_modules(model)]
+    assert values == pytest.approx([0.3, 0.3, 0.0, 0.0])
     assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), plain.parameters(), strict=True))
 
 
@@ -221,7 +221,7 @@ def test_plain_ffns_train_too(control, tmp_path):
     method = build(f"method.control={control}")
     state = fitted(method, tmp_path, tiny_model("gpt2"))
     model = method.apply(tiny_model("gpt2"), state, work(tmp_path))
-    found = [site for site, _ in base.measured_modules(model)]
-    assert found == ([] if control == "continued" else ["0.ffn", "1.ffn"])
+    values = [site for site, _ in base.measured_modules(model)]
+    assert values == ([] if control == "continued" else ["0.ffn", "1.ffn"])
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.arange(8)[None], use_cache=False).logits).all()

@@ -45,17 +45,17 @@ def sparse_maps(model):
 def test_rho_one_is_teal_exactly(share, data, tmp_path):
     """Check 1: the same logits to the bit, no rank left over, no column norms in the score."""
     rule, teal = method(rho=1.0, sparsity=share), built("method", "method=teal", sparsity=share, prompt="all")
-    found = applied(rule, data, tmp_path)
+    actual = applied(rule, data, tmp_path)
     expected = teal.apply(tiny_model(), teal.fit(Loaded(tiny_model(), None, {}), data, work(tmp_path)), work(tmp_path))
-    assert torch.equal(logits(found, data.test.rows[:4]), logits(expected, data.test.rows[:4]))
-    assert all(m.low_rank is None and m.scale is None for m in sparse_maps(found).values())
+    assert torch.equal(logits(actual, data.test.rows[:4]), logits(expected, data.test.rows[:4]))
+    assert all(m.low_rank is None and m.scale is None for m in sparse_maps(actual).values())
 
 
 def test_rho_zero_is_a_truncated_svd(data, tmp_path):
     """Check 2: x W_r^T but for the inputs above every calibration score (fewer than one channel a token)."""
-    found = applied(method(rho=0.0, sparsity=0.5), data, tmp_path)
+    actual = applied(method(rho=0.0, sparsity=0.5), data, tmp_path)
     dense = {s.name: tiny_model().get_submodule(s.path) for b in find_blocks(tiny_model()) for s in b.sites.values()}
-    for site, sparse in sparse_maps(found).items():
+    for site, sparse in sparse_maps(actual).items():
         m, n = dense[site].weight.shape
         rank = split(m, n, 0.5, 0.0).rank
         u, s, v = torch.linalg.svd(dense[site].weight.double(), full_matrices=False)
@@ -63,9 +63,9 @@ def test_rho_zero_is_a_truncated_svd(data, tmp_path):
         x = torch.randn(1, 5, n) * 0.1 * float(sparse.threshold)
         x[sparse.keep(x)] = 0
         torch.testing.assert_close(sparse(x), (x.double() @ reduced.T).float(), rtol=1e-3, atol=1e-4)
-    _, counters = quality.language_quality(found, data.test, 16, 4)
-    measured = sparsity.summarise(found, counters)
-    assert all(measured[site].sparsity > 1 - 1 / sparse.weight.shape[1] for site, sparse in sparse_maps(found).items())
+    _, counters = quality.language_quality(actual, data.test, 16, 4)
+    measured = sparsity.summarise(actual, counters)
+    assert all(measured[site].sparsity > 1 - 1 / sparse.weight.shape[1] for site, sparse in sparse_maps(actual).items())
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20)])
@@ -81,8 +81,8 @@ def test_full_rank_is_dense_for_any_mask(shape, threshold):
 
 def test_no_sparsity_and_rho_one_is_dense(data, tmp_path):
     """Check 4."""
-    found = applied(method(sparsity=0.0, rho=1.0), data, tmp_path)
-    assert torch.equal(logits(found, data.test.rows[:3]), logits(tiny_model(), data.test.rows[:3]))
+    actual = applied(method(sparsity=0.0, rho=1.0), data, tmp_path)
+    assert torch.equal(logits(actual, data.test.rows[:3]), logits(tiny_model(), data.test.rows[:3]))
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
@@ -118,10 +118,10 @@ def test_budget_holds_for_every_matrix_with_its_true_shape(name):
 
 def test_budget_over_all_layers_is_reported(data, tmp_path):
     """Check 6, second half."""
-    found = fitted(method(rho=0.7), data, tmp_path).info["extra"]["budget"]
+    actual = fitted(method(rho=0.7), data, tmp_path).info["extra"]["budget"]
     total = sum(m * n for m, n in SHAPES["tiny"]) * 2
-    assert found["allowed"] == 0.5 * total and found["taken"] <= found["allowed"] < found["taken"] / 0.93
-    assert found["rho_mean"] == pytest.approx(0.7)
+    assert actual["allowed"] == 0.5 * total and actual["taken"] <= actual["allowed"] < actual["taken"] / 0.93
+    assert actual["rho_mean"] == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("score", ["abs", "abs_colnorm"])
@@ -139,8 +139,8 @@ def test_mask_sparsity_is_that_of_the_rule(score, data, tmp_path):
             )
         )
     logits(dense, data.fit.rows)
-    for name, found in shares.items():
-        assert 1 - float(torch.stack(found).mean()) == pytest.approx(0.52, abs=0.01), name
+    for name, actual in shares.items():
+        assert 1 - float(torch.stack(actual).mean()) == pytest.approx(0.52, abs=0.01), name
     model = rule.apply(tiny_model(), state, work(tmp_path))
     _, counters = quality.language_quality(model, data.test, None, 4)
     held_out = [s.sparsity for s in sparsity.summarise(model, counters).values()]
@@ -170,15 +170,15 @@ def sphere(x):
 def test_search_improves_never_worsens_and_repeats(tmp_path):
     """Check 9: best fitness does not increase; the same seed gives the same answer, another seed another."""
     settings = evolution.Evolution(**{**SEARCH, "population": 10, "generations": 6, "group": 3})
-    found, history = evolution.evolve(sphere, 10, settings, tmp_path / "a")
+    actual, history = evolution.evolve(sphere, 10, settings, tmp_path / "a")
     best = [row["best"] for row in history]
     assert best == sorted(best, reverse=True) and best[-1] < 0.8 * best[0]
-    assert best[-1] == sphere(found) and best[-1] <= sphere(torch.ones(10, dtype=torch.float64))
-    assert found.min() >= 0 and found.max() <= 1
+    assert best[-1] == sphere(actual) and best[-1] <= sphere(torch.ones(10, dtype=torch.float64))
+    assert actual.min() >= 0 and actual.max() <= 1
     again, same = evolution.evolve(sphere, 10, settings, tmp_path / "b")
-    assert torch.equal(found, again) and same == history
+    assert torch.equal(actual, again) and same == history
     other, _ = evolution.evolve(sphere, 10, dataclasses.replace(settings, seed=7), tmp_path / "c")
-    assert not torch.equal(found, other)
+    assert not torch.equal(actual, other)
 
 
 @pytest.mark.parametrize("calls", [3, 11, 17, 30])
@@ -196,8 +196,8 @@ def test_killed_search_goes_on_to_the_same_end(calls, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evolution.evolve(dies, 9, settings, tmp_path / "part")
-    found, again = evolution.evolve(sphere, 9, settings, tmp_path / "part")
-    assert torch.equal(found, expected) and again == history
+    actual, again = evolution.evolve(sphere, 9, settings, tmp_path / "part")
+    assert torch.equal(actual, expected) and again == history
 
 
 def test_child_differs_from_its_parent_in_one_group_only():
@@ -214,11 +214,11 @@ def test_searched_rho_is_no_worse_than_thresholding_and_reloads(data, tmp_path):
     model = tiny_model()
     state = rule.fit(Loaded(model, None, {}), data, work(tmp_path))
     assert torch.equal(logits(model, data.test.rows[:2]), logits(tiny_model(), data.test.rows[:2]))
-    found = state.info["extra"]["search"]
-    assert found["best"] <= found["rho=1"] and found["best"] == found["history"][-1]["best"]
+    actual = state.info["extra"]["search"]
+    assert actual["best"] <= actual["rho=1"] and actual["best"] == actual["history"][-1]["best"]
     rows = data.fit.rows[8:12]
     sparse = rule.apply(tiny_model(), state, work(tmp_path))
-    assert quality.perplexity(sparse, rows, 4)["perplexity"] == pytest.approx(found["best"], rel=1e-5)
+    assert quality.perplexity(sparse, rows, 4)["perplexity"] == pytest.approx(actual["best"], rel=1e-5)
     file = tmp_path / "rho.json"
     assert len(json.loads(file.read_text())) == 14
     again = method(rho_from="file", rho_file=str(file), calibration_tokens=256, sparsity=0.65)
@@ -248,8 +248,8 @@ def test_bad_rho_files_are_refused(tmp_path, data):
 def test_every_prompt_policy_can_generate(policy, data, tmp_path):
     """Check 10: prompt and one-token steps, where the released code can not generate."""
     model = applied(method(prompt=policy, rho=0.8), data, tmp_path)
-    found = model.generate(data.test.rows[:1, :12], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert found.shape[1] > 12
+    actual = model.generate(data.test.rows[:1, :12], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert actual.shape[1] > 12
 
 
 def test_bias_is_added_once(data, tmp_path):
@@ -300,8 +300,8 @@ def test_fast_kernel_serves_the_hybrid_map(score, data, tmp_path):
         x = torch.randn(1, 1, sparse.weight.shape[1]) * float(sparse.threshold + 0.1)
         rules = {"threshold": sparse.threshold, "scale": sparse.scale, "low_rank": sparse.low_rank}
         expected = masked_dense.input_sparse_linear(x, sparse.weight, sparse.bias, **rules)
-        found = cpu_numba.input_sparse_linear(x, sparse.weight, sparse.bias, **rules)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual = cpu_numba.input_sparse_linear(x, sparse.weight, sparse.bias, **rules)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["fused", "eager"])
@@ -314,6 +314,6 @@ def test_latency_of_a_hybrid_model_runs_the_skipping_kernel(engine, data, tmp_pa
     assert any(m.low_rank is not None for m in sparse_maps(model).values())
     assert engines.choose(model, worker.hardware) == engine
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
-    found = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
-    assert found["kernel"] == "cpu_numba" and found["decode"]["sparse_engine"] == engine
-    assert found["decode"]["speedup"] > 0 and 0 < found["parity_relative_error"] < 1e-4
+    actual = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
+    assert actual["kernel"] == "cpu_numba" and actual["decode"]["sparse_engine"] == engine
+    assert actual["decode"]["speedup"] > 0 and 0 < actual["parity_relative_error"] < 1e-4

@@ -70,9 +70,9 @@ def test_held_out_sparsity_is_reported_per_site(data, tmp_path):
     _, fit = fitted(teal, data, tmp_path)
     sparse = applied(teal, fit, tmp_path)
     _, counters = quality.language_quality(sparse, data.test, 16, 4)
-    found = sparsity.summarise(sparse, counters)
-    assert set(found) == {s.name for b in find_blocks(tiny_model()) for s in b.sites.values()}
-    assert all(abs(site.sparsity - 0.5) < 0.2 and site.sparsity != 0.5 for site in found.values())
+    actual = sparsity.summarise(sparse, counters)
+    assert set(actual) == {s.name for b in find_blocks(tiny_model()) for s in b.sites.values()}
+    assert all(abs(site.sparsity - 0.5) < 0.2 and site.sparsity != 0.5 for site in actual.values())
 
 
 def test_threshold_does_not_decrease_in_p(data, tmp_path):
@@ -80,8 +80,8 @@ def test_threshold_does_not_decrease_in_p(data, tmp_path):
     teal = method()
     _, fit = fitted(teal, data, tmp_path)
     for site in find_blocks(tiny_model())[1].sites.values():
-        found = [teal.threshold(fit, site, p / 50) for p in range(50)]
-        assert found == sorted(found)
+        values = [teal.threshold(fit, site, p / 50) for p in range(50)]
+        assert values == sorted(values)
 
 
 def test_uniform_shares_masks(data, tmp_path):
@@ -89,16 +89,16 @@ def test_uniform_shares_masks(data, tmp_path):
     teal = method(sparsity=0.5)
     _, fit = fitted(teal, data, tmp_path)
     sparse = applied(teal, fit, tmp_path)
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     for module in sparse.modules():
         if isinstance(module, InputSparseLinear):
-            module.register_forward_hook(lambda m, a, _: found.__setitem__(m.site, m.keep(a[0])))
+            module.register_forward_hook(lambda m, a, _: values.__setitem__(m.site, m.keep(a[0])))
     logits(sparse, data.test.rows[:2])
     for layer in (0, 1):
-        assert torch.equal(found[f"{layer}.q"], found[f"{layer}.k"]) and torch.equal(
-            found[f"{layer}.q"], found[f"{layer}.v"]
+        assert torch.equal(values[f"{layer}.q"], values[f"{layer}.k"]) and torch.equal(
+            values[f"{layer}.q"], values[f"{layer}.v"]
         )
-        assert torch.equal(found[f"{layer}.gate"], found[f"{layer}.up"])
+        assert torch.equal(values[f"{layer}.gate"], values[f"{layer}.up"])
 
 
 SHAPES = {  # model: (hidden, intermediate, heads, key-value heads), N / n_q
@@ -176,10 +176,10 @@ def test_greedy_error_is_the_block_output_distance(data, family, tmp_path):
     table = tables[1]
     with torch.no_grad():
         for row, shares in enumerate(table.sparsity.tolist()):
-            found = distance(dict(zip(table.roles, shares, strict=True)))
-            assert float(table.greedy_error[row]) == pytest.approx(found, rel=1e-4)
-            found = distance(dict.fromkeys(table.roles, float(table.effective[row])))
-            assert float(table.uniform_error[row]) == pytest.approx(found, rel=1e-4)
+            actual = distance(dict(zip(table.roles, shares, strict=True)))
+            assert float(table.greedy_error[row]) == pytest.approx(actual, rel=1e-4)
+            actual = distance(dict.fromkeys(table.roles, float(table.effective[row])))
+            assert float(table.uniform_error[row]) == pytest.approx(actual, rel=1e-4)
 
 
 def test_greedy_search_goes_on_after_the_blocks_it_finished(data, tmp_path, monkeypatch):
@@ -215,22 +215,22 @@ def test_policies_coincide_on_one_token(data, tmp_path):
     teal = method(sparsity=0.5)
     _, fit = fitted(teal, data, tmp_path)
     token = data.test.rows[:1, :1]
-    found = [
+    values = [
         logits(applied(method(sparsity=0.5, prompt=p), fit, tmp_path), token) for p in ("half", "p99", "all", "none")
     ]
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(values[0], other) for other in values[1:])
 
 
 def test_policies_differ_on_prompts_and_order_is_logged(data, tmp_path, capsys):
     """Check 13: perplexity of none <= p99 is expected; logged, not asserted."""
     teal = method(sparsity=0.6)
     _, fit = fitted(teal, data, tmp_path)
-    found = {}
+    values = {}
     for policy in ("none", "half", "p99", "all"):
         sparse = applied(method(sparsity=0.6, prompt=policy), fit, tmp_path)
-        found[policy] = quality.perplexity(sparse, data.test.rows, 8)["perplexity"]
-    print("perplexity by prompt policy:", found)
-    assert len(set(found.values())) == 4
+        values[policy] = quality.perplexity(sparse, data.test.rows, 8)["perplexity"]
+    print("perplexity by prompt policy:", values)
+    assert len(set(values.values())) == 4
 
 
 def test_thresholds_serve_another_sparsity_without_calibrating_again(data, tmp_path):
@@ -318,8 +318,8 @@ def coarse(values, inner=20, reach=2.0):
 def test_thresholds_lie_between_the_bins_of_an_import(p):
     """Bins 0.2 wide: without going inside them 25 % asked were up to 31 % by count. Not symmetric on purpose."""
     values = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 2.2 - 0.8
-    found = abs_quantile(*coarse(values), p)
-    assert float((values.abs() <= found).double().mean()) == pytest.approx(p, abs=0.01)
+    actual = abs_quantile(*coarse(values), p)
+    assert float((values.abs() <= actual).double().mean()) == pytest.approx(p, abs=0.01)
 
 
 def test_beyond_the_last_inner_bin_an_import_is_refused():

@@ -150,9 +150,9 @@ def test_k_is_rounded_not_truncated():
 
 def test_annealing_ends_at_k():
     method = build("method.keep=0.1", "method.anneal=0.5", "method.train.steps=40")
-    found = [method.annealed(step, 160) for step in range(40)]
-    assert found[0] > 140 and found[18] > 16 and found[19:] == [16] * 21
-    assert found == sorted(found, reverse=True)
+    values = [method.annealed(step, 160) for step in range(40)]
+    assert values[0] > 140 and values[18] > 16 and values[19:] == [16] * 21
+    assert values == sorted(values, reverse=True)
     assert build("method.anneal=0").annealed(0, 160) == 16
 
 
@@ -185,9 +185,9 @@ def test_trained_state_rebuilds_the_sparse_model(variant, tmp_path):
     state = fitted(method, tmp_path)
     model = method.apply(tiny_model(), state, work(tmp_path))
     _, counters = quality.language_quality(model, data().test, None, 4)
-    found = sparsity.summarise(model, counters)
-    assert len(found) == (14 if variant == "qsparse" else 4)
-    for name, share in found.items():
+    actual = sparsity.summarise(model, counters)
+    assert len(actual) == (14 if variant == "qsparse" else 4)
+    for name, share in actual.items():
         low = 0.60 if variant == "stat" else 0.745
         assert low <= share.sparsity, name  # ReLU may leave fewer than k
         assert variant == "lazy" or share.sparsity <= 0.9

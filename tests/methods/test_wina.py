@@ -68,21 +68,21 @@ def test_measured_sparsity_is_exact_on_held_out_text(name, data, tmp_path):
     rule = method(name, sparsity=0.5)
     model = applied(rule, data, tmp_path)
     _, counters = quality.language_quality(model, data.test, 8, 4)
-    for site, found in sparsity.summarise(model, counters).items():
+    for site, actual in sparsity.summarise(model, counters).items():
         linear = next(m for m in model.modules() if getattr(m, "site", None) == site)
-        assert found.sparsity == pytest.approx(1 - linear.top_k / linear.weight.shape[1], abs=1e-12)
+        assert actual.sparsity == pytest.approx(1 - linear.top_k / linear.weight.shape[1], abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_rotation_changes_no_logit(kind, data):
     """Check 3: at sparsity 0 logits differ by less than 1e-3 and the same token is most likely, on 1280 tokens."""
     rows = data.test.rows[:40]
-    expected, found = logits(shaped(kind), rows), logits(rotated_model(kind)[0], rows)
+    expected, actual = logits(shaped(kind), rows), logits(rotated_model(kind)[0], rows)
     assert expected.abs().max() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
     top = expected.topk(2, -1).values
     clear = top[..., 0] - top[..., 1] > 2e-3
-    assert clear.float().mean() > 0.9 and torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
+    assert clear.float().mean() > 0.9 and torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 def test_subtracting_a_mean_from_the_embedding_would_change_logits(data):
@@ -154,10 +154,10 @@ def test_column_norms_are_those_of_the_folded_and_rotated_weights(scope, data, t
             if scope == "k_gate" and role not in ("k", "gate"):
                 assert f"scale.{site.name}" not in state.tensors
                 continue
-            found = state.tensors[f"scale.{site.name}"]
-            torch.testing.assert_close(found, column_norms(rotated.get_submodule(site.path).weight))
+            actual = state.tensors[f"scale.{site.name}"]
+            torch.testing.assert_close(actual, column_norms(rotated.get_submodule(site.path).weight))
             old = column_norms(weight_of(shaped().get_submodule(site.path)))
-            plain += float((found - old).abs().max()) > 1e-3
+            plain += float((actual - old).abs().max()) > 1e-3
     assert plain >= 4
 
 
@@ -176,13 +176,13 @@ def test_macs_include_rotation_head_scale_and_selection(data, tmp_path):
     dense = macs.dense_sites(shaped())
     model = applied(rule, data, tmp_path)
     _, counters = quality.language_quality(model, data.test, 4, 4)
-    found, traffic = accounted(dense, model, sparsity.summarise(model, counters), context=1, skips=True)
+    actual, traffic = accounted(dense, model, sparsity.summarise(model, counters), context=1, skips=True)
     d, f, kv, vocabulary, layers = 64, 160, 32, 320, 2
     kept = layers * ((2 * d * d + 2 * d * kv) // 2 + (3 * d * f) // 2)
     rotation, selection, scale = layers * 2 * d * d, layers * (6 * d + f), layers * 2 * d
-    assert found["overhead"] == rotation + selection + scale
-    assert found["sparse"] == kept + rotation + selection + scale + vocabulary * d + layers * 2 * 4 * 16
-    assert found["executed"] == found["sparse"]
+    assert actual["overhead"] == rotation + selection + scale
+    assert actual["sparse"] == kept + rotation + selection + scale + vocabulary * d + layers * 2 * 4 * 16
+    assert actual["executed"] == actual["sparse"]
     assert traffic["sparse"] == 4 * (kept + rotation + vocabulary * d + layers * 2 * 2 * 16)
 
 
@@ -216,13 +216,13 @@ def mixed(seed):
 def test_the_result_does_not_depend_on_the_library(name, data, tmp_path, monkeypatch):
     """Under grouped queries most of k's basis is a null space; LaRoSA has one with fewer tokens than channels."""
     rule = method(name, sparsity=0.5, **({"calibration_tokens": 32} if name == "larosa" else {}))
-    found = [logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8])]
+    values = [logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8])]
     for seed in (1, 2):
         monkeypatch.setattr(rotated_norm, "eigen", mixed(seed))
-        found.append(logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8]))
+        values.append(logits(applied(rule, data, tmp_path, "qwen2"), data.test.rows[:8]))
         monkeypatch.undo()
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-4 * float(found[0].abs().max()))
+    for other in values[1:]:
+        torch.testing.assert_close(other, values[0], rtol=0, atol=1e-4 * float(values[0].abs().max()))
 
 
 def test_the_librarys_choice_matters(data, tmp_path, monkeypatch):
@@ -311,11 +311,11 @@ def literal(model, bases, keep):
 def test_rotating_behind_the_norms_equals_the_published_algorithm(data, tmp_path):
     """The same masks and logits as with the residual stream in the bases (v2, Algorithm 1, appendix A.2) at 50 %."""
     rule = method(sparsity=0.5, null_space="library")
-    found = applied(rule, data, tmp_path)
+    actual = applied(rule, data, tmp_path)
     keep = {role: 80 if role == "down" else 32 for role in find_blocks(shaped())[0].sites}
     expected = literal(shaped(), bases_of(shaped(), find_blocks(shaped())), keep)
     dense = logits(shaped(), data.test.rows[:4])
-    one, other = logits(found, data.test.rows[:4]), logits(expected, data.test.rows[:4])
+    one, other = logits(actual, data.test.rows[:4]), logits(expected, data.test.rows[:4])
     assert float((one - other).norm() / other.norm()) < 1e-3 < float((one - dense).norm() / dense.norm())
 
 
@@ -342,8 +342,8 @@ def test_greedy_allocation_is_shared_and_sets_the_kept_counts(data, tmp_path):
     modules = {m.site: m for m in model.modules() if isinstance(m, InputSparseLinear)}
     for role, share in shares.items():
         if share > 0:
-            found = modules[f"0.{role}"]
-            assert found.top_k == kept_count(found.weight.shape[1], min(share, 1.0))
+            actual = modules[f"0.{role}"]
+            assert actual.top_k == kept_count(actual.weight.shape[1], min(share, 1.0))
 
 
 def test_models_without_two_rmsnorms_are_refused(data, tmp_path):

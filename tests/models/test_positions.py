@@ -39,13 +39,13 @@ def test_learned_positions_end_the_run_with_both_numbers(gpt2):
 
 
 def test_gpt2s_own_data_set_is_named_before_anything_is_loaded():
-    found = problems("model=gpt2", "model.weights=random", "dataset.sequence_length=2048")
-    assert "dataset.sequence_length must be at most 1024, the learned positions of model=gpt2, got 2048" in found
+    actual = problems("model=gpt2", "model.weights=random", "dataset.sequence_length=2048")
+    assert "dataset.sequence_length must be at most 1024, the learned positions of model=gpt2, got 2048" in actual
 
 
 def test_encoders_too():
-    found = problems("model=bert-tiny", "dataset=labelled-text", "dataset.max_tokens=100000")
-    assert "dataset.max_tokens must be at most" in found
+    actual = problems("model=bert-tiny", "dataset=labelled-text", "dataset.max_tokens=100000")
+    assert "dataset.max_tokens must be at most" in actual
 
 
 @pytest.mark.parametrize(

@@ -87,18 +87,18 @@ def test_a_network_without_maps_is_refused():
 def test_the_weights_own_recipe_decides():
     """ResNet-50's second weights were trained to be seen through 232 pixels, its first ones through 256."""
     model = vision_model("resnet50")
-    found = {}
+    values = {}
     for weights in torchvision.models.ResNet50_Weights:
-        found[weights.name] = model.recipe(Path("/somewhere", weights.url.rpartition("/")[2]), 224)
-    assert found["IMAGENET1K_V1"].resize == 256 and found["IMAGENET1K_V2"].resize == 232
-    assert found["IMAGENET1K_V1"].mean == (0.485, 0.456, 0.406) and "IMAGENET1K_V1" in found["IMAGENET1K_V1"].name
+        values[weights.name] = model.recipe(Path("/somewhere", weights.url.rpartition("/")[2]), 224)
+    assert values["IMAGENET1K_V1"].resize == 256 and values["IMAGENET1K_V2"].resize == 232
+    assert values["IMAGENET1K_V1"].mean == (0.485, 0.456, 0.406) and "IMAGENET1K_V1" in values["IMAGENET1K_V1"].name
     assert model.recipe(Path("mine.safetensors"), 224) is None
     assert (
         model.recipe(Path(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]), 112).resize == 116
     )
     theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
     picture = torch.randint(0, 256, (3, 300, 260), dtype=torch.uint8)
-    shaped = found["IMAGENET1K_V2"].shape(picture)
+    shaped = values["IMAGENET1K_V2"].shape(picture)
     norm = [torch.tensor(v).view(3, 1, 1) for v in (theirs.mean, theirs.std)]
     torch.testing.assert_close((shaped.float() / 255 - norm[0]) / norm[1], theirs(picture), rtol=0, atol=0.02)
 
@@ -250,22 +250,22 @@ def test_a_whole_run_through_the_command(sparsebench, tmp_path):
     )  # fmt: skip
     process = sparsebench("model=lenet5", "method=dstf", *quick)
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
-    jsonschema.validate(found, json.loads(record.SCHEMA_FILE.read_text()))
-    assert found["dataset"]["name"] == "digits" and found["quality"]["accuracy"]["dense"] > 0.5
-    sparsity, macs = found["sparsity"], found["macs"]
+    content = record_of(process, tmp_path)
+    jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))
+    assert content["dataset"]["name"] == "digits" and content["quality"]["accuracy"]["dense"] > 0.5
+    sparsity, macs = content["sparsity"], content["macs"]
     assert sparsity["weight_sparsity"] == pytest.approx(0.5, abs=0.01) and sparsity["baseline"]["weight_sparsity"] == 0
     gain = 100 * (sparsity["model_wide"] - sparsity["baseline"]["model_wide"])
     assert sparsity["model_wide_gain_points"] == pytest.approx(gain)
     assert macs["sparse"] < macs["dense"]
-    layers = [macs["per_site"][name] for name in found["latency"]["layers_that_skip"]]
+    layers = [macs["per_site"][name] for name in content["latency"]["layers_that_skip"]]
     saved = sum(layer["dense_macs"] - layer["activation_only"] for layer in layers)
     assert macs["executed"] == pytest.approx(macs["dense"] - saved)
-    assert {"noisy", "reasons", "load"} <= set(found["latency"])
+    assert {"noisy", "reasons", "load"} <= set(content["latency"])
     assert macs["reduction"]["both"] >= max(macs["reduction"]["activation"], macs["reduction"]["weight"])
     folder = (tmp_path / json.loads(process.stdout.strip().splitlines()[-1])["record"]).parent
-    for name in found["extra"]["pictures"]:
+    for name in content["extra"]["pictures"]:
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 5000
-    confusion = found["extra"]["classification"]["confusion"]["sparse"]
-    assert sum(map(sum, confusion)) == found["quality"]["accuracy"]["protocol"]["examples"] == 360
-    assert set(found["latency"]["forward"]) == {"1", "32"}
+    confusion = content["extra"]["classification"]["confusion"]["sparse"]
+    assert sum(map(sum, confusion)) == content["quality"]["accuracy"]["protocol"]["examples"] == 360
+    assert set(content["latency"]["forward"]) == {"1", "32"}

@@ -33,10 +33,12 @@ def grouping(size=16, by="kmeans", rounds=5):
 
 
 def ffn_of(num_experts=6, activation="gelu", **arguments):
-    found = ExpertFFN(tensors(**arguments), activation, num_experts, site="0.ffn", dense_macs={"0.fc1": 1, "0.fc2": 1})
+    actual = ExpertFFN(tensors(**arguments), activation, num_experts, site="0.ffn", dense_macs={"0.fc1": 1, "0.fc2": 1})
     generator = torch.Generator().manual_seed(5)
-    found.router = routers.random_router(found.first.shape[1], 10, num_experts, generator, outer="abs").to(found.first)
-    return found.eval()
+    actual.router = routers.random_router(actual.first.shape[1], 10, num_experts, generator, outer="abs").to(
+        actual.first
+    )
+    return actual.eval()
 
 
 def as_float64(ffn):
@@ -61,8 +63,8 @@ def test_clustering_finds_planted_experts_whatever_the_length_of_the_rows():
     truth = torch.arange(40) % 5
     lengths = 10 ** (4 * torch.rand(40, 1, generator=generator) - 2)  # 0.01 to 100: most rows lie near the origin
     rows = (centres[truth] + 0.05 * torch.randn(40, 12, generator=generator)) * lengths
-    found = clustering.labels(rows, 5, grouping(), seed=0)
-    assert all(len(found[truth == e].unique()) == 1 for e in range(5))
+    actual = clustering.labels(rows, 5, grouping(), seed=0)
+    assert all(len(actual[truth == e].unique()) == 1 for e in range(5))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -73,19 +75,19 @@ def test_all_experts_equal_dense(kind, dtype, limit):
     block = find_blocks(model)[0]
     path = block.sites["down" if kind == "llama" else "fc2"].path.rpartition(".")[0]
     own, x = copy.deepcopy(model.get_submodule(path)), x_of(2, 5, d=64, dtype=dtype)
-    (found, *_) = conversion.convert(model, 16, None)
-    found.requires_grad_(False)
+    (actual, *_) = conversion.convert(model, 16, None)
+    actual.requires_grad_(False)
     expected = own(x)
 
     def error():
-        return float((found(x) - expected).abs().max() / expected.abs().max())
+        return float((actual(x) - expected).abs().max() / expected.abs().max())
 
     assert error() <= limit
-    clustering.group([found], grouping(), 0, lambda row: None)
+    clustering.group([actual], grouping(), 0, lambda row: None)
     assert error() <= limit
-    found.router = routers.random_router(64, 8, found.num_experts, torch.Generator().manual_seed(0), outer="abs")
+    actual.router = routers.random_router(64, 8, actual.num_experts, torch.Generator().manual_seed(0), outer="abs")
     for rule, value, keep in (("max", 0.0, None), ("topk", 0.0, 1.0), ("cumshare", 1.0, None), ("above", 0.0, None)):
-        routers.harden(model_of(found), rule, value, keep=keep)
+        routers.harden(model_of(actual), rule, value, keep=keep)
         with torch.no_grad():
             assert error() <= limit, rule
         assert error() <= limit, rule  # with gradients on: the training path
@@ -98,16 +100,16 @@ def test_a_size_that_does_not_divide_is_one_clear_line():
 
 def test_output_bias_stands_once():
     """No expert: b2 exactly. One expert each, summed: (E - 1) b2 too many."""
-    found, x = ffn_of(), x_of(3)
+    actual, x = ffn_of(), x_of(3)
     none = torch.zeros(3, 6, dtype=torch.bool)
     for name in CPU:
-        y = kernels.load(name).expert_ffn(x, none, found.first, found.last, found.activation, **found.maps)
-        assert torch.equal(y, found.last_bias.expand(3, -1))
+        y = kernels.load(name).expert_ffn(x, none, actual.first, actual.last, actual.activation, **actual.maps)
+        assert torch.equal(y, actual.last_bias.expand(3, -1))
 
 
-def permuted(found, order):
-    other = copy.deepcopy(found)
-    neurons = torch.arange(len(found.first)).view(found.num_experts, -1)[order].flatten()
+def permuted(actual, order):
+    other = copy.deepcopy(actual)
+    neurons = torch.arange(len(actual.first)).view(actual.num_experts, -1)[order].flatten()
     other.reorder(neurons)
     other.router.permute(order)
     return other
@@ -115,14 +117,14 @@ def permuted(found, order):
 
 @pytest.mark.parametrize("rule, value", [("max", 0.5), ("cumshare", 0.6), ("above", 0.5), ("topk", 0.0)])
 def test_order_of_neurons_and_of_experts_does_not_matter(rule, value):
-    found, x = ffn_of(gated=True), x_of(2, 7)
-    routers.harden(model_of(found), rule, value, keep=0.5)
-    y = found(x)
+    actual, x = ffn_of(gated=True), x_of(2, 7)
+    routers.harden(model_of(actual), rule, value, keep=0.5)
+    y = actual(x)
     within = torch.cat([torch.randperm(8) + 8 * e for e in range(6)])
-    other = copy.deepcopy(found)
+    other = copy.deepcopy(actual)
     other.reorder(within)
     torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(permuted(found, torch.randperm(6))(x), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(permuted(actual, torch.randperm(6))(x), y, rtol=1e-4, atol=1e-5)
 
 
 def test_dynamic_k_is_between_one_and_all_and_shrinks_with_tau():
@@ -170,27 +172,27 @@ def test_hard_mask_is_the_sign_of_the_logit():
     logits = torch.tensor([[0.3, -0.2, 0.0], [-1.0, -2.0, -0.0]])
     assert select(logits, "above", scalar(0.5)).tolist() == [[True, False, False], [False, False, False]]
     assert torch.equal(select(logits, "above", scalar(0.7)), torch.sigmoid(logits) > 0.7)
-    found, x = ffn_of(), x_of(20)
-    found.router = routers.random_router(24, None, 6, torch.Generator().manual_seed(0))
-    routers.harden(model_of(found), "above", 0.5)
-    assert torch.equal(found.keep(x), x @ found.router.first.t() > 0)
+    actual, x = ffn_of(), x_of(20)
+    actual.router = routers.random_router(24, None, 6, torch.Generator().manual_seed(0))
+    routers.harden(model_of(actual), "above", 0.5)
+    assert torch.equal(actual.keep(x), x @ actual.router.first.t() > 0)
 
 
 def test_gram_labels_are_direct_norms():
-    found, x = ffn_of(gated=True), x_of(5)
-    x1 = found.hidden(x)[2]
-    direct = torch.stack([(x1.view(5, 6, 8)[:, e] @ found.last[8 * e : 8 * e + 8]).norm(dim=-1) for e in range(6)], -1)
-    torch.testing.assert_close(found.norms(x1), direct, rtol=1e-4, atol=1e-6)
+    actual, x = ffn_of(gated=True), x_of(5)
+    x1 = actual.hidden(x)[2]
+    direct = torch.stack([(x1.view(5, 6, 8)[:, e] @ actual.last[8 * e : 8 * e + 8]).norm(dim=-1) for e in range(6)], -1)
+    torch.testing.assert_close(actual.norms(x1), direct, rtol=1e-4, atol=1e-6)
 
 
 def test_oracle_error_is_bounded_by_the_skipped_norms():
-    found, x = as_float64(ffn_of()), x_of(2, 9, dtype=torch.float64)
-    found.routing = "oracle"
-    norms, dense = found.norms(found.hidden(x)[2]), found(x)
+    actual, x = as_float64(ffn_of()), x_of(2, 9, dtype=torch.float64)
+    actual.routing = "oracle"
+    norms, dense = actual.norms(actual.hidden(x)[2]), actual(x)
     for tau in (0.2, 0.6, 0.9):
-        routers.harden(model_of(found), "max", tau, routing="oracle")
-        skipped = (norms * ~found.keep(x)).sum(-1)
-        assert ((found(x) - dense).norm(dim=-1) <= skipped + 1e-12).all() and float(skipped.max()) > 0
+        routers.harden(model_of(actual), "max", tau, routing="oracle")
+        skipped = (norms * ~actual.keep(x)).sum(-1)
+        assert ((actual(x) - dense).norm(dim=-1) <= skipped + 1e-12).all() and float(skipped.max()) > 0
 
 
 def test_router_norms_are_never_negative_and_formulas_hold():
@@ -311,17 +313,17 @@ def test_one_token_takes_the_fused_router_and_kernels(cuda_on_cpu, monkeypatch):
 
     for name in ("expert_ffn", "expert_keep"):
         monkeypatch.setattr(cuda_on_cpu, name, noting(name, getattr(cuda_on_cpu, name)))
-    found, x = ffn_of(gated=True, activation="silu", dtype=torch.float16), x_of(1, 1, dtype=torch.float16)
-    found.router = routers.random_router(24, None, 6, torch.Generator().manual_seed(0))
-    routers.harden(model_of(found), "above", 0.5)
+    actual, x = ffn_of(gated=True, activation="silu", dtype=torch.float16), x_of(1, 1, dtype=torch.float16)
+    actual.router = routers.random_router(24, None, 6, torch.Generator().manual_seed(0))
+    routers.harden(model_of(actual), "above", 0.5)
     with torch.no_grad():
-        expected = found(x)
-        found.kernel_name = "cuda_gather"
-        torch.testing.assert_close(found(x), expected, rtol=1e-2, atol=1e-2)
+        expected = actual(x)
+        actual.kernel_name = "cuda_gather"
+        torch.testing.assert_close(actual(x), expected, rtol=1e-2, atol=1e-2)
     assert (
         served == ["expert_keep", "expert_ffn"]
-        and found.kernel(1) == "cuda_gather"
-        and found.kernel(MANY) == "cuda_triton"
+        and actual.kernel(1) == "cuda_gather"
+        and actual.kernel(MANY) == "cuda_triton"
     )
 
 
@@ -451,8 +453,8 @@ def test_counts_and_macs():
     model = tiny_model()
     dense = macs.dense_sites(model)
     total = sum(c.dense_macs for c in dense.values())
-    found = conversion.convert(model, 16, None)
-    for ffn in found:
+    actual = conversion.convert(model, 16, None)
+    for ffn in actual:
         assert ffn.expert_macs * ffn.num_experts == sum(ffn.covers.values()) == 3 * 64 * 160
         ffn.router = routers.random_router(64, 8, 10, torch.Generator().manual_seed(0), outer="abs")
     rows, overhead = torch.arange(24).view(2, 12), 2 * 8 * (64 + 10)
@@ -460,7 +462,7 @@ def test_counts_and_macs():
         routers.harden(model, "max", tau, kernel=CPU[-1])
         kept = []
         hooks = [
-            f.register_forward_hook(lambda m, a, y, kept=kept: kept.append(int(m.keep(a[0]).sum()))) for f in found
+            f.register_forward_hook(lambda m, a, y, kept=kept: kept.append(int(m.keep(a[0]).sum()))) for f in actual
         ]
         with sparsity.counting(model) as counters, torch.no_grad():
             model(input_ids=rows, use_cache=False)
@@ -470,7 +472,7 @@ def test_counts_and_macs():
         assert set(measured) == {f"{i}.{r}" for i in (0, 1) for r in ("gate", "up", "down")}
         costs, _ = accounted(dense, model, measured, 8, True)
         outside = costs["parts"]["head"] + costs["parts"]["attention"]
-        pairs = sum(kept) * found[0].expert_macs / 24
+        pairs = sum(kept) * actual[0].expert_macs / 24
         attention = total - 2 * 3 * 64 * 160
         assert costs["overhead"] == overhead
         assert costs["sparse"] - outside == pytest.approx(attention + pairs + overhead)
@@ -528,11 +530,11 @@ def test_parity_and_nothing_skipped():
 
 
 def test_an_oracle_never_counts_as_a_kernel_that_skips():
-    found = ffn_of()
-    routers.harden(model_of(found), "max", 0.5, routing="oracle", kernel="cpu_numba")
-    assert found.kernel(1) == "masked_dense"
-    routers.harden(model_of(found), "max", 0.5, kernel="cpu_numba")
-    assert found.kernel(1) == "cpu_numba"
+    actual = ffn_of()
+    routers.harden(model_of(actual), "max", 0.5, routing="oracle", kernel="cpu_numba")
+    assert actual.kernel(1) == "masked_dense"
+    routers.harden(model_of(actual), "max", 0.5, kernel="cpu_numba")
+    assert actual.kernel(1) == "cpu_numba"
 
 
 def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
@@ -551,9 +553,9 @@ def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
     hardware = work(tmp_path).hardware
     hardware.kernel_name = "cpu_numba"
     kernels.load("cpu_numba").prepare(1)
-    found = bench.time_experts(SimpleNamespace(hardware=hardware, samples=30, warmup=3, seed=0))
-    for part in found:
+    actual = bench.time_experts(SimpleNamespace(hardware=hardware, samples=30, warmup=3, seed=0))
+    for part in actual:
         assert part["kernel"] == "cpu_numba" and len(part["rows"]) == len(bench.SHARES)
         for row in part["rows"]:
             assert row["measured"] == pytest.approx(row["executed"], abs=0.01) and row["relative_error"] < 1e-4
-    assert sum(line.startswith("| 50.0%") for line in output.expert_lines(found)) == 2
+    assert sum(line.startswith("| 50.0%") for line in output.expert_lines(actual)) == 2

@@ -65,9 +65,9 @@ def test_low_rank_part_acts_on_what_was_dropped():
 
 def test_the_first_tokens_of_a_prompt_stay_dense():
     linear, x = nn.Linear(6, 4), torch.randn(2, 5, 6)
-    found, dense = InputSparseLinear(linear, "0.q", 0.8, prompt="half")(x), linear(x)
-    torch.testing.assert_close(found[:, :3], dense[:, :3])
-    torch.testing.assert_close(found[:, 3:], linear(torch.where(x.abs() > 0.8, x, 0))[:, 3:])
+    actual, dense = InputSparseLinear(linear, "0.q", 0.8, prompt="half")(x), linear(x)
+    torch.testing.assert_close(actual[:, :3], dense[:, :3])
+    torch.testing.assert_close(actual[:, 3:], linear(torch.where(x.abs() > 0.8, x, 0))[:, 3:])
 
 
 @pytest.mark.parametrize("policy", ["none", "half", "p99", "last10", "all"])

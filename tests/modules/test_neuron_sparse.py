@@ -130,13 +130,13 @@ def test_counts_go_to_the_sites_that_skip():
     dense = macs.dense_sites(model)
     with sparsity.counting(model) as counters, torch.no_grad():
         model(input_ids=torch.arange(12).view(2, 6), use_cache=False)
-    found = sparsity.summarise(model, counters)
-    assert set(found) == {"0.up", "0.down", "1.up", "1.down"}
-    assert found["0.up"].weight == 64 * 160 and found["0.up"].sparse_tokens == 12
-    assert found["0.up"].sparsity == found["0.down"].sparsity
+    actual = sparsity.summarise(model, counters)
+    assert set(actual) == {"0.up", "0.down", "1.up", "1.down"}
+    assert actual["0.up"].weight == 64 * 160 and actual["0.up"].sparse_tokens == 12
+    assert actual["0.up"].sparsity == actual["0.down"].sparsity
     for skips in (True, False):
-        costs, _ = accounted(dense, model, found, 8, skips)
-        share = {s: 1 - f.sparsity for s, f in found.items()}
+        costs, _ = accounted(dense, model, actual, 8, skips)
+        share = {s: 1 - f.sparsity for s, f in actual.items()}
         blocks = sum(c.dense_macs * share.get(s, 1.0) for s, c in dense.items())
         assert costs["sparse"] - costs["parts"]["head"] - costs["parts"]["attention"] == pytest.approx(blocks)
         assert costs["executed"] == pytest.approx(costs["sparse"] if skips else costs["dense"])

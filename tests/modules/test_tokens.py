@@ -50,8 +50,8 @@ def test_padding_is_counted_nowhere_and_dense_tokens_are_those_of_the_rows_alone
     with torch.no_grad(), sparsity.counting(model) as counters:
         sparsity.set_token_mask(model, mask.bool())
         model(input_ids=ids, attention_mask=mask)
-    found = next(iter(counters.values()))
-    assert (found.sparse_tokens, found.dense_tokens) == (2 + 6 + 11 + 4, 3 + 6 + 12 + 4)
+    actual = next(iter(counters.values()))
+    assert (actual.sparse_tokens, actual.dense_tokens) == (2 + 6 + 11 + 4, 3 + 6 + 12 + 4)
 
 
 def test_flattened_tokens_keep_their_rows():

@@ -20,9 +20,9 @@ def minimal(**changes) -> Record:
 
 def test_write_and_read(tmp_path):
     record.write(minimal(), tmp_path / "a" / "result.json")
-    found = record.read(tmp_path / "a" / "result.json")
-    jsonschema.validate(found, SCHEMA)
-    assert found["status"] == "failed" and found["schema_version"] == record.SCHEMA_VERSION
+    content = record.read(tmp_path / "a" / "result.json")
+    jsonschema.validate(content, SCHEMA)
+    assert content["status"] == "failed" and content["schema_version"] == record.SCHEMA_VERSION
 
 
 def test_nan_becomes_null(tmp_path):
@@ -48,10 +48,10 @@ def test_what_is_wrong_with_a_record_is_told_apart(tmp_path, content, problem):
     file = tmp_path / "result.json"
     if content is not None:
         file.write_text(content)
-    found, said = record.read_any(file)
+    outcome, said = record.read_any(file)
     assert problem in said and "\n" not in said
     assert record.read(file) is None
-    assert (found is not None) == ("schema" in problem)  # the content of another version can still be shown
+    assert (outcome is not None) == ("schema" in problem)  # the content of another version can still be shown
 
 
 @pytest.mark.parametrize(

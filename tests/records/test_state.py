@@ -36,8 +36,8 @@ def test_a_damaged_state_is_fitted_again(tmp_path):
     for content in (b"", b"garbage", path.read_bytes()[:-50]):
         path.write_bytes(content)
         assert state.read(path) is None
-        found, facts = state.cached(path, lambda: State({"a": torch.zeros(1)}, {"kind": "x"}))
-        assert not facts["cached"] and torch.equal(found.tensors["a"], torch.zeros(1))
+        actual, facts = state.cached(path, lambda: State({"a": torch.zeros(1)}, {"kind": "x"}))
+        assert not facts["cached"] and torch.equal(actual.tensors["a"], torch.zeros(1))
         path.unlink()
 
 
@@ -66,8 +66,8 @@ def test_the_state_of_another_fit_is_fitted_again(tmp_path, caplog):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     state.cached(one, lambda: State({"a": torch.zeros(4)}))
     two.write_bytes(one.read_bytes())  # whole, under another key
-    found, facts = state.cached(two, lambda: State({"a": torch.ones(4)}))
-    assert not facts["cached"] and torch.equal(found.tensors["a"], torch.ones(4))
+    actual, facts = state.cached(two, lambda: State({"a": torch.ones(4)}))
+    assert not facts["cached"] and torch.equal(actual.tensors["a"], torch.ones(4))
     assert [
         "two.safetensors is damaged (it is that of one): fitting again" in r.getMessage() for r in caplog.records
     ] == [True]

@@ -16,10 +16,10 @@ def times(median, low, high):
 
 def record_with(noisy=False, executed=50, memory=None, **decode) -> dict:
     """A finished record with all that the table reads."""
-    found = made()
+    record = made()
     dense, sparse = times(1.0, 0.9, 1.2), times(0.5, 0.4, 0.6)
-    found["macs"] |= {"executed": executed, "overhead": 0}
-    found["latency"] = {
+    record["macs"] |= {"executed": executed, "overhead": 0}
+    record["latency"] = {
         "kernel": "cpu_numba", "device": "cpu", "noisy": noisy, "reasons": ["load average 7.0 on 2 cores"] if noisy else [],
         "decode": {
             "dense": dense, "sparse": sparse, "dense_engine": "fused", "sparse_engine": "eager", "context": 128,
@@ -29,30 +29,30 @@ def record_with(noisy=False, executed=50, memory=None, **decode) -> dict:
         },
         "prefill": {"dense": dense, "sparse": sparse, "tokens": 128, "kernel": "masked_dense"},
     }  # fmt: skip
-    found["memory"] = {"weight_bytes": 100, "dense_weight_bytes": 200, "peak_bytes": 7e9, "peak_of": "process"}
-    found["memory"] |= memory or {}
-    return found
+    record["memory"] = {"weight_bytes": 100, "dense_weight_bytes": 200, "peak_bytes": 7e9, "peak_of": "process"}
+    record["memory"] |= memory or {}
+    return record
 
 
-def lines(found: dict) -> list[str]:
+def lines(values: dict) -> list[str]:
     page = io.StringIO()
-    Console(file=page, width=220).print(terminal.table(found))
+    Console(file=page, width=220).print(terminal.table(values))
     return page.getvalue().splitlines()
 
 
-def line(found: dict, word: str) -> str:
-    return next(each for each in lines(found) if word in each)
+def line(values: dict, word: str) -> str:
+    return next(each for each in lines(values) if word in each)
 
 
 def test_medians_stand_with_their_spread_and_the_dense_engine_by_name():
-    found = record_with()
-    decode = line(found, "decode, context 128")
+    record = record_with()
+    decode = line(record, "decode, context 128")
     assert "1.000" in decode and "0.500" in decode and "speed-up 2.00x" in decode
-    below = lines(found)[lines(found).index(decode) + 1]
+    below = lines(record)[lines(record).index(decode) + 1]
     assert "0.900 - 1.200" in below and "0.400 - 0.600" in below and "1.50 - 2.50x" in below
-    engine = line(found, "dense engine")
+    engine = line(record, "dense engine")
     assert "fused" in engine and "eager 3.000" in engine and "no compiled" in engine
-    assert "21%" in line(found, "break-even") and "15% - not reached" in line(found, "break-even")
+    assert "21%" in line(record, "break-even") and "15% - not reached" in line(record, "break-even")
 
 
 def test_no_break_even_is_said_with_its_reason():
@@ -63,9 +63,9 @@ def test_no_break_even_is_said_with_its_reason():
         "reason": "needs three measured sparsities, got 2",
         "points": [],
     }
-    found = record_with(break_even=section)
-    assert "none" in line(found, "break-even")
-    assert terminal.notes(found) == ["no break-even: needs three measured sparsities, got 2"]
+    record = record_with(break_even=section)
+    assert "none" in line(record, "break-even")
+    assert terminal.notes(record) == ["no break-even: needs three measured sparsities, got 2"]
 
 
 def test_noise_is_one_line_and_goes_into_the_line_of_json():
@@ -79,9 +79,9 @@ def test_noise_is_one_line_and_goes_into_the_line_of_json():
 
 
 def test_nothing_executed_where_nothing_was_timed():
-    found = record_with(executed=None) | {"latency": None}
-    assert "not timed" in line(found, "MACs executed")
-    content = json.loads(terminal.headline(found, Path("x")))
+    record = record_with(executed=None) | {"latency": None}
+    assert "not timed" in line(record, "MACs executed")
+    content = json.loads(terminal.headline(record, Path("x")))
     assert content["decode_speedup"] is None and content["decode_dense_ms"] is None and content["noisy"] is None
 
 

@@ -71,7 +71,7 @@ def test_every_record_has_its_line(published):
     for experiment in published:
         tables = [run_table(experiment.runs, each) for each in experiment.spec["tables"] if "bench" not in each]
         shown = sum(int(line[-1]) for table in tables for line in table.rows)
-        runs = [r for r in experiment.runs if not r.found["name"].startswith("llama-wikitext2/dense")]
+        runs = [r for r in experiment.runs if not r.record["name"].startswith("llama-wikitext2/dense")]
         assert shown == len(runs) + twice.get(experiment.name, 0), experiment.name
 
 
@@ -89,11 +89,11 @@ def test_the_archives_are_small_and_keep_where_records_come_from(published):
 
 
 def test_the_example_is_a_whole_record():
-    found = json.loads((REFERENCE / "example" / "result.json").read_text())
-    assert record.refusal(found) is None and found["status"] == "finished"
-    if found["schema_version"] == record.SCHEMA_VERSION:
-        jsonschema.validate(found, json.loads(record.SCHEMA_FILE.read_text()))
-    assert len(found["latency"]["decode"]["sparse"]["samples_ms"]) >= 30
+    content = json.loads((REFERENCE / "example" / "result.json").read_text())
+    assert record.refusal(content) is None and content["status"] == "finished"
+    if content["schema_version"] == record.SCHEMA_VERSION:
+        jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))
+    assert len(content["latency"]["decode"]["sparse"]["samples_ms"]) >= 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------

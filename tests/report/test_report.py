@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 def vision(accuracy=0.95, method="dstf") -> dict:
     """A record without perplexity and without a decode step."""
-    found = made(method, speedup=None)
-    found["config"]["model"] = {"name": "lenet5"}
-    found["config"]["dataset"] = {"name": "digits"}
+    record = made(method, speedup=None)
+    record["config"]["model"] = {"name": "lenet5"}
+    record["config"]["dataset"] = {"name": "digits"}
     quality = {
         "dense": 0.96,
         "sparse": accuracy,
@@ -37,21 +37,21 @@ def vision(accuracy=0.95, method="dstf") -> dict:
         "protocol": {"split": "test", "images": 360},
     }
     ece = {"dense": 0.01, "sparse": 0.02, "higher_is_better": False, "protocol": "as accuracy"}
-    found["quality"] = {"accuracy": quality, "ece": ece}
+    record["quality"] = {"accuracy": quality, "ece": ece}
     pair = {"dense": {"median_ms": 2.0}, "sparse": {"median_ms": 2.1}}
-    found["latency"] = {"kernel": None, "device": "cpu", "forward": {"batch 1": pair, "batch 64": pair}}
-    found["sparsity"]["per_site"] = {"conv1": {"sparsity": 0.3, "weight": 5}, "conv2": {"sparsity": 0.6, "weight": 5}}
-    found["bytes"] = found["macs"] = None
-    found["config_hash"] = digest(found)
-    return found
+    record["latency"] = {"kernel": None, "device": "cpu", "forward": {"batch 1": pair, "batch 64": pair}}
+    record["sparsity"]["per_site"] = {"conv1": {"sparsity": 0.3, "weight": 5}, "conv2": {"sparsity": 0.6, "weight": 5}}
+    record["bytes"] = record["macs"] = None
+    record["config_hash"] = digest(record)
+    return record
 
 
 def reported(folder, draw=False):
     """(collection, groups, HTML, Markdown); plots take seconds and are drawn only where asked for."""
-    found = rows.collect([folder])
+    actual = rows.collect([folder])
     with contextlib.nullcontext() if draw else mock.patch.object(plots, "quality_plots", return_value={}):
-        written, groups = page.build(found, "title")
-    return found, groups, page.document(written, "title"), "\n".join(written.markdown)
+        written, groups = page.build(actual, "title")
+    return actual, groups, page.document(written, "title"), "\n".join(written.markdown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ def test_front_is_marked_in_the_table(tmp_path):
 
 
 def test_vision_records_and_records_without_sections(tmp_path):
-    found, groups, html, _ = reported(laid(tmp_path, vision(), vision(0.9), failed()), draw=True)
-    assert len(found.finished) == 2 and len(found.failed) == 1
+    actual, groups, html, _ = reported(laid(tmp_path, vision(), vision(0.9), failed()), draw=True)
+    assert len(actual.finished) == 2 and len(actual.failed) == 1
     assert groups[0].title == "lenet5 on digits, accuracy" and "ece" in html
     assert groups[0].rows[0].decode["sparse"] == 2.1 and "batch 64" in " ".join(groups[0].rows[0].times)
     assert [(r.sparse, r.on_front) for r in groups[0].rows] == [(0.95, True), (0.9, False)]
@@ -231,8 +231,8 @@ def test_estimates_stand_apart_and_beside_the_measured_target(tmp_path):
 
 def test_a_copied_run_counts_once_and_the_later_one(tmp_path):
     later = {**made(), "started_at": "2026-02-02T00:00:00+00:00", "seconds": 5.0}
-    found = rows.collect([laid(tmp_path, made(), later)])
-    assert found.repeated == 1 and [r.found["seconds"] for r in found.finished] == [5.0]
+    actual = rows.collect([laid(tmp_path, made(), later)])
+    assert actual.repeated == 1 and [r.record["seconds"] for r in actual.finished] == [5.0]
 
 
 def test_csv_has_every_finished_row_with_unrounded_numbers(tmp_path):
@@ -243,12 +243,12 @@ def test_csv_has_every_finished_row_with_unrounded_numbers(tmp_path):
 
 
 def test_spread_dense_engine_and_noise_stand_in_table_and_csv(tmp_path):
-    found = made()
+    record = made()
     dense = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.4}
     sparse = {"median_ms": 0.5, "p10_ms": 0.45, "p90_ms": 0.6}
     decode = {"dense": dense, "sparse": sparse, "dense_engine": "fused", "speedup": 2.0, "context": 128}
-    found["latency"] |= {"decode": decode, "noisy": True, "reasons": ["load"]}
-    _, groups, _, _ = reported(laid(tmp_path, found))
+    record["latency"] |= {"decode": decode, "noisy": True, "reasons": ["load"]}
+    _, groups, _, _ = reported(laid(tmp_path, record))
     (line,) = csv.DictReader(io.StringIO(tables.as_csv(groups)))
     expected = {"dense_p10_ms": "0.9", "dense_p90_ms": "1.4", "sparse_p10_ms": "0.45", "sparse_p90_ms": "0.6"}
     assert {k: line[k] for k in expected} == expected and line["dense_engine"] == "fused" and line["noisy"] == "True"
@@ -312,9 +312,9 @@ def test_the_command_writes_an_archive_reports_it_and_gives_its_records_back(tmp
 def test_archives_and_folders_mix_and_a_run_in_both_counts_once(tmp_path):
     archive.write(tmp_path / "a.parquet", [made(), made(sparsity=0.25), made_bench()])
     folder = laid(tmp_path / "runs", made(), made(sparsity=0.65))
-    found = rows.collect([tmp_path / "a.parquet", folder])
-    assert (len(found.finished), found.repeated, len(found.benches)) == (3, 1, 1)
-    assert found.finished[0].path.name.startswith("a.parquet#")
+    actual = rows.collect([tmp_path / "a.parquet", folder])
+    assert (len(actual.finished), actual.repeated, len(actual.benches)) == (3, 1, 1)
+    assert actual.finished[0].path.name.startswith("a.parquet#")
     assert len(rows.collect([tmp_path]).finished) == 3  # archives inside a folder are found
 
 
@@ -328,8 +328,8 @@ def test_a_damaged_archive_is_one_line_and_exit_code_2(tmp_path, content):
 
 def test_anybodys_parquet_inside_a_folder_is_left_alone(tmp_path):
     pq.write_table(pa.table({"text": ["a data set"]}), tmp_path / "data.parquet")
-    found = rows.collect([laid(tmp_path, made())])
-    assert len(found.finished) == 1 and not found.unreadable
+    actual = rows.collect([laid(tmp_path, made())])
+    assert len(actual.finished) == 1 and not actual.unreadable
 
 
 def test_records_of_older_schemas_are_shown_and_of_newer_ones_named(tmp_path, monkeypatch):
@@ -339,9 +339,9 @@ def test_records_of_older_schemas_are_shown_and_of_newer_ones_named(tmp_path, mo
     folder = laid(tmp_path, old, new, future)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "result.json").write_text("[]")
-    found, _, html, _ = reported(folder)
-    assert len(found.finished) == 2
-    assert [reason for _, reason in found.unreadable] == ["schema 3, this version reads 2", "not a record"]
+    actual, _, html, _ = reported(folder)
+    assert len(actual.finished) == 2
+    assert [reason for _, reason in actual.unreadable] == ["schema 3, this version reads 2", "not a record"]
     assert "1 record(s) are of schema 1; this version writes 2." in html
     content, problem = record.read_any(tmp_path / "m0" / "method" / "hash" / "result.json")
     assert content["schema_version"] == 1 and problem == "it is of schema 1, this version reads 2"
@@ -370,8 +370,8 @@ def test_a_record_that_is_not_whole_stops_nothing(tmp_path):
     del cut["config"]["method"]
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "result.json").write_text(json.dumps({"kind": "bench", "model": "m", "env": {}}))
-    found, _, html, _ = reported(laid(tmp_path, made(), cut))
-    assert len(found.finished) == 1 and "not a whole record" in found.unreadable[0][1]
+    actual, _, html, _ = reported(laid(tmp_path, made(), cut))
+    assert len(actual.finished) == 1 and "not a whole record" in actual.unreadable[0][1]
     assert "not a whole record of a benchmark" in html
 
 
@@ -421,15 +421,15 @@ def test_published_entries_are_complete():
 def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs(tmp_path):
     (row,) = rows.collect([laid(tmp_path, made())]).finished
     row.label = "teal"
-    found = [b for b in published.beside([row]) if b.metric == "perplexity" and "2408.14690" in b.source]
-    assert len(found) == 5 and all(b.ours == "10 → 12 (1.200x)" for b in found)
-    assert any(b.published == "5.07 → 5.43 (1.071x)" for b in found)
-    assert all("model llama-tiny instead of" in b.differs[0] for b in found)
-    assert all("method.prompt=all instead of half" in b.differs for b in found)
-    assert any("(unverified)" in b.source for b in found)
+    record = [b for b in published.beside([row]) if b.metric == "perplexity" and "2408.14690" in b.source]
+    assert len(record) == 5 and all(b.ours == "10 → 12 (1.200x)" for b in record)
+    assert any(b.published == "5.07 → 5.43 (1.071x)" for b in record)
+    assert all("model llama-tiny instead of" in b.differs[0] for b in record)
+    assert all("method.prompt=all instead of half" in b.differs for b in record)
+    assert any("(unverified)" in b.source for b in record)
     exact = copy.deepcopy(row)
-    exact.found["config"]["model"]["name"] = "llama2-7b"
-    exact.found["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    exact.record["config"]["model"]["name"] = "llama2-7b"
+    exact.record["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
     mine = [b for b in published.beside([exact]) if b.metric == "perplexity" and "2408.14690" in b.source]
     assert len(mine) == 1 and [d.split()[0] for d in mine[0].differs] == ["data"]
 
@@ -440,9 +440,9 @@ def test_no_published_figure_where_the_setting_does_not_match(tmp_path, changes)
 
 
 def test_zeros_of_neurons_are_compared_where_they_were_measured(tmp_path):
-    found = made("prosparse", extra={"neurons": {"dense": {"x1_zero": 0.0}, "sparse": {"x1_zero": 0.85}}})
-    found["config"]["method"]["threshold"] = 0.01
-    rows_found = rows.collect([laid(tmp_path, found)]).finished
+    record = made("prosparse", extra={"neurons": {"dense": {"x1_zero": 0.0}, "sparse": {"x1_zero": 0.85}}})
+    record["config"]["method"]["threshold"] = 0.01
+    rows_found = rows.collect([laid(tmp_path, record)]).finished
     beside = [b for b in published.beside(rows_found) if b.metric == "x1_zero"]
     assert {b.published for b in beside} == {"0.8932", "0.888"} and {b.ours for b in beside} == {"0.85"}
 

@@ -15,6 +15,6 @@ def test_quality_is_of_the_test_split():
     rows = data.test.sequences(6)
     data.fit = data.dev = None  # touching them would fail
     settings = config.build_settings(compose_all(["method=dense", "hardware=cpu", "eval.text.test_sequences=6"])[0])
-    found = LanguageModeling().assess(loaded, loaded.module, data, settings)
-    assert found.metrics["nll"] == pytest.approx(quality.perplexity(loaded.module, rows, 4)["nll"], rel=1e-6)
-    assert found.metrics["sequences"] == 6
+    actual = LanguageModeling().assess(loaded, loaded.module, data, settings)
+    assert actual.metrics["nll"] == pytest.approx(quality.perplexity(loaded.module, rows, 4)["nll"], rel=1e-6)
+    assert actual.metrics["sequences"] == 6

@@ -37,9 +37,9 @@ def fingerprint(weight: torch.Tensor) -> str:
     """Hash of a weight's bits and dtype, and of what computes its factors: this source and torch's version."""
     bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     made_by = (*digests.of_files([Path(__file__)]), torch.__version__)
-    found = hashlib.sha256(f"{made_by}{weight.dtype}{tuple(weight.shape)}".encode())
-    found.update(bits)
-    return found.hexdigest()[:24]
+    digest = hashlib.sha256(f"{made_by}{weight.dtype}{tuple(weight.shape)}".encode())
+    digest.update(bits)
+    return digest.hexdigest()[:24]
 
 
 def cached(weight: torch.Tensor, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
