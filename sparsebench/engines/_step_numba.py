@@ -15,7 +15,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparsebench.kernels._gather_numba import compact, gather, narrow, widen
+from sparsebench.kernels._gather_numba import compact, gather, narrow, product, widen
 
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
 WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
@@ -119,15 +119,22 @@ def add_remainder(x, a, b, index, count, y, lo, hi):
 
 @njit(nogil=True, cache=True)
 def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
-    """y[lo:hi] = W x over kept channels for map `which`; compacts again only where `count` is below 0."""
+    """y[lo:hi] = W x for map `which` over the kept channels, or with keep_all over all, a plain dense product.
+
+    Compacts again only where `count` is below 0.
+    """
     n = x.shape[0]
-    if count < 0:
-        threshold = np.float32(-1) if keep_all else carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
-        size = 0 if row[SCALE + which] == 0 else n
-        scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
-        count = compact(x.reshape(1, n), threshold, scale, index, value)
     weight = carray(pointer(row[WEIGHT + which]), (n, m), like.dtype)
-    gather(y.reshape(1, m), weight, index, value, count, lo, hi)
+    if keep_all:
+        product(y.reshape(1, m), weight, x.reshape(1, n), index, lo, hi)
+        count = n
+    else:
+        if count < 0:
+            threshold = carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
+            size = 0 if row[SCALE + which] == 0 else n
+            scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
+            count = compact(x.reshape(1, n), threshold, scale, index, value)
+        gather(y.reshape(1, m), weight, index, value, count, lo, hi)
     rank = row[RANK + which]
     if rank > 0 and count < n:
         a = carray(pointer(row[LOW_A + which]), (n, rank), like.dtype)

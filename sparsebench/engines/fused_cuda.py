@@ -81,7 +81,7 @@ class Step:
         module: a causal LM for which `unsupported` is None, with input-sparse linears at every site.
         cache: a transformers StaticCache that holds the prompt; its tensors are used in place.
         processors: multiprocessors to spread over.
-        keep_all: skip nothing, whatever the modules' thresholds say.
+        keep_all: a dense step, by kernels that know no thresholds.
         tunings: per kernel kind (qkv, attend, o, gate_up, down, head).
     """
 
@@ -136,6 +136,7 @@ class Step:
     def defines(self, tuning: Tuning) -> dict[str, int]:
         constants = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
         constants |= {"GROUP": self.num_heads // self.num_groups, "SPLITS": self.splits}
+        constants |= {"DENSE": 1} if self.keep_all else {}
         return {**constants, "BF16": 1} if self.dtype == torch.bfloat16 else constants
 
     def plan(self) -> Iterator[Launch]:

@@ -19,8 +19,10 @@ AHEAD = 1024  # bytes; found best of none, 512, 1024 and the next eight channels
 FLOAT, I16, I32, I64, BYTE = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.IntType(8)
 
 
-def emit_pass(context, builder, signature, args, rows: int) -> None:
+def emit_pass(context, builder, signature, args, rows: int, listed: bool = True) -> None:
     """LLVM IR of y[b, lo:hi] += sum over `rows` channels of value[b] * weight row.
+
+    listed: the channels are index[first:], else first, first + 1, ... themselves and `index` is not read.
 
     Rows of y and value are found here: a slice in numba would count references at every pass.
     """
@@ -46,7 +48,8 @@ def emit_pass(context, builder, signature, args, rows: int) -> None:
     splat = ir.Constant(ir.VectorType(I32, VECTOR), [0] * VECTOR)
     current, scalars, vectors = [], [], []
     for r in range(rows):
-        channel = builder.load(builder.gep(index.data, [builder.add(first, I64(r))]))
+        channel = builder.add(first, I64(r))
+        channel = builder.load(builder.gep(index.data, [channel])) if listed else channel
         current.append(builder.gep(weight.data, [builder.mul(channel, outputs)]))
         scalars.append(builder.load(builder.gep(value_row, [builder.add(first, I64(r))])))
         vectors.append(builder.shuffle_vector(builder.insert_element(undefined, scalars[r], I32(0)), undefined, splat))
@@ -105,6 +108,15 @@ def pass_one(typing, y, weight, index, value, b, first, lo, hi):
 
 
 @intrinsic
+def pass_in_order(typing, y, weight, index, value, b, first, lo, hi):
+    def codegen(context, builder, signature, args):
+        emit_pass(context, builder, signature, args, ROWS, listed=False)
+        return context.get_dummy_value()
+
+    return pass_signature(y, weight, index, value), codegen
+
+
+@intrinsic
 def widen(typing, value):
     """A stored weight as float32: itself, or the upper half of a float32 for bf16 bits."""
 
@@ -130,6 +142,24 @@ def gather(y, weight, index, values, count, lo, hi):
     while k < count:
         for b in range(y.shape[0]):
             pass_one(y, weight, index, values, b, k, lo, hi)
+        k += 1
+
+
+@njit(nogil=True, cache=True)
+def product(y, weight, x, index, lo, hi):
+    """y[0, lo:hi] = x[0] @ weight[:, lo:hi] over all channels in order: the dense product, with no list of channels.
+
+    `index` [n + 1] is scratch, for the channels that are left over from whole passes.
+    """
+    for j in range(lo, hi):
+        y[0, j] = 0
+    k, channels = 0, weight.shape[0]
+    while k + ROWS <= channels:
+        pass_in_order(y, weight, index, x, 0, k, lo, hi)
+        k += ROWS
+    while k < channels:
+        index[k] = k
+        pass_one(y, weight, index, x, 0, k, lo, hi)
         k += 1
 
 

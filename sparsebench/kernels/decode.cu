@@ -18,7 +18,10 @@
 // channels in flight; warps are summed in shared memory, CTAs by fp32 atomics. Sums that several CTAs add into start at
 // zero: each is cleared by a kernel between its last reader and its next writer.
 //
-// Compile-time: BF16 (else fp16), WARPS, LOADS, WIDE (16-byte loads per lane and channel), HEAD_DIM, GROUP (query heads
+// With DENSE the same products drop nothing and list nothing: rows in order, the first of them on their way before the
+// input is there (no choice depends on it). That is the dense baseline.
+//
+// Compile-time: BF16 (else fp16), DENSE, WARPS, LOADS, WIDE (16-byte loads per lane and channel), HEAD_DIM, GROUP (query heads
 // per key-value head), SPLITS (of the context). EMULATE builds the same code for a CPU, for tests. Sizes must be
 // multiples of 8.
 
@@ -256,24 +259,34 @@ __device__ void gather(const Gather& a) {
     int* count = (int*)(index + CHUNK);
     float* scratch = (float*)(count + 4);           // [WARPS]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    wait_for_previous();
-    let_next_start();
-    const int cta = blockIdx.y * gridDim.x + blockIdx.x;
-    for (int i = cta * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * gridDim.y * THREADS) a.zero[i] = 0;
     int tile = blockIdx.x, part = 0;
     while (tile >= (a.m[part] + TILE - 1) / TILE) tile -= (a.m[part++] + TILE - 1) / TILE;
     const int m = a.m[part], n = a.n[part], column = tile * TILE + lane * 8;
-    const bool dropped = a.complement[part];
     const float* input = a.input[part];
-    const float threshold = *a.threshold[part];
-    const float* scale = a.scale[part];
     const int first = (int)((long)n * blockIdx.y / gridDim.y), last = (int)((long)n * (blockIdx.y + 1) / gridDim.y);
-    const float inverse = MODE == NORM ? inverse_rms(input, n, a.eps, scratch) : 0.0f;
     float sum[8 * WIDE];
 #pragma unroll
     for (int i = 0; i < 8 * WIDE; i++) sum[i] = 0;
+    float inverse = 0;
+    auto begin = [&]() {  // once what the kernels before have written may be read
+        wait_for_previous();
+        let_next_start();
+        const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+        for (int i = cta * THREADS + threadIdx.x; i < a.zero_count; i += gridDim.x * gridDim.y * THREADS) a.zero[i] = 0;
+        if (MODE == NORM) inverse = inverse_rms(input, n, a.eps, scratch);
+    };
+#ifdef DENSE
+    bool begun = false;
+#else
+    const bool dropped = a.complement[part];
+    const float* scale = a.scale[part];
+    begin();
+    const float threshold = *a.threshold[part];
+#endif
     for (int chunk = first; chunk < last; chunk += CHUNK) {
         const int size = min(CHUNK, last - chunk);
+        int channels = size;  // of this chunk
+#ifndef DENSE
         if (threadIdx.x == 0) *count = 0;
         __syncthreads();
         float x[ITEMS];
@@ -303,12 +316,17 @@ __device__ void gather(const Gather& a) {
             place += __popc(kept[t]);
         }
         __syncthreads();
-        const int found = *count;
+        channels = *count;
+#endif
         const u16* rows = a.weight[part] + (long)chunk * m + column;
-        const int mine = found > warp ? (found - warp + WARPS - 1) / WARPS : 0;  // channels of this warp: warp, warp + WARPS, ...
+        const int mine = channels > warp ? (channels - warp + WARPS - 1) / WARPS : 0;  // of this warp: warp, warp + WARPS, ...
         auto fetch = [&](int t) {
             const bool wanted = t < mine;
+#ifdef DENSE
+            const u16* row = rows + (long)(wanted ? warp + t * WARPS : 0) * m;
+#else
             const u16* row = rows + (long)(wanted ? index[warp + t * WARPS] : 0) * m;
+#endif
 #pragma unroll
             for (int d = 0; d < WIDE; d++)
                 copy_weight(ring + ((t % LOADS) * WIDE + d) * THREADS + threadIdx.x, row + d * 256, wanted && column + d * 256 < m);
@@ -316,8 +334,16 @@ __device__ void gather(const Gather& a) {
         };
 #pragma unroll
         for (int t = 0; t < LOADS; t++) fetch(t);
+#ifdef DENSE
+        if (!begun) begin(), begun = true;
+        for (int i = threadIdx.x; i < size; i += THREADS) value[i] = input_value<MODE>(a, input, chunk + i, inverse);
+        __syncthreads();
+#endif
         add_rows(sum, ring, value, mine, fetch);
     }
+#ifdef DENSE
+    if (!begun) begin();
+#endif
     add_warps(sum, sums, a.out[part], tile, m);
     if (a.result) round_last(a.out[0], a.result, a.bias, a.arrived, count, tile, m);
 }

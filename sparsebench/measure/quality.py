@@ -93,6 +93,7 @@ class ClassCounts:
         self.nll = 0.0
         self.losses: list[np.ndarray] = []  # NLL of each example
         self.right: list[np.ndarray] = []
+        self.gaps: list[np.ndarray] = []  # bin, and right minus confidence, of each example
         self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)  # examples, right ones, summed confidence
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
@@ -107,6 +108,7 @@ class ClassCounts:
         pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
         self.confusion += pairs.view(classes, classes)
         index = ((confidence * ECE_BINS).ceil().long() - 1).clamp(0, ECE_BINS - 1)
+        self.gaps.append(torch.stack([index.double(), (predicted == labels).double() - confidence]).numpy())
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).double(), confidence])
         self.bins.index_add_(1, index, rows)
 
@@ -128,7 +130,17 @@ class ClassCounts:
             "examples": count,
             "losses": np.concatenate(self.losses),
             "right": np.concatenate(self.right),
+            "gaps": self.signed_gaps(),
         }
+
+    def signed_gaps(self) -> np.ndarray:
+        """What each example adds to N x ECE [N]: right minus confidence, with the sign of its bin's sum.
+
+        Their mean is the ECE. Their spread is its uncertainty to first order: as long as no bin's sum changes its sign.
+        """
+        index, gaps = np.concatenate(self.gaps, axis=1)
+        signs = np.sign((self.bins[1] - self.bins[2]).numpy())
+        return signs[index.astype(int)] * gaps
 
 
 def classification_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
@@ -172,4 +184,7 @@ def compare_classes(dense: dict, sparse: dict, protocol: dict) -> dict:
         }  # fmt: skip
     section["nll"] |= {f"{name}_stderr": uncertainty.mean_stderr(values) for name, values in losses.items()}
     section["nll"]["difference_stderr"] = uncertainty.mean_stderr(losses["sparse"] - losses["dense"])
+    gaps = {"dense": dense["gaps"], "sparse": sparse["gaps"]}
+    section["ece"] |= {f"{name}_stderr": uncertainty.mean_stderr(values) for name, values in gaps.items()}
+    section["ece"]["difference_stderr"] = uncertainty.mean_stderr(gaps["sparse"] - gaps["dense"])
     return section

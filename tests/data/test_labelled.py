@@ -71,6 +71,27 @@ def test_calibration_has_fifteen_bins():
     assert counts.metrics()["ece"] == pytest.approx((abs(1 - 0.66) + abs(0 - 0.68)) / 2)
 
 
+def test_the_error_of_a_calibration_error_is_that_of_samples():
+    """Overconfident predictions of two models, drawn again and again: the spread of ECE between draws is its standard
+    error, and that of the paired difference."""
+    generator, seen, stated = torch.Generator().manual_seed(0), [], []
+    for _ in range(400):
+        labels = (torch.rand(300, generator=generator) < 0.7).long()  # the class said is always 1
+        confidence = 0.8 + 0.1 * torch.rand(300, generator=generator)
+        pair = []
+        for chances in (confidence, (confidence + 0.05 + 0.04 * labels).clamp_max(0.99)):
+            counts = quality.ClassCounts(2)
+            counts.add(torch.stack([(1 - chances).log(), chances.log()], -1), labels)
+            pair.append(counts.metrics())
+        assert pair[0]["gaps"].mean() == pytest.approx(pair[0]["ece"])
+        ece = quality.compare_classes(*pair, {})["ece"]
+        seen.append((ece["dense"], ece["sparse"] - ece["dense"]))
+        stated.append((ece["dense_stderr"], ece["difference_stderr"]))
+    for column in (0, 1):
+        spread = np.std([row[column] for row in seen], ddof=1)
+        assert np.mean([row[column] for row in stated]) == pytest.approx(spread, rel=0.15), column
+
+
 def test_figures_do_not_depend_on_the_batches():
     split, model = Points("test", 50, 1), classifier()
     (one, _), (two, _) = (quality.classification_quality(model, split, None, b) for b in (7, 50))
@@ -99,7 +120,8 @@ def counted(accuracy, first, **figures):
     """Metrics over 100 examples of which those from `first` on, as many as `accuracy` says, are right."""
     right = np.zeros(100, dtype=bool)
     right[first : first + round(100 * accuracy)] = True
-    return {"accuracy": accuracy, "examples": 100, "right": right, "losses": np.full(100, figures["nll"]), **figures}
+    return {"accuracy": accuracy, "examples": 100, "right": right, "losses": np.full(100, figures["nll"]),
+            "gaps": right - 0.85, **figures}  # fmt: skip
 
 
 def test_compare_names_direction_protocol_and_error():

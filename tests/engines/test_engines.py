@@ -155,12 +155,26 @@ def test_cuda_step_on_the_cpu(emulated, kind, threshold, rank, dtype):
     step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL)
     rests = [launch.label for launch in step.launches if launch.label.endswith("remainder")]
     assert len(rests) == (8 if rank else 0)
-    dense = fused_cuda.Step(model, cache, processors=4, tunings=SMALL, keep_all=True).launches
-    assert not any(launch.label.endswith("remainder") for launch in dense)
+    follow(model, cache, step, emulated)
+
+
+@pytest.mark.parametrize("kind, dtype", [("llama", torch.bfloat16), ("qwen2", torch.float16)])
+def test_the_dense_cuda_step_knows_no_thresholds(emulated, kind, dtype):
+    """Kernels of their own: thresholds above every value and remainders change nothing."""
+    model = sparse_model(kind, 1e9, dtype, scale=True, rank=5, layers=1, hidden_size=64, intermediate_size=136)
+    cache, _ = engines.prefilled(model, IDS[:, :20], 4)
+    step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL, keep_all=True)
+    assert step.defines(SMALL["qkv"])["DENSE"] and not any("remainder" in launch.label for launch in step.launches)
+    follow(model, cache, step, emulated)
+
+
+def follow(model, cache, step, emulated):
+    """Two tokens of a CUDA step on the CPU beside the same in torch."""
+    dtype = step.dtype
     library = emulated(**step.defines(SMALL["qkv"]))
     reference = fused_cpu.reference_step
     holder = SimpleNamespace(module=model, position=20, cache=cache, blocks=find_blocks(model))
-    holder.fixed = [None] * 3 + [False] + [None] * 3 + [t.numpy() for t in (step.cosine, step.sine)]
+    holder.fixed = [None] * 3 + [step.keep_all] + [None] * 3 + [t.numpy() for t in (step.cosine, step.sine)]
     for i in (20, 21):  # twice: buffers must be left as they were found
         holder.position = i
         expected = reference(holder, int(IDS[0, i]))
@@ -200,7 +214,7 @@ def test_cuda_kernels_compile_without_a_gpu():
     defines = {"WARPS": 8, "LOADS": 4, "WIDE": 1, "HEAD_DIM": 128, "GROUP": 4, "SPLITS": 16}
     for architecture in ("sm_80", "sm_90"):
         assert len(_nvrtc.compile_cubin(source, architecture, defines)) > 10_000
-        assert len(_nvrtc.compile_cubin(source, architecture, {**defines, "BF16": 1})) > 10_000
+        assert len(_nvrtc.compile_cubin(source, architecture, {**defines, "BF16": 1, "DENSE": 1})) > 10_000
     with pytest.raises(RuntimeError, match="NVRTC: .*error"):
         _nvrtc.compile_cubin("__global__ void broken( {", "sm_90", {})
 
