@@ -174,7 +174,7 @@ def hooked_ffn(dense, block, rule):
     first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
     last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
     own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
-    act = next(m for n, m in own.named_children() if n in ("act", "act_fn"))
+    act = next(m for n, m in own.named_children() if n in ("act", "act_fn", "activation_fn"))
     seen = []
 
     def mask(_, args):

@@ -390,7 +390,7 @@ def laid(folder, *records):
 QUICK_RUN = (
     "dataset=text", "dataset.sequence_length=32", "method.calibration_tokens=256", "eval.text.test_sequences=4",
     "measure.samples=30", "measure.warmup=3", "measure.context=16", "measure.prompt=16", "hardware.threads=1",
-    "wandb.mode=disabled",
+    "wandb.mode=disabled", "eval.text.prompt=",
 )  # fmt: skip
 QUICK_TRAINING = {"batch_size": 8, "micro_batch": 8, "warmup": 1}
 BASE = {

@@ -118,16 +118,29 @@ def show(found: dict[str, Any], path: Path) -> None:
         )
     else:
         console.print(table(found))
+        for line in said(found):
+            console.print(line, markup=False)
         for line in notes(found):
             console.print(line, style="yellow", markup=False)
     console.print(f"record: {path}", markup=False)
     print(headline(found, path), flush=True)
 
 
+def said(content: dict[str, Any]) -> list[str]:
+    """What both models make of one prompt, one line each."""
+    texts = (content.get("extra") or {}).get("continuation")
+    if not texts:
+        return []
+    quoted = {side: json.dumps(texts[side]["text"], ensure_ascii=False) for side in ("dense", "sparse")}
+    prompt = json.dumps(texts["dense"]["prompt"], ensure_ascii=False)
+    return [f"prompt  {prompt}", *(f"{side:<7} {text}" for side, text in quoted.items())]
+
+
 def notes(found: dict[str, Any]) -> list[str]:
     """What must be known before figures of the table are used, one line each."""
     latency, estimate = found.get("latency") or {}, found.get("estimate") or {}
     lines = [f"NOISY, times are not to be trusted: {'; '.join(latency['reasons'])}"] if latency.get("noisy") else []
+    lines += [f"model: {caution}" for caution in (found.get("model") or {}).get("cautions", [])]
     section = (latency.get("decode") or {}).get("break_even")
     if section and section["reason"]:
         lines.append(f"no break-even: {section['reason']}")
