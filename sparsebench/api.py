@@ -90,7 +90,7 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
             raise ValueError("; ".join(problems))
     folder = file.parent.resolve()
     fitted = own_state(folder, content)
-    if getattr(model, "weights", None) == "scratch":
+    if getattr(model, "weights", None) in ("scratch", "finetuned"):
         model = trained(model, folder, content)
     target.prepare()
     torch.manual_seed(seed)

@@ -22,6 +22,10 @@ LAYOUTS = {  # by the families that have it; docs/families.md lists what was tri
     "Phi-3, Phi-4": {
         "qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj",
     },
+    "Phi-1, Phi-2": {
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.dense",
+        "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+    },
     "GPT-2": {
         "qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj",
     },

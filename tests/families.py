@@ -28,11 +28,11 @@ KNOWN = (
     "biogpt", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma", "gemma2",
     "gemma3_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "helium",
     "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "olmo",
-    "olmo2", "olmo3", "openai-gpt", "opt", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "vaultgemma", "xglm",
+    "olmo2", "olmo3", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "vaultgemma", "xglm",
 )  # fmt: skip
 UNKNOWN = (
     "afmoe", "apertus", "arcee", "bloom", "codegen", "ctrl", "deepseek_v2", "doge", "glm", "glm4", "gpt_oss", "gptj",
-    "jais2", "lfm2", "mixtral", "mpt", "nanochat", "nemotron", "olmoe", "persimmon", "phi", "qwen3_moe", "starcoder2",
+    "jais2", "lfm2", "mixtral", "mpt", "nanochat", "nemotron", "olmoe", "persimmon", "qwen3_moe", "starcoder2",
 )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def hooked_ffn(dense, block, rule):
     first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
     last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
     own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
-    act = next(m for n, m in own.named_children() if n in ("act", "act_fn"))
+    act = next(m for n, m in own.named_children() if n in ("act", "act_fn", "activation_fn"))
     seen = []
 
     def mask(_, args):

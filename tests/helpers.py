@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -78,6 +80,93 @@ def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model.eval().requires_grad_(False)
+
+
+GGUF_KINDS = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "phi2": "phi",
+    "phi3": "phi3",
+}
+
+
+def write_gguf(
+    path: Path,
+    model,
+    architecture: str,
+    kind: str | dict = "F32",
+    tokenizer=None,
+    change=lambda tensors: tensors,
+    **fields,
+):
+    """A model of transformers as llama.cpp's converter writes it: rows of a Llama's q and k in pairs, Gemma's norms + 1.
+
+    kind: how matrices are stored, all or by name. tokenizer: a byte-level BPE. change: of the tensors, float32 by name. fields: metadata
+    beside, or instead of (None = left out) those of the model; `__` stands for a dot.
+    """
+    settings = model.config
+    number = next(k for k, v in gguf.constants.MODEL_ARCH_NAMES.items() if v == architecture)
+    names = gguf.get_tensor_name_map(number, settings.num_hidden_layers)
+    heads, groups = settings.num_attention_heads, settings.num_key_value_heads
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().numpy()
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            count = heads if ".q_proj." in name else groups
+            values = values.reshape(count, 2, len(values) // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
+        tensors[names.get_name(name, (".weight", ".bias"))] = values
+    rope = settings.rope_parameters
+    model_fields = {
+        "block_count": settings.num_hidden_layers, "context_length": settings.max_position_embeddings,
+        "embedding_length": settings.hidden_size, "feed_forward_length": settings.intermediate_size,
+        "attention.head_count": heads, "attention.head_count_kv": groups, "attention.key_length": head_dim,
+        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+        "attention.sliding_window": getattr(settings, "sliding_window", None),
+        "attention.layer_norm_rms_epsilon": getattr(settings, "rms_norm_eps", None),
+        "attention.layer_norm_epsilon": getattr(settings, "layer_norm_eps", None),
+    }  # fmt: skip
+    every = {f"{architecture}.{k}": v for k, v in model_fields.items()} | tokenizer_fields(
+        tokenizer or tiny_tokenizer()
+    )
+    every |= {key.replace("__", "."): value for key, value in fields.items()}
+    writer = gguf.GGUFWriter(path, every.pop("general.architecture", architecture))
+    for key, value in every.items():
+        if value is not None:
+            add_field(writer, key, value)
+    for name, values in change(tensors).items():
+        chosen = kind if isinstance(kind, str) else kind.get(name, "F32")
+        stored = gguf.GGMLQuantizationType[chosen if values.ndim == 2 and values.shape[1] % 32 == 0 else "F32"]
+        data = gguf.quants.quantize(np.ascontiguousarray(values, dtype=np.float32), stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tokenizer_fields(tokenizer) -> dict:
+    """A byte-level BPE of transformers as the fields of a GGUF file."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    special = {t["content"] for t in content["added_tokens"]}
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if t in special else 1 for t in tokens],
+        "tokenizer.ggml.merges": [" ".join(m) for m in content["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id, "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+
+
+def add_field(writer, key: str, value) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds.get(type(value), writer.add_array)(key, value)
 
 
 class Rows:
@@ -301,7 +390,7 @@ def laid(folder, *records):
 QUICK_RUN = (
     "dataset=text", "dataset.sequence_length=32", "method.calibration_tokens=256", "eval.text.test_sequences=4",
     "measure.samples=30", "measure.warmup=3", "measure.context=16", "measure.prompt=16", "hardware.threads=1",
-    "wandb.mode=disabled",
+    "wandb.mode=disabled", "eval.text.prompt=",
 )  # fmt: skip
 QUICK_TRAINING = {"batch_size": 8, "micro_batch": 8, "warmup": 1}
 BASE = {

@@ -16,11 +16,12 @@ from sparsebench.config.fields import ConfigError, build, setting
 
 @dataclass(kw_only=True)
 class TextEvaluation:
-    """Windows of text: perplexity of language models."""
+    """Windows of text: perplexity of language models; one text that they continue, to be read."""
 
     test_sequences: int | None = setting(gt=0)
     dev_sequences: int | None = setting(gt=0)
     batch_size: int = setting(gt=0)
+    prompt: str | None
 
 
 @dataclass(kw_only=True)

@@ -101,7 +101,7 @@ class TopKSparsity(Method):
                 swap(module, block, phi, kernel=kernel)
                 continue
             ffn = module.get_submodule(ffn_path(block))
-            own = next(n for n, m in ffn.named_children() if n in ("act", "act_fn"))
+            own = next(n for n, m in ffn.named_children() if n in ("act", "act_fn", "activation_fn"))
             setattr(ffn, own, ACT2FN[name])
             for site in block.sites.values():
                 linear = module.get_submodule(site.path)

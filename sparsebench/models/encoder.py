@@ -1,4 +1,5 @@
-"""Text classifiers with BERT-style encoders of transformers: from a folder or the Hub, random, or trained here."""
+"""Text classifiers with BERT-style encoders of transformers: from a folder or the Hub, as they are or with a new head
+fine-tuned here, random, or trained here from scratch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 import transformers
 
-from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.config import NAME_PATTERN, inputs, setting
+from sparsebench.config.identity import by_name
 from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded, positions
@@ -21,6 +23,9 @@ from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training, classification_loss
 from sparsebench.training.work import Work
 
+AUTO = transformers.AutoModelForSequenceClassification
+TRAINED = ("finetuned", "scratch")  # weights that are made here
+
 
 @dataclass(kw_only=True)
 class Encoder:
@@ -29,21 +34,25 @@ class Encoder:
     name: str = setting(**NAME_PATTERN)
     path: str | None = setting(file="model")
     revision: str | None
-    weights: str = setting(choices=("pretrained", "scratch", "random"))
+    weights: str = setting(choices=("pretrained", "finetuned", "scratch", "random"))
     architecture: dict | None
     train: Training | None
     kind = "classification"
 
     def __post_init__(self):
-        if self.weights == "pretrained" and self.path is None:
-            raise ValueError("path must be a folder or a Hub id with weights=pretrained, got null")
-        if self.weights != "pretrained" and self.architecture is None:
+        if self.starts_from_path and self.path is None:
+            raise ValueError(f"path must be a folder or a Hub id with weights={self.weights}, got null")
+        if not self.starts_from_path and self.architecture is None:
             raise ValueError(f"architecture must describe the encoder with weights={self.weights}, got null")
-        if self.weights == "scratch" and self.train is None:
-            raise ValueError("weights=scratch needs model.train, got null")
+        if self.weights in TRAINED and self.train is None:
+            raise ValueError(f"weights={self.weights} needs model.train, got null")
+
+    @property
+    def starts_from_path(self) -> bool:
+        return self.weights in ("pretrained", "finetuned")
 
     def problems(self, settings: Any) -> list[str]:
-        pretrained = self.weights == "pretrained"
+        pretrained = self.starts_from_path
         problem = hub.model_problem(self.path, "model.path") if pretrained else None
         if problem:
             return [problem]
@@ -57,29 +66,24 @@ class Encoder:
         """
         hardware = work.hardware
         torch.manual_seed(work.seed)
+        start, origin, dev = None, self.path, None
         if self.weights == "pretrained":
-            source = {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
-            auto = transformers.AutoModelForSequenceClassification
-            module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
+            module = load_whole(AUTO, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **self.source())
             if module.config.num_labels != len(data.classes):
                 raise ValueError(
                     f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
                 )
-            tokenizer, start, origin, dev = (
-                transformers.AutoTokenizer.from_pretrained(self.path, **source),
-                None,
-                self.path,
-                None,
-            )
+        if self.starts_from_path:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **self.source())
         else:
             tokenizer = from_scratch.byte_bpe(data.fit.texts, self.architecture["vocab_size"])
-            start, origin, dev = tokenizer.bos_token_id, "random weights", None
+            start, origin = tokenizer.bos_token_id, "random weights"
         data.set_tokenizer(tokenizer, start)
-        if self.weights != "pretrained":
+        if self.weights == "random":
             module = self.plain(data)
-        if self.weights == "scratch":
-            folder = self.trained(module, tokenizer, work, data)
-            module = load_whole(transformers.AutoModelForSequenceClassification, str(folder), dtype=torch.float32)
+        if self.weights in TRAINED:
+            folder = self.trained(tokenizer, work, data)
+            module = load_whole(AUTO, str(folder), dtype=torch.float32)
             origin, dev = str(folder), json.loads((folder / "training.json").read_text())["dev"]
         module = module.to(hardware.torch_device, hardware.torch_dtype).eval().requires_grad_(False)
         info = {
@@ -89,6 +93,17 @@ class Encoder:
         }  # fmt: skip
         return Loaded(module, tokenizer, info)
 
+    def source(self) -> dict[str, Any]:
+        """Which state of a Hub id is loaded."""
+        return {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
+
+    def begun(self, data) -> torch.nn.Module:
+        """The classifier before training, float32: random weights, or those in `path` under a new head."""
+        if self.weights == "scratch":
+            return self.plain(data)
+        options = {"dtype": torch.float32, "use_safetensors": True, "num_labels": len(data.classes), **self.source()}
+        return load_whole(AUTO, self.path, new_head=True, **options)
+
     def plain(self, data) -> torch.nn.Module:
         """The encoder with random weights, float32."""
         fields = {"num_labels": len(data.classes), **self.architecture}
@@ -97,12 +112,15 @@ class Encoder:
         settings = transformers.AutoConfig.for_model(kind, pad_token_id=0 if kind == "roberta" else None, **fields)
         return transformers.AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
 
-    def trained(self, module, tokenizer, work: Work, data) -> Path:
+    def trained(self, tokenizer, work: Work, data) -> Path:
         """The folder of this encoder trained on data.fit with work.seed; trained first where it is missing."""
         shape = {
             "architecture": self.architecture, "train": vars(self.train), "seed": work.seed, "machine": machine.machine(),
             "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
         }  # fmt: skip
+        if self.weights == "finetuned":
+            files = inputs.read_files(self.path, "model", {}) or inputs.hub_files(self.path, self.revision, "model")[1]
+            shape |= {"architecture": None, "start": by_name(files)}
 
         def judge(module, history) -> dict[str, Any]:
             metrics, _ = quality.classification_quality(module, data.dev, None, 64)
@@ -113,5 +131,5 @@ class Encoder:
             tokenizer.save_pretrained(folder)
 
         return from_scratch.trained(
-            self, shape, work, lambda: (module, data.fit), judge, save, loss=classification_loss
+            self, shape, work, lambda: (self.begun(data), data.fit), judge, save, loss=classification_loss
         )

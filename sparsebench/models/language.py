@@ -1,4 +1,5 @@
-"""Causal language models of transformers: shipped, from a folder, from the Hub, random for timing, or trained here."""
+"""Causal language models of transformers: shipped, from a folder, from the Hub, out of a GGUF file, random for timing, or
+trained here."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded, positions
+from sparsebench.models import Loaded, gguf, positions
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
@@ -44,7 +45,7 @@ class CausalLM:
 
     @property
     def location(self) -> str:
-        """Folder or Hub id; `builtin:<name>` is a folder shipped with the package."""
+        """Folder, Hub id or GGUF file; `builtin:<name>` is a folder shipped with the package."""
         if self.path is None:
             return ""
         return str(ASSETS / self.path.removeprefix("builtin:")) if self.path.startswith("builtin:") else self.path
@@ -58,12 +59,15 @@ class CausalLM:
             if self.num_layers and depth and self.num_layers > depth:
                 return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
         elif self.path is None:
-            return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
+            return [f"model.path must be a folder, a Hub id or a GGUF file for model={self.name}, got null"]
         else:
-            problem = hub.model_problem(self.location, "model.path") or tokenizer_problem(self.location)
+            problem = location_problem(self.location)
             if problem:
                 return [problem]
-        config = positions.known_config("" if from_architecture else self.location, self.architecture)
+        if is_gguf(self.location) and not from_architecture:
+            config = gguf.config(self.location)
+        else:
+            config = positions.known_config("" if from_architecture else self.location, self.architecture)
         return positions.problems(self.name, config, lengths_of(settings))
 
     def config(self) -> transformers.PretrainedConfig:
@@ -71,6 +75,8 @@ class CausalLM:
         if self.weights != "pretrained" and self.architecture is not None:
             fields = dict(self.architecture)
             config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        elif is_gguf(self.location):
+            config = gguf.config(self.location)
         else:
             config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
         if self.num_layers:
@@ -91,9 +97,12 @@ class CausalLM:
         }
 
     def tokenizer(self, location: str, config: Any, data) -> Any:
-        """The tokenizer of a folder or Hub id. Raises ValueError where it is missing or is not one for model and data."""
+        """The tokenizer of a location. Raises ValueError where it is missing or is not one for model and data."""
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
+            if is_gguf(location):
+                tokenizer = gguf.tokens(location)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
         except (OSError, ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"model: the tokenizer of {location} can't be loaded: {line}") from error
@@ -115,13 +124,15 @@ class CausalLM:
         if self.weights == "scratch":
             location = str(self.trained(config, work, data))
         tokens_from = location
-        if self.weights == "random" and hub.model_problem(location, "") is not None:
+        if self.weights == "random" and location_problem(location) is not None:
             tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
         tokenizer = self.tokenizer(tokens_from, config, data)
         if self.weights == "random":
             torch.manual_seed(work.seed)
             with torch.device(hardware.torch_device):
                 module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
+        elif is_gguf(location):
+            module = gguf.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
         else:
             module = load_whole(
                 transformers.AutoModelForCausalLM, location, self.num_layers,
@@ -141,10 +152,15 @@ class CausalLM:
             "tokenizer": "llama-tiny (stand-in)" if tokens_from != location else "its own",
             "trust_remote_code": self.trust_remote_code,
             "positions": positions.limit(config),
-            "warning": positions.warning(config, data.test.sequence_length) if data is not None else None,
+            "cautions": [],
         }
-        if info["warning"]:
-            log.warning("model=%s: %s", self.name, info["warning"])
+        if data is not None:
+            info["cautions"] += positions.cautions(config, data.test.sequence_length) + start_cautions(tokenizer, data)
+        if is_gguf(location) and self.weights == "pretrained":
+            info["gguf"], caution = gguf.describe(location, config, hardware.torch_dtype)
+            info["cautions"].append(caution)
+        for caution in info["cautions"]:
+            log.warning("model=%s: %s", self.name, caution)
         if data is not None:
             data.set_tokenizer(tokenizer)
         return Loaded(module, tokenizer, info)
@@ -195,6 +211,34 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+
+
+def is_gguf(location: str) -> bool:
+    """Whether a location is read as a GGUF file: every file is, since folders and Hub ids are none."""
+    return Path(location).is_file()
+
+
+def location_problem(location: str) -> str | None:
+    """Why `model.path` names no language model that can be loaded, in one line, or None."""
+    if is_gguf(location):
+        return gguf.problem(location, "model.path")
+    inside = sorted(Path(location).glob("*.gguf")) if Path(location).is_dir() else []
+    if inside and not Path(location, "config.json").exists():
+        return f"model.path must name the GGUF file itself, e.g. {str(inside[0])!r}, got its folder {location!r}"
+    if location.endswith(".gguf") and not inside:
+        return f"model.path must be an existing GGUF file, a folder or a Hub id, got {location!r}"
+    return hub.model_problem(location, "model.path") or tokenizer_problem(location)
+
+
+def start_cautions(tokenizer: Any, data: Any) -> list[str]:
+    """What the record says where a tokenizer puts a BOS before every text, and the data set leaves it out."""
+    start, bos = tokenizer.bos_token_id, data.test.bos
+    if bos != "none" or start is None or tokenizer("a")["input_ids"][:1] != [start]:
+        return []
+    return [
+        f"the tokenizer starts every text with {tokenizer.bos_token}, dataset.bos=none leaves it out: the model may be far "
+        "worse than it is made to be (dataset.bos=window puts it before every window)"
+    ]
 
 
 def tokenizer_problem(location: str) -> str | None:

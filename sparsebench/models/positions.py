@@ -1,4 +1,4 @@
-"""How many positions a transformer knows, and what a longer window means for it: an error, or a warning in the record."""
+"""How many positions a transformer knows, and what a longer window means for it: an error, or a caution in the record."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def problems(name: str, config: Any | None, lengths: dict[str, int]) -> list[str
     ]
 
 
-def warning(config: Any, length: int) -> str | None:
+def cautions(config: Any, length: int) -> list[str]:
     """What the record says of windows longer than a model without learned positions was made for."""
     count = limit(config)
     if count is None or length <= count:
-        return None
-    return f"windows of {length} tokens are longer than the {count} positions that the model was made for"
+        return []
+    return [f"windows of {length} tokens are longer than the {count} positions that the model was made for"]

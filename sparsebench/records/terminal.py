@@ -118,16 +118,29 @@ def show(record: dict[str, Any], path: Path) -> None:
         )
     else:
         console.print(table(record))
+        for line in said(record):
+            console.print(line, markup=False)
         for line in notes(record):
             console.print(line, style="yellow", markup=False)
     console.print(f"record: {path}", markup=False)
     print(headline(record, path), flush=True)
 
 
+def said(content: dict[str, Any]) -> list[str]:
+    """What both models make of one prompt, one line each."""
+    texts = (content.get("extra") or {}).get("continuation")
+    if not texts:
+        return []
+    quoted = {side: json.dumps(texts[side]["text"], ensure_ascii=False) for side in ("dense", "sparse")}
+    prompt = json.dumps(texts["dense"]["prompt"], ensure_ascii=False)
+    return [f"prompt  {prompt}", *(f"{side:<7} {text}" for side, text in quoted.items())]
+
+
 def notes(record: dict[str, Any]) -> list[str]:
     """What must be known before figures of the table are used, one line each."""
     latency, estimate = record.get("latency") or {}, record.get("estimate") or {}
     lines = [f"NOISY, times are not to be trusted: {'; '.join(latency['reasons'])}"] if latency.get("noisy") else []
+    lines += [f"model: {caution}" for caution in (record.get("model") or {}).get("cautions", [])]
     section = (latency.get("decode") or {}).get("break_even")
     if section and section["reason"]:
         lines.append(f"no break-even: {section['reason']}")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sparsebench.measure import latency, lm_eval, macs, memory, neurons, quality, sparsity
+from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, quality, sparsity
 from sparsebench.modules.base import Cost, SiteSparsity
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
 
@@ -30,13 +30,17 @@ class LanguageModeling(Task[LanguageAssessment]):
         text, harness = settings.eval.text, settings.eval.lm_eval
         metrics, counters = quality.language_quality(module, data.test, text.test_sequences, text.batch_size)
         measured = sparsity.summarise(module, counters, settings.method.prunes)
-        asked = settings.eval.neurons.enabled
+        further: dict[str, Any] = {}
+        if settings.eval.neurons.enabled:
+            further["neurons"] = neurons.measure(module, data, settings.eval)
+        if text.prompt != "" and loaded.info.get("source") != "random weights":
+            further["continuation"] = continuation.continuation(module, loaded.tokenizer, data.test, text.prompt)
         return LanguageAssessment(
             metrics=metrics,
             measured=measured,
             costs=macs.site_costs(module, measured),
             weight_bytes=memory.weight_bytes(module),
-            further={"neurons": neurons.measure(module, data, settings.eval)} if asked else {},
+            further=further,
             outside=macs.outside_blocks(module, settings.measure.context),
             zero_weights=sparsity.zero_weights(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},

@@ -44,7 +44,7 @@ WRONG = {
     "unknown dtype": (["hardware.dtype=fp8"], "hardware.dtype must be one of", "got 'fp8'"),
     "no such device": (["hardware=h100"], "hardware"),
     "kernel of another device": (["hardware=cpu", "hardware.kernel=cuda_gather"], "hardware.kernel=cuda_gather runs on cuda"),
-    "no path": (["model=hf", "dataset=pystdlib"], "model.path must be a folder or a Hub id"),
+    "no path": (["model=hf", "dataset=pystdlib"], "model.path must be a folder, a Hub id or a GGUF file"),
     "no such model folder": (
         ["model=hf", "dataset=pystdlib", "model.path=/nowhere/model"],
         "model.path must be an existing folder or a Hub id, got '/nowhere/model'",

@@ -64,13 +64,13 @@ def test_which_positions_are_learned(kind, is_learned):
     assert positions.learned(transformers.AutoConfig.for_model(kind)) == is_learned
 
 
-def test_rotary_positions_are_a_warning_in_the_record(tmp_path, caplog):
+def test_rotary_positions_are_a_caution_in_the_record(tmp_path, caplog):
     tiny_model(max_position_embeddings=16).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         info = built("model", "model=hf", f"model.path={tmp_path}").load(work(tmp_path), KINDS["language"].data()).info
-    assert info["warning"] == "windows of 32 tokens are longer than the 16 positions that the model was made for"
-    assert info["warning"] in caplog.text and info["positions"] == 16
+    line = "windows of 32 tokens are longer than the 16 positions that the model was made for"
+    assert info["cautions"] == [line] and line in caplog.text and info["positions"] == 16
 
 
 def test_a_missing_tokenizer_is_named(gpt2, tmp_path):
