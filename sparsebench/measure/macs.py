@@ -142,13 +142,14 @@ def over_scored_tokens(
         site = measured.get(name)
         tokens = site.sparse_tokens + site.dense_tokens if site else 0
         share = site.sparse_tokens / tokens if tokens else 1.0
-        left = dense[name].dense_macs if site is None or site.nonzeros is None else site.nonzeros
+        plain = dense.get(name, cost)  # a part that the dense model has not (a rotation) costs the same for every token
+        left = plain.dense_macs if site is None or site.nonzeros is None else site.nonzeros
         sites[name] = {
             "dense_macs": cost.dense_macs,
             "sparse_macs": share * cost.sparse_macs + (1 - share) * left,
             "overhead_macs": share * cost.overhead_macs,
         }
-        traffic += share * cost.sparse_bytes + (1 - share) * dense[name].dense_bytes
+        traffic += share * cost.sparse_bytes + (1 - share) * plain.dense_bytes
     rest, rest_bytes = outside.macs, outside.bytes
     unit = f"mean over the scored tokens, each as if decoded at batch 1, context {context}"
     macs = {

@@ -120,3 +120,12 @@ def test_accidental_zero_weights_are_no_saving(prunes):
     sparse = dense | macs.site_costs(model, measured)
     scored, _ = macs.over_scored_tokens(dense, sparse, measured, macs.outside_blocks(model, 1), 1)
     assert scored["dense"] - scored["sparse"] == (D * F // 2 if prunes else 0)  # pruned for dense tokens, too
+
+
+def test_a_part_that_the_dense_model_has_not_is_counted_for_every_token():
+    """A rotation has no dense counterpart and no tokens of its own: its overhead counts in full."""
+    dense = {"0.q": Cost(100, 100, 0, 400, 400)}
+    sparse = {"0.q": Cost(100, 40, 0, 400, 160), "0.attn_in.rotation": Cost(0, 0, 9, 0, 36)}
+    outside = macs.outside_blocks(tiny_model(), 1)
+    scored, moved = macs.over_scored_tokens(dense, sparse, {}, outside, 1)
+    assert scored["sparse"] == 40 + 9 + outside.macs and moved["sparse"] == 160 + 36 + outside.bytes
