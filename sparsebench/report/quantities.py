@@ -141,10 +141,9 @@ def speedup(row: Row) -> Quantity | None:
 
 
 def median_error(values: Sequence[float]) -> float:
-    """Standard error of a median: half the way between the order statistics one deviation below and above the middle."""
-    ordered, n = sorted(values), len(values)
-    low, high = math.floor((n - 1 - math.sqrt(n)) / 2), math.ceil((n - 1 + math.sqrt(n)) / 2)
-    return (ordered[min(high, n - 1)] - ordered[max(low, 0)]) / 2
+    """Standard error of a median: half the way between the quantiles one deviation (of the rank) below and above it."""
+    low, high = np.quantile(values, 0.5 + np.array([-0.5, 0.5]) / math.sqrt(len(values)))
+    return float(high - low) / 2
 
 
 def shape_bias(row: Row, side: str = "sparse") -> Quantity | None:

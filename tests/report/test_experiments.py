@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from sparsebench.records import archive, record
-from sparsebench.report import experiments
+from sparsebench.report import claims, experiments
 from sparsebench.report.experiments import cell, run_table, spread
 from sparsebench.report.rows import make_row
 from tests.helpers import made, made_bench
@@ -36,6 +36,11 @@ def test_the_committed_pages_are_those_of_the_archives(published):
         assert (PAGES / name).read_text() == text, f"docs/experiments/{name}: run scripts/make_docs_tables.py"
     shown = set(re.findall(r"!\[.*?\]\((.*?)\)", "".join(pages.values())))
     assert shown == {file.name for file in PAGES.glob("*.png")} and shown
+
+
+def test_the_claims_page_is_what_the_archives_say(published):
+    rows = [row for experiment in published for row in experiment.runs]
+    assert (ROOT / "docs" / "claims.md").read_text() == claims.page(rows), "run scripts/make_docs_tables.py"
 
 
 def test_the_script_tells_a_page_that_is_not_up_to_date(published, tmp_path, monkeypatch, capsys):
