@@ -78,7 +78,7 @@ def alike(a: Pieces, b: Pieces) -> bool:
 def over_seeds(quantities: dict[int, Quantity]) -> Estimate:
     """The mean over seeds. Its error holds the text's (or the clock's) and the seeds', as far as either is known.
 
-    Degrees of freedom by Welch and Satterthwaite: n - 1 for the seeds' part, none lacking in the other.
+    Degrees of freedom by Welch and Satterthwaite: one less than there are seeds, or windows or documents.
     """
     all_of, n = list(quantities.values()), len(quantities)
     mean = linear(all_of, [1 / n] * n, statistics.fmean(q.value for q in all_of))
@@ -87,7 +87,11 @@ def over_seeds(quantities: dict[int, Quantity]) -> Estimate:
     if within is None and spread is None:
         return Estimate(mean.value, None, "one run, parts of the test set not kept")
     total = (within or 0.0) + (spread or 0.0)
-    freedom = (n - 1) * (total / spread) ** 2 if spread else math.inf
+    lost = (spread or 0.0) ** 2 / max(n - 1, 1)
+    if within and mean.parts is not None:
+        clusters = [len(np.unique(each)) for each in (mean.parts.window, mean.parts.document)]
+        lost += within**2 / (min(c for c in clusters if c > 1) - 1)
+    freedom = total**2 / lost if lost else math.inf
     if not total:
         return Estimate(mean.value, 0.0, "a count")
     holds = [f"{n} seeds"] if n > 1 else []
