@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -20,17 +20,14 @@ TOKENWISE = ("q", "o", "gate", "up", "gate_up", "down", "fc1", "fc2")
 @contextmanager
 def changed(model: nn.Module, block: Block, rules: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
     """Replace the input x of a block's maps by rule(x), by role, while the context lasts."""
-    hooks = [
-        model.get_submodule(block.sites[role].path).register_forward_pre_hook(
-            lambda _, args, rule=rule: (rule(args[0]), *args[1:])
-        )
-        for role, rule in rules.items()
-    ]
-    try:
+    with ExitStack() as hooks:  # a hook's handle is a context that removes it
+        for role, rule in rules.items():
+            hooks.enter_context(
+                model.get_submodule(block.sites[role].path).register_forward_pre_hook(
+                    lambda _, args, rule=rule: (rule(args[0]), *args[1:])
+                )
+            )
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch_size: int):
@@ -52,14 +49,12 @@ def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor,
 
         return hook
 
-    hooks = [model.get_submodule(blocks[0].path).register_forward_pre_hook(first, with_kwargs=True)]
-    hooks += [model.get_submodule(b.path).register_forward_pre_hook(keep(b.index), with_kwargs=True) for b in blocks]
-    try:
+    hooked = [(blocks[0], first), *((block, keep(block.index)) for block in blocks)]
+    with ExitStack() as hooks:
+        for block, hook in hooked:
+            hooks.enter_context(model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
         for batch in batches(sequences, batch_size, model):
             model.base_model(input_ids=batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return hidden, arguments
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -135,13 +136,10 @@ def observe(
 
     `observers` maps the path of a module to a function of its input [B, T, n].
     """
-    hooks = [
-        module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
-        for path, see in observers.items()
-    ]
-    try:
+    with ExitStack() as hooks:  # a hook's handle is a context that removes it
+        for path, see in observers.items():
+            hooks.enter_context(
+                module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
+            )
         for batch in batches(sequences, batch_size, module):
             module.base_model(input_ids=batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()

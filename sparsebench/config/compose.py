@@ -38,11 +38,14 @@ PLUGINS = {  # Hydra's groups whose options come with packages of their own: opt
 
 
 def to_dict(config: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain Python (interpolations resolved), without Hydra's own node."""
+    """The composed configuration as plain Python (interpolations resolved), without what is no setting of the run.
+
+    That is Hydra's own node, and the published claim that an experiment of conf/experiment/claims tests.
+    """
     with open_dict(config):
         config = config.copy()
-        config.pop("hydra", None)
-        config.pop("experiment", None)
+        for key in ("hydra", "experiment", "claim"):
+            config.pop(key, None)
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 

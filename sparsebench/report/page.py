@@ -14,7 +14,7 @@ from matplotlib import pyplot
 
 from sparsebench.bench import output as bench
 from sparsebench.records import files, record
-from sparsebench.report import plots, published, tables
+from sparsebench.report import claims, plots, published, tables
 from sparsebench.report.rows import Collection, Group, groups
 from sparsebench.report.tables import Table
 
@@ -126,6 +126,11 @@ def build(collection: Collection, title: str) -> tuple[Page, list[Group]]:
         page.close()
     for i, group in enumerate(parts):
         one_group(page, group, i, look)
+    verdicts = claims.table(collection.finished)
+    if verdicts is not None:
+        page.open("claims", "Published claims")
+        page.table(verdicts)
+        page.close()
     beside = published.beside(collection.finished)
     if beside:
         page.open("published", "Published beside measured")

@@ -15,6 +15,7 @@ from sparsebench.measure.quality import classification_quality, language_quality
 from sparsebench.methods.d2dmoe import ActivationPenalty, hoyer, projection_width, regularise
 from sparsebench.methods.moefication import activation_labels
 from sparsebench.models import Loaded
+from sparsebench.modules.expert_ffn import Router
 from sparsebench.sites import find_blocks
 from sparsebench.training.loop import Training, order, train
 from tests.helpers import QUICK_TRAINING, built, tiny_images, tiny_model, tiny_vit, work
@@ -182,6 +183,33 @@ def test_moefication_labels():
     x1 = torch.randn(2, 3, 160)
     sums = x1.abs().view(2, 3, 10, 16).sum(-1)
     torch.testing.assert_close(activation_labels(actual, x1), sums / sums.max())
+
+
+def test_the_original_router_starts_from_cluster_means(data, tmp_path, monkeypatch):
+    """V1 = mean of each expert's rows of length 1 in their new order, V2 = identity; before training the router already
+    ranks an expert first for a token that looks like its rows."""
+    begun, right = [], routers.fit_routers
+
+    def watched(module, actual, *rest):
+        begun.extend((ffn, ffn.router.first.detach().clone(), ffn.router.second.detach().clone()) for ffn in actual)
+        return right(module, actual, *rest)
+
+    monkeypatch.setattr(routers, "fit_routers", watched)
+    chosen = method(
+        "moefication", train=None, router=2, variant="original", experts={"size": 16, "by": "kmeans", "rounds": 2}
+    )
+    chosen.fit(Loaded(tiny_model(), None, {}), data, work(tmp_path))
+    assert len(begun) == 2
+    for ffn, first, second in begun:
+        rows = ffn.first.detach() / ffn.first.detach().norm(dim=1, keepdim=True)
+        means = torch.stack([rows[16 * e : 16 * (e + 1)].mean(0) for e in range(10)])
+        torch.testing.assert_close(first, means)
+        assert torch.equal(second, torch.eye(10))
+        start = Router(means, torch.eye(10), **chosen.kind_of_router())
+        tokens = means / means.norm(dim=1, keepdim=True)
+        expected = (tokens @ means.t()).tanh()  # tokens of length 1, tanh between, identity after it
+        torch.testing.assert_close(start(5 * tokens), expected)
+        assert (expected.argmax(1) == torch.arange(10)).float().mean() >= 0.8
 
 
 def test_kept_experts_are_rounded_not_truncated():

@@ -233,15 +233,21 @@ def test_the_sparsest_admissible_strength_is_chosen(trained, tmp_path):
     assert len(finished) < 3 or not rows[2]["admissible"]  # a penalty that leaves nothing of the task
 
 
+@pytest.fixture(scope="module")
+def control(trained, tmp_path_factory):
+    """The last row of the search after plain fine-tuning."""
+    folder = tmp_path_factory.mktemp("control")
+    return fitted(method("method.stages=finetune", steps=60), trained, folder).info["extra"]["dstf"]["search"][-1]
+
+
 @pytest.mark.parametrize("name", penalties.NAMES)
-def test_each_regulariser_makes_maps_sparser(name, trained, tmp_path):
-    """Check 9 in small: at 1e5 times the (tiny) cross-entropy on dev every regulariser beats plain fine-tuning's zeros."""
+def test_each_regulariser_makes_maps_sparser(name, trained, control, tmp_path):
+    """Check 9 in small: at 1e5 times the (tiny) cross-entropy on dev every regulariser beats plain fine-tuning's zeros, at
+    the accuracy of both within 0.1 points. Which of them leaves the most is what the paper claims (claims/dstf_tl1)."""
     overrides = (f"method.regulariser={name}", "method.stages=activation", "method.strengths=[1.0e+5]")
     actual = fitted(method(*overrides, steps=60), trained, tmp_path / name).info["extra"]["dstf"]["search"][-1]
-    control = fitted(method("method.stages=finetune", steps=60), trained, tmp_path / "c").info["extra"]["dstf"][
-        "search"
-    ][-1]
     assert actual["map_sparsity"] > control["map_sparsity"] + 0.2
+    assert actual["accuracy"] == pytest.approx(control["accuracy"], abs=0.001)
 
 
 def test_variants_train_what_they_say(trained, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 import sparsebench.conf
 from sparsebench import config
 from sparsebench.config.compose import compose_all
-from sparsebench.measure import quality, sparsity
+from sparsebench.measure import neurons, quality, sparsity
 from sparsebench.methods.prosparse.method import CONTROLS, expected_sparsity, stage_lambda
 from sparsebench.models.language import Loaded
 from sparsebench.modules import base
@@ -59,9 +59,11 @@ def test_the_papers_tables_are_experiments(name, steps):
 
 
 def test_fit_of_sparsity_against_lambda():
-    """Check 7."""
+    """Check 7: the specification's values, and the published 7B runs (Tables 1 and 5) within a few points of the fit."""
     for value, share in ((0.01, 78.9), (0.05, 84.0), (0.1, 86.4), (0.2, 88.9), (0.5, 92.2)):
         assert expected_sparsity(value) == pytest.approx(share, abs=0.05)
+    for value, share in ((0.2, 88.11), (0.05, 85.95), (0.1, 88.62), (0.5, 93.15)):  # staged; constant
+        assert expected_sparsity(value) == pytest.approx(share, abs=2.5)
 
 
 def test_mean_norm_ignores_duplicates_padding_and_splits():
@@ -121,17 +123,36 @@ def test_lambda_zero_is_vanilla_relu_bit_for_bit(tmp_path):
     assert any(not torch.equal(zero.tensors[k], pushed.tensors[k]) for k in zero.tensors)
 
 
-def test_the_penalty_makes_sparse_and_history_says_so(tmp_path):
-    longer = ["method.train.steps=60", "method.stages=[5,10,30,60]", "method.train.lr=3e-3", "method.thresholds=[0.0]"]
-    pushed, free = (
-        fitted(build(*longer, *c), tmp_path / n).info["extra"]
-        for n, c in (("a", ()), ("b", ("method.control=vanilla_relu",)))
-    )
-    last, other = pushed["training"][-1], free["training"][-1]
+@pytest.fixture(scope="module")
+def equal_tokens(tmp_path_factory):
+    """control -> (state, perplexity on dev, zeros of x1 on dev) after 50 steps each from the same weights."""
+    longer = ["method.train.steps=50", "method.stages=[5,10,30,50]", "method.train.lr=3e-3", "method.thresholds=[0.0]"]
+    rows, results = data().dev.sequences(16), {}
+    for control in (None, "constant_lambda", "shifted_relu", "vanilla_relu"):
+        folder = tmp_path_factory.mktemp(str(control))
+        method = build(*longer, f"method.control={control or 'null'}")
+        state = fitted(method, folder)
+        model = method.apply(tiny_model(), state, work(folder))
+        perplexity = quality.perplexity(model, rows, 4)["perplexity"]
+        results[control] = (state, perplexity, neurons.zeros(model, rows, 4, [1])["x1_zero"])
+    return results
+
+
+def test_the_penalty_makes_sparse_and_history_says_so(equal_tokens):
+    last, other = (equal_tokens[c][0].info["extra"]["training"][-1] for c in (None, "vanilla_relu"))
     assert last["fit/x1_zero"] > other["fit/x1_zero"] + 0.03
     assert last["fit/lambda"] == 8 and other["fit/lambda"] == 0
     for key in ("loss", "penalty", "lambda", "x1_zero/0", "x1_zero/1", "tokens_per_s", "eta_s", "lr"):
         assert f"fit/{key}" in last
+
+
+def test_the_order_of_zeros_and_of_loss_at_equal_tokens(equal_tokens):
+    """Check 8 on a tiny model: zeros of ProSparse near those of a constant lambda, above shifted, above plain ReLU; the
+    constant lambda loses more."""
+    zeros = {control: share for control, (_, _, share) in equal_tokens.items()}
+    assert zeros[None] > zeros["shifted_relu"] + 0.1 and zeros["shifted_relu"] > zeros["vanilla_relu"] + 0.02
+    assert abs(zeros[None] - zeros["constant_lambda"]) < 0.15
+    assert equal_tokens[None][1] < 0.9 * equal_tokens["constant_lambda"][1]
 
 
 def test_threshold_is_the_largest_within_the_tolerance(tmp_path):

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from sparsebench.records import archive, record
-from sparsebench.report import experiments
+from sparsebench.report import claims, experiments
 from sparsebench.report.experiments import cell, run_table, spread
 from sparsebench.report.rows import make_row
 from tests.helpers import made, made_bench
@@ -38,23 +38,29 @@ def test_the_committed_pages_are_those_of_the_archives(published):
     assert shown == {file.name for file in PAGES.glob("*.png")} and shown
 
 
+def test_the_claims_page_is_what_the_archives_say(published):
+    rows = [row for experiment in published for row in experiment.runs]
+    assert (ROOT / "docs" / "claims.md").read_text() == claims.page(rows), "run scripts/make_docs_tables.py"
+
+
 def test_the_script_tells_a_page_that_is_not_up_to_date(published, tmp_path, monkeypatch, capsys):
     script = runpy.run_path(str(ROOT / "scripts" / "make_docs_tables.py"))
     main, places = script["main"], script["main"].__globals__
-    monkeypatch.setitem(places, "TARGET", tmp_path)
+    monkeypatch.setitem(places, "TARGET", tmp_path / "experiments")
     monkeypatch.setitem(places, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "load", lambda folder: published[:1])
-    (tmp_path / "gone.md").write_text("an experiment that is no more")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "gone.md").write_text("an experiment that is no more")
     monkeypatch.setattr(sys, "argv", ["make_docs_tables.py", "--check"])
-    with pytest.raises(SystemExit, match=r"not up to date: default\.md, index\.md, gone\.md"):
+    with pytest.raises(SystemExit, match=r"not up to date: default\.md, index\.md, claims\.md, gone\.md"):
         main()
     monkeypatch.setattr(sys, "argv", ["make_docs_tables.py"])
     main()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["default.md", "index.md"]
+    assert sorted(file.name for file in tmp_path.rglob("*.md")) == ["claims.md", "default.md", "index.md"]
     monkeypatch.setattr(sys, "argv", ["make_docs_tables.py", "--check"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 0 and "2 pages changed" in capsys.readouterr().out
+    assert ended.value.code == 0 and "3 pages changed" in capsys.readouterr().out
 
 
 def test_figures_in_prose_stand_in_the_tables(published):
