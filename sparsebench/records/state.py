@@ -58,7 +58,7 @@ def checksum(tensors: dict[str, torch.Tensor], info: str) -> str:
 def write(state: State, path: Path) -> str:
     """Write a state at `path` and return its checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    info = json.dumps(files.plain(state.info))
+    info = json.dumps(files.scrubbed(files.plain(state.info)))
     digest = checksum(tensors, info)
     files.write_atomic(path, save(tensors, metadata={"info": info, "sha256": digest, "name": path.stem}))
     return digest
