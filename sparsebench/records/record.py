@@ -86,6 +86,7 @@ def comparable() -> Callable[[Any], Any]:
     schema["required"].append("name")
     settings, groups = schema["properties"]["config"], ["model", "dataset", "method", "hardware"]
     settings["required"] = ["seed", *groups]
+    settings["properties"]["seed"] = {"type": "integer"}
     for group in groups:
         settings["properties"][group]["required"] = ["name"]
     return fastjsonschema.compile(schema)
