@@ -152,11 +152,10 @@ class Text:
             return [
                 f"dataset.path must name a file or folder of text, jsonl, json, csv or parquet for dataset={self.name}, got null"
             ]
-        if self.source in ("wikitext", "hub") and self.path is None and not hub.dataset_ready(self.hub_id):
-            return [
-                f"dataset={self.name}: {self.hub_id} is not in the local Hub cache and the Hub can't be reached; set "
-                f"dataset.path=<{'folder with valid.txt and test.txt' if self.source == 'wikitext' else 'local file'}>"
-            ]
+        problem = hub.dataset_problem(self) if self.source in ("wikitext", "hub") and self.path is None else None
+        if problem:
+            instead = "folder with valid.txt and test.txt" if self.source == "wikitext" else "local file"
+            return [f"dataset={self.name}: {problem}; set dataset.path=<{instead}>"]
         return []
 
     def load(self, seed: int) -> TextData:

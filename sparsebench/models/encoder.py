@@ -44,7 +44,7 @@ class Encoder:
 
     def problems(self, settings: Any) -> list[str]:
         pretrained = self.weights == "pretrained"
-        problem = hub.model_problem(self.path, "model.path") if pretrained else None
+        problem = hub.model_problem(self.path, "model.path", self.revision) if pretrained else None
         if problem:
             return [problem]
         config = positions.known_config(self.path if pretrained else "", None if pretrained else self.architecture)
@@ -60,7 +60,8 @@ class Encoder:
         if self.weights == "pretrained":
             source = {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
             auto = transformers.AutoModelForSequenceClassification
-            module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
+            with hub.answering("model.path", str(self.path), self.revision):
+                module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
             if module.config.num_labels != len(data.classes):
                 raise ValueError(
                     f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"

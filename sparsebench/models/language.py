@@ -60,7 +60,7 @@ class CausalLM:
         elif self.path is None:
             return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
         else:
-            problem = hub.model_problem(self.location, "model.path") or tokenizer_problem(self.location)
+            problem = hub.model_problem(self.location, "model.path", self.revision) or tokenizer_problem(self.location)
             if problem:
                 return [problem]
         config = positions.known_config("" if from_architecture else self.location, self.architecture)
@@ -72,7 +72,8 @@ class CausalLM:
             fields = dict(self.architecture)
             config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
-            config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
+            with hub.answering("model.path", self.location, self.revision):
+                config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
         if self.num_layers:
             if self.num_layers > config.num_hidden_layers:
                 raise ValueError(
@@ -93,7 +94,8 @@ class CausalLM:
     def tokenizer(self, location: str, config: Any, data) -> Any:
         """The tokenizer of a folder or Hub id. Raises ValueError where it is missing or is not one for model and data."""
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
+            with hub.answering("model.path", location, self.revision):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
         except (OSError, ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"model: the tokenizer of {location} can't be loaded: {line}") from error
@@ -123,10 +125,11 @@ class CausalLM:
             with torch.device(hardware.torch_device):
                 module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
         else:
-            module = load_whole(
-                transformers.AutoModelForCausalLM, location, self.num_layers,
-                config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
-            ).to(hardware.torch_device)  # fmt: skip
+            with hub.answering("model.path", location, self.revision):
+                module = load_whole(
+                    transformers.AutoModelForCausalLM, location, self.num_layers,
+                    config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
+                ).to(hardware.torch_device)  # fmt: skip
         module.eval().requires_grad_(False)
         blocks = find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
