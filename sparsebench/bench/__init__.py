@@ -100,7 +100,9 @@ def command() -> int:
     from sparsebench.cli import complain
     from sparsebench.config import arguments, compose
 
-    given = arguments.read("sparsebench-bench", sys.argv[1:])
+    words = sys.argv[1:]
+    given = arguments.read("sparsebench-bench", words)
+    sys.argv[1:] = words  # Hydra reads them again
     if not (given.hydra_help or given.shell_completion):
         compose.compose_all(given.overrides, given.multirun, given.config_dir, name="bench")
 

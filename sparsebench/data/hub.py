@@ -97,16 +97,18 @@ def refusal(error: BaseException | None, what: str, revision: str) -> str | None
         "TimeoutException": f"{what}: the Hub did not answer in time; {later}",
         "TransportError": f"{what}: the connection to the Hub broke; {later}",
         "ConnectionError": f"{what}: the connection to the Hub broke; {later}",
-        "LocalEntryNotFoundError": f"{what}: the Hub can't be reached, and the local cache does not hold all of it",
     }
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
     known = {base.__name__ for each in chain for base in type(each).__mro__}
-    status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
-    answered = f"{what}: the Hub answered with status {status}; {later}" if status is not None else None
-    return next((line for kind, line in lines.items() if kind in known), answered)
+    answers = [getattr(each.response, "status_code", None) for each in chain if isinstance(each, HfHubHTTPError)]
+    status = next((code for code in answers if code), None)
+    if status is not None:
+        lines["HfHubHTTPError"] = f"{what}: the Hub answered with status {status}; {later}"
+    lines["LocalEntryNotFoundError"] = f"{what}: the Hub can't be reached, and the local cache does not hold all of it"
+    return next((line for kind, line in lines.items() if kind in known), None)
 
 
 @contextmanager

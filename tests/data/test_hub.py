@@ -229,7 +229,7 @@ def test_a_hub_that_is_slow_busy_or_breaks_off(server, tmp_path):
         "cut": "broke",
         "busy": "the Hub answered with status 503",
         "hanging": "did not answer in time",
-        "not whole": "not whole",
+        "not whole": "the local cache does not hold all of it",
     }
     for name, words in said.items():
         assert words in told[name] and "model.path=some/" in told[name] and "\n" not in told[name], told
