@@ -73,8 +73,10 @@ def load(path: Path) -> tuple[State, str, str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = State(tensors, json.loads(metadata["info"]))
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(state.info, dict):
+        raise Damaged("its facts are no JSON object")
     digest = checksum(tensors, metadata["info"])
     if digest != metadata.get("sha256"):
         raise Damaged(f"its SHA-256 is {digest[:10]}, not {str(metadata.get('sha256'))[:10]} as it was written")
