@@ -48,7 +48,7 @@ def printable(value: Any) -> Any:
 
 def secrets() -> dict[str, str]:
     """secret -> what stands in its place, the longest first: keys and tokens of the environment, passwords of proxies."""
-    known = {}
+    known: dict[str, str] = {}
     for name, value in os.environ.items():
         words = [value] if SECRET_NAME.search(name) else []
         if name.lower().endswith("_proxy"):

@@ -216,8 +216,9 @@ def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
     rows += [(label, key) for key, label in measured.get("more", {}).items()]
     for label, key in rows:
         before = base.get(key) if base else None
-        change = "" if None in (before, measured.get(key)) else gain(before, measured[key])
-        grid.add_row(label, percent(before), percent(measured.get(key)), change)
+        after = measured.get(key)
+        change = "" if before is None or after is None else gain(before, after)
+        grid.add_row(label, percent(before), percent(after), change)
     for role, (share, count) in roles.items():
         before = percent(base_roles[role][0] if role in base_roles else None)
         grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, percent(share), "")
