@@ -1,6 +1,8 @@
 """Every YAML composes and has exactly the fields of its class; identities; the list of all keys is a decision."""
 
+import copy
 import dataclasses
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -178,6 +180,11 @@ def test_options_of_an_own_folder(tmp_path):
         compose_all([], config_dir="nowhere")
 
 
+@functools.cache
+def composed():
+    return compose_all([])[0]
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -211,7 +218,7 @@ def test_a_target_is_a_class_of_its_group(tmp_path, monkeypatch, target, said):
         "class Wrong(Slim):\n    def fit(self, everything): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    configuration = compose_all([])[0] | {"method": {"_target_": target, "name": "mine"}}
+    configuration = composed() | {"method": {"_target_": target, "name": "mine"}}
     before = set(sys.modules)
     if said is None:
         assert type(config.build_settings(configuration).method).__name__ == "Slim"
@@ -224,7 +231,7 @@ def test_a_target_is_a_class_of_its_group(tmp_path, monkeypatch, target, said):
 
 
 def test_a_model_is_no_dataset():
-    configuration = compose_all([])[0]
+    configuration = copy.deepcopy(composed())
     targets = configuration["model"]["_target_"], configuration["dataset"]["_target_"]
     configuration["dataset"]["_target_"], configuration["model"]["_target_"] = targets
     with pytest.raises(config.ConfigError) as error:

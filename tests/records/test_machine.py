@@ -1,5 +1,6 @@
 """Which devices a run may use, by CUDA's own rules, and which of them NVML is asked about. Drivers are made up."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -43,6 +44,11 @@ def driver(monkeypatch):
     return fake
 
 
+@functools.cache
+def automatic():
+    return built("hardware", "hardware=auto")
+
+
 @pytest.mark.parametrize(
     ("variable", "names"),
     [
@@ -58,8 +64,7 @@ def test_hidden_devices_are_not_there(driver, monkeypatch, variable, names):
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert machine.gpu_names() == machine.machine()["gpus"] == names
-    hardware = built("hardware", "hardware=auto")
-    assert hardware.present_device == ("cuda" if names else "cpu")
+    assert automatic().present_device == ("cuda" if names else "cpu")
 
 
 def test_what_is_hidden_is_said(driver, monkeypatch):
