@@ -10,12 +10,14 @@ import dataclasses
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sparsebench import cli, config
 from sparsebench.config.compose import compose_all
+from sparsebench.config.settings import HardwarePart, MethodPart, ModelPart
 from sparsebench.records import record
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
         raise ValueError(f"{file} can't be loaded: it has no {', '.join(absent) or 'seed in its config'}")
     check_trusted(configuration, trust_remote_code)
     problems: list[str] = []
-    model, method, target = (config.build(configuration.get(g), g, problems) for g in ("model", "method", "hardware"))
+    parts = {"model": ModelPart, "method": MethodPart, "hardware": HardwarePart}
+    model, method, target = (config.build(configuration.get(g), g, problems, part=p) for g, p in parts.items())
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
     if hardware is not None or target.problems(MEASURED):
@@ -151,13 +154,19 @@ def shape_of(content: dict[str, Any]) -> SimpleNamespace | None:
 
 def check_trusted(configuration: dict[str, Any], trust_remote_code: bool) -> None:
     """Raise ValueError where building from a record's config would run code that nobody here chose."""
-    for group, node in configuration.items():
-        if not isinstance(node, dict):
-            continue
-        module = str(node.get("_target_", "sparsebench.")).rpartition(".")[0]
+    for key, value in leaves(configuration):
+        name = key.rpartition(".")[2]
+        module = str(value).rpartition(".")[0] if name == "_target_" else ""
         if module and module.split(".")[0] != "sparsebench" and module not in sys.modules:
-            raise ValueError(f"{group}._target_ is in {module}, which is not part of sparsebench: import it first")
-        if node.get("trust_remote_code") and not trust_remote_code:
-            raise ValueError(
-                f"{group}.trust_remote_code is set in the record: load(..., trust_remote_code=True) allows it"
-            )
+            raise ValueError(f"{key} is in {module}, which is not part of sparsebench: import it first")
+        if name == "trust_remote_code" and value and not trust_remote_code:
+            raise ValueError(f"{key} is set in the record: load(..., trust_remote_code=True) allows it")
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value of a configuration, in lists, too."""
+    if not isinstance(node, (dict, list)):
+        yield key, node
+        return
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from leaves(value, f"{key}.{name}" if key else str(name))

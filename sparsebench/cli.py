@@ -73,7 +73,9 @@ def guarded(body: Callable[[], int]) -> int:
 
 def command() -> int:
     """The body of `sparsebench`. Returns the exit code."""
-    arguments = read("sparsebench", sys.argv[1:])
+    given = sys.argv[1:]
+    arguments = read("sparsebench", given)
+    sys.argv[1:] = given  # Hydra reads them again
     if arguments.info is None:  # which Hydra prints by logging
         set_up_logging()
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")

@@ -5,13 +5,14 @@ A new target is one YAML in conf/hardware/; it needs a file in kernels/ only if 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 
-from sparsebench import kernels
+from sparsebench import kernels, ranks
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
@@ -57,9 +58,9 @@ class Hardware:
                     "hardware.estimate=true needs a run with measure.latency=true: it starts from measured times"
                 )
         elif self.device == "cuda" and not gpus:
-            problems.append(
-                "hardware.device must be a device of this machine (auto, cpu), got 'cuda': no NVIDIA GPU found"
-            )
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            why = "no NVIDIA GPU found" if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r} leaves no GPU"
+            problems.append(f"hardware.device must be a device of this machine (auto, cpu), got 'cuda': {why}")
         elif self.requires and not any(self.requires in gpu for gpu in gpus):
             problems.append(
                 f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}"
@@ -76,12 +77,27 @@ class Hardware:
     def prepare(self) -> None:
         """Set threads, device, dtype and kernel for this process."""
         self.torch_device = torch.device(self.present_device)
+        if (
+            self.torch_device.type == "cuda" and self.requires and ranks.count() == 1
+        ):  # else each takes its own (ranks.py)
+            torch.cuda.set_device(
+                self.chosen([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
+            )
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
         torch.set_num_threads(self.threads or cores)
         self.kernel_name = kernels.best(self.torch_device.type) if self.kernel == "auto" else self.kernel
         kernels.load(self.kernel_name).prepare(torch.get_num_threads())
+
+    def chosen(self, names: list[str]) -> int:
+        """The number of the device to use among those that torch sees: the first one of the kind that is required."""
+        fitting = [i for i, name in enumerate(names) if self.estimate or not self.requires or self.requires in name]
+        if not fitting:
+            raise ValueError(
+                f"hardware={self.name} needs a device named {self.requires!r}, torch sees {names or 'none'}"
+            )
+        return fitting[0]
 
     @property
     def skips(self) -> bool:

@@ -57,7 +57,7 @@ def new_folder(output_dir: str, overrides: list[str]) -> Path:
 def note(folder: Path, number: int, overrides: list[str], path: Path, record: dict | None, outcome: str) -> None:
     """Keep the outcome of job `number`; `path` is its record's, `record` its content or None where it was not run."""
     content = {"number": number, "overrides": overrides, "record": str(path), "outcome": outcome, **figures(record)}
-    files.write_atomic(folder / f"{number}.json", files.scrub(json.dumps(files.plain(content))).encode())
+    files.write_atomic(folder / f"{number}.json", json.dumps(files.scrubbed(files.plain(content))).encode())
 
 
 def figures(record: dict | None) -> dict:
@@ -106,8 +106,8 @@ def show(folder: Path, planned: list[Path]) -> bool:
     """
     notes = outcomes(folder)
     reported = Counter(each["record"] for each in notes)
-    missing = [path for path in map(str, planned) if not reported[path]]
-    grid = Table(title=f"sweep {folder}", title_justify="left")
+    missing = [path for path in (files.scrub(str(each)) for each in planned) if not reported[path]]
+    grid = Table(title=files.scrub(f"sweep {folder}"), title_justify="left")
     for name in HEADINGS:
         grid.add_column(name, justify="left" if name in HEADINGS[:3] else "right", overflow="fold")
     common = set.intersection(*(set(each["overrides"]) for each in notes)) if len(notes) > 1 else set()
@@ -115,7 +115,7 @@ def show(folder: Path, planned: list[Path]) -> bool:
         grid.add_row(*row(each, common), style="red" if each["outcome"] not in (FINISHED, BEFORE) else None)
     for path in missing:
         grid.add_row(Path(path).parent.name, "", NOT_RUN, "", "", "", "", style="red")
-    console = Console(highlight=False, markup=False)
+    console = Console(**terminal.PLAIN)
     if not console.is_terminal:
         console.width = 140
     console.print(grid)
@@ -128,7 +128,7 @@ def show(folder: Path, planned: list[Path]) -> bool:
         "outcomes": {k: n for k, n in counts.items() if n},
         "records": [each["record"] for each in notes],
     }
-    print(json.dumps(summary), flush=True)
+    print(json.dumps(files.scrubbed(summary)), flush=True)
     return done
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -412,3 +415,57 @@ def accounted(dense, model, measured, context, skips):
     sparse, outside = dense | macs.site_costs(model, measured), macs.outside_blocks(model, context)
     section, traffic = macs.account(dense, sparse, outside, context)
     return section | {"executed": macs.executed(dense, sparse, outside, skips)}, traffic
+
+
+EVIL_TEXT = (
+    "", "x" * 3000, "<script>alert(1)</script>", "[/x]", "[red]", ":smile:", "/data/$a^$/h", "$\\frac{$", "=1+1", "@SUM(A1)", "-2+3",
+    "a|b", "`code`", "](http://x)", "line\nline", "\x00\x1b]0;title\x07", "\ud800", "\u202eabc", "../../../etc/passwd", "1e5",
+    "\U0001f600", "%s %(a)s {0}", "null",
+)  # fmt: skip
+EVIL_VALUES = (
+    None, True, False, 0, -1, 1, 0.5, 7.5, -0.5, 2**63, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), -float("inf"),
+    [], {}, [[]], [None], {"": None}, {"a": {"b": []}}, *EVIL_TEXT,
+)  # fmt: skip
+
+
+def variants(content: dict, count: int, seed: int = 0, depth: int = 5) -> Iterator[tuple[str, bytes]]:
+    """`count` (what was done, file content) of damaged JSON: a key gone, renamed or of a foreign value, now and then two of
+    them; bytes flipped, cut off, doubled; brackets without end. The same for the same seed."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        damaged, said = copy.deepcopy(content), []
+        for _ in range(chance.choice((1, 1, 1, 2))):
+            said.append(damage(damaged, chance, depth))
+        text = json.dumps(damaged).encode("utf-8", "surrogatepass")
+        if chance.random() < 0.15:
+            at = chance.randrange(len(text))
+            how = chance.randrange(7)
+            text = (
+                text[:at], text[:at] + bytes([text[at] ^ 1 << chance.randrange(8)]) + text[at + 1 :], text + text,
+                text[:at] + b"[" * 200_000, b"\xef\xbb\xbf" + text, b'{"a":' * 5000 + text + b"}" * 5000, b"\xff\xfe" + text,
+            )[how]  # fmt: skip
+            said.append(f"text {how} at {at}")
+        yield "; ".join(said), text
+
+
+def damage(content: dict, chance: random.Random, depth: int) -> str:
+    """Change one place of a JSON object, and say what was done."""
+    node, path = content, []
+    while True:
+        key = chance.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        path.append(str(key)[:20])
+        inner = node[key]
+        if isinstance(inner, (dict, list)) and inner and len(path) < depth and chance.random() < 0.8:
+            node = inner
+            continue
+        break
+    how = chance.choice(("gone", "renamed", "value", "value", "value"))
+    if how == "value":
+        node[key] = chance.choice(EVIL_VALUES)
+    elif isinstance(node, list):
+        node.append(chance.choice(EVIL_VALUES))
+    else:
+        value = node.pop(key)
+        if how == "renamed":
+            node[chance.choice(EVIL_TEXT)] = value
+    return f"{'.'.join(path)} {how} {str(node[key])[:30] if how == 'value' else ''}"

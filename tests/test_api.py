@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sparsebench import config
 from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.records import record, state
+from sparsebench.report import page, rows
+from tests.helpers import laid, made
 
 SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
@@ -104,6 +107,23 @@ def test_load_refuses_what_it_should(finished, tmp_path):
     (damaged / state.FILE).write_bytes(b"junk")
     with pytest.raises(ValueError, match="is damaged .* run with force=true"):
         sparsebench.load(damaged)
+
+
+def test_nothing_of_a_strangers_folder_is_imported(tmp_path, monkeypatch):
+    """Not by a `_target_` anywhere in a record's config, be the module importable or not; nor by the report."""
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Method: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for nested in (
+        {"_target_": "stranger.Method"},
+        {"part": {"_target_": "stranger.Method"}},
+        {"p": [{"_target_": "stranger.M"}]},
+    ):
+        with pytest.raises(ValueError, match=r"method\..*_target_ is in stranger, which is not part of sparsebench"):
+            sparsebench.api.check_trusted({"method": nested}, True)
+    content = made()
+    content["config"]["method"]["_target_"] = "stranger.Method"
+    page.write(rows.collect([laid(tmp_path, content)]), tmp_path / "report", "t")
+    assert not (tmp_path / "ran").exists() and "stranger" not in sys.modules
 
 
 def test_a_target_that_is_absent_loads_on_this_machine(finished, tmp_path, monkeypatch):

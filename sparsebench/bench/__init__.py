@@ -77,7 +77,7 @@ def run(settings: Bench, configuration: dict) -> Path:
     for part in settings.parts:
         log.info("timing %s", part)
         results[part] = parts[part]()
-        files.write_atomic(folder / "result.json", json.dumps(files.plain(results), indent=1).encode())
+        files.write_atomic(folder / "result.json", json.dumps(files.scrubbed(files.plain(results)), indent=1).encode())
     (folder / "table.md").write_text(table(results), encoding="utf-8")
     (folder / "speedup.png").write_bytes(plot(results))
     return folder
@@ -85,9 +85,10 @@ def run(settings: Bench, configuration: dict) -> Path:
 
 def main() -> None:
     """Entry point of the console script."""
-    from sparsebench.cli import guarded
+    from sparsebench.cli import guarded, scrubbing
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].addFilter(scrubbing)
     sys.exit(guarded(command))
 
 
@@ -96,9 +97,12 @@ def command() -> int:
     import hydra
 
     from sparsebench import config as checks
+    from sparsebench.cli import complain
     from sparsebench.config import arguments, compose
 
-    given = arguments.read("sparsebench-bench", sys.argv[1:])
+    words = sys.argv[1:]
+    given = arguments.read("sparsebench-bench", words)
+    sys.argv[1:] = words  # Hydra reads them again
     if not (given.hydra_help or given.shell_completion):
         compose.compose_all(given.overrides, given.multirun, given.config_dir, name="bench")
 
@@ -109,7 +113,8 @@ def command() -> int:
         settings = checks.build(configuration, "", problems, Bench)
         problems += settings.problems() if settings is not None else []
         if problems:  # an exception would end in Hydra's own words
-            print("\n".join(f"error: {line}" for line in problems), file=sys.stderr)
+            for line in problems:
+                complain(line)
             sys.exit(2)
         folder = run(settings, configuration)
         print((folder / "table.md").read_text(encoding="utf-8"))

@@ -99,6 +99,7 @@ def plot(results: dict) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a model's name is no mathematics
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5))

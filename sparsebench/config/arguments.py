@@ -67,9 +67,18 @@ def parser(command: str) -> argparse.ArgumentParser:
 def read(command: str, given: list[str]) -> argparse.Namespace:
     """The arguments of a command; --help, --version and --explain are answered here and end the process.
 
+    given: brought into the order that argparse can read (key=value, then options) where it is another.
+
     Raises ConfigError for what is no option, with the right spelling of a key given with dashes.
     """
     arguments, unknown = parser(command).parse_known_args(given)
+    beyond = [
+        text for text in unknown if "=" in text and not text.startswith("-")
+    ]  # behind an option that follows others
+    if beyond:
+        first = [*arguments.overrides, *beyond]
+        given[:] = [*first, *(text for text in given if text not in first)]  # as Hydra's parser needs them, too
+        arguments, unknown = parser(command).parse_known_args(given)
     problems = []
     for text in unknown:
         key = text.lstrip("-")

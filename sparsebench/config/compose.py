@@ -30,10 +30,12 @@ from sparsebench.config.settings import Settings
 
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
-PLUGINS = {  # Hydra's groups whose options come with packages of their own: option -> our extra that installs it
-    "hydra/launcher": {"joblib": "launchers", "submitit_local": "launchers", "submitit_slurm": "launchers",
-                       "ray": "ray", "ray_aws": "ray"},
-    "hydra/sweeper": {"optuna": "sweep"},
+PLUGINS = {  # Hydra's groups whose options come with packages of their own: option -> what pip installs it by
+    "hydra/launcher": {
+        **dict.fromkeys(("joblib", "submitit_local", "submitit_slurm"), "'sparsebench[launchers]'"),
+        **dict.fromkeys(("ray", "ray_aws"), "'sparsebench[ray]'"), "rq": "hydra-rq-launcher",
+    },
+    "hydra/sweeper": {"optuna": "'sparsebench[sweep]'", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper"},
 }  # fmt: skip
 
 
@@ -101,7 +103,8 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
         try:
             return Plan(list(combinations(parsed, choices, unknown, name)), frozenset(merged(unknown)))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([" ".join(str(error).split())]) from error
+            reason = f" ({error.__cause__})".splitlines()[0] if error.__cause__ else ""
+            raise ConfigError([" ".join(f"{error}{reason}".split())]) from error
 
 
 def merged(unknown: list[dict[str, str]]) -> dict[str, str]:
@@ -201,7 +204,8 @@ def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[s
         return [f"{key}={value.start}"]
     values = list(override.sweep_string_iterator())
     if not values:
-        problems.append(f"{as_given(override)!r} matches nothing: {allowed_options(override.key_or_group)}")
+        allowed = allowed_options(override.key_or_group) if is_group(override) else f"glob() is for {', '.join(GROUPS)}"
+        problems.append(f"{as_given(override)!r} matches nothing: {allowed}")
     return [f"{key}={value}" for value in values]
 
 
@@ -229,9 +233,9 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
             name = option.partition("=")[2].strip("\"'")
             if name in known or name in ("null", ""):
                 continue
-            extra = PLUGINS.get(group, {}).get(name)
-            if extra:
-                problems.append(f"{group}={name} is not installed: pip install 'sparsebench[{extra}]'")
+            package = PLUGINS.get(group, {}).get(name)
+            if package:
+                problems.append(f"{group}={name} is not installed: pip install {package}")
                 continue
             leaves = {each.rpartition("/")[2]: each for each in reversed(known)}
             near = difflib.get_close_matches(name, known, n=1) or [

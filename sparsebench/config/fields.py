@@ -10,10 +10,12 @@ import difflib
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field
+from inspect import signature
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FunctionType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
@@ -136,11 +138,12 @@ def build(
     problems: list[str],
     cls: type[Any] | None = None,
     root: dict[str, Any] | None = None,
+    part: Any = None,
 ) -> Any:
     """The object a config node describes, or None with lines added to `problems`.
 
     `cls` defaults to the class that `_target_` names; its dataclass fields are exactly the keys allowed.
-    root: the whole configuration, to say where a misplaced key belongs.
+    root: the whole configuration, to say where a misplaced key belongs. part: the protocol that the class must have.
     """
     root = node if root is None else root
     prefix = f"{key}." if key else ""
@@ -148,12 +151,12 @@ def build(
         problems.append(f"{key} must be a mapping of settings, got {node!r}")
         return None
     if cls is None:
-        target = str(node.get("_target_"))
         try:
-            module, _, name = target.rpartition(".")
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            problems.append(f"{prefix}_target_ must name a class that can be imported, got {target!r} ({error})")
+            cls = named_class(str(node.get("_target_")), part)
+        except ValueError as error:
+            problems.append(
+                f"{prefix}_target_ must name the class {article(key)}, got {node.get('_target_')!r} ({error})"
+            )
             return None
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -170,7 +173,7 @@ def build(
             continue
         nested: list[Any] = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
         if node[name] is not None and (nested or names_class(hint)):
-            values[name] = build(node[name], full, problems, nested[0] if nested else None, root)
+            values[name] = build(node[name], full, problems, nested[0] if nested else None, root, hint)
             continue
         try:
             values[name] = convert(node[name], hint)
@@ -186,6 +189,52 @@ def build(
     except ValueError as error:  # a check across fields, in the class's __post_init__; one line per problem
         problems.extend(f"{prefix}{line}" for line in str(error).splitlines())
         return None
+
+
+def article(key: str) -> str:
+    """Of a group's key what its class stands for: `of a method`."""
+    return f"of a {key.rpartition('.')[2]}" if key else "with settings"
+
+
+def named_class(target: str, part: Any = None) -> type[Any]:
+    """The class that `_target_` names. Raises ValueError in one line where there is none such, or it is of another kind.
+
+    Nothing of Python's own library is imported: no class there has settings.
+    """
+    module, _, name = target.rpartition(".")
+    if not all(word.isidentifier() for word in target.split(".")) or not module:
+        raise ValueError("not a dotted name, package.module.Class")
+    if module.split(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{module.split('.')[0]} is part of Python")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise ValueError(f"{module} has no {name}") from None
+    except (Exception, SystemExit) as error:  # whatever a module of the user's does when it is imported
+        raise ValueError(
+            f"{module} can't be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        ) from None
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        raise ValueError("no dataclass, whose fields would be its settings")
+    missing = lacking(cls, part)
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return cls
+
+
+def lacking(cls: type[Any], part: Any) -> list[str]:
+    """Names that the protocol `part` asks for and a class lacks, methods that take another number of arguments among them."""
+    missing = []
+    protocols = [base for base in getattr(part, "__mro__", ()) if base.__module__ != "typing" and names_class(base)]
+    stated = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
+    for base in protocols:
+        missing += [n for n in vars(base).get("__annotations__", ()) if n not in stated and not hasattr(cls, n)]
+        for name, asked in vars(base).items():
+            if isinstance(asked, FunctionType) and not name.startswith("_"):
+                given = getattr(cls, name, None)
+                same = callable(given) and len(signature(given).parameters) == len(signature(asked).parameters)
+                missing += [] if same else [f"{name}({', '.join(list(signature(asked).parameters)[1:])})"]
+    return missing
 
 
 def unknown_key(full: str, allowed: Iterable[str], root: dict[str, Any], typed: str | None = None) -> str:

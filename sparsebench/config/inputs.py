@@ -64,8 +64,9 @@ def model_files(root: Path, node: dict[str, Any]) -> Iterator[Path]:
 def shards(index: Path) -> set[str]:
     """Names of the weight files that an index lists."""
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return {name for name in names if isinstance(name, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()  # the run itself says what is wrong
 
 
@@ -151,7 +152,7 @@ def read_files(value: str, kind: str, node: dict[str, Any]) -> Files:
         return {}
     try:
         paths = [p for p in KINDS[kind](root, node) if p.is_file()]
-    except OSError:  # a folder that may not be listed: the run itself says so
+    except (OSError, ValueError):  # a folder that may not be listed, a name that is none: the run itself says so
         return {}
     return {os.path.relpath(p, root) if p.is_relative_to(root) else str(p): p for p in paths}
 

@@ -196,5 +196,8 @@ def mismatches(settings: Settings) -> list[str]:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         problems.append(f"eval.lm_eval.tasks={','.join(tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
     for part in (model, dataset, method, settings.hardware):
-        problems += part.problems(settings)
+        try:
+            problems += part.problems(settings)
+        except ValueError as error:  # an input that can't be read is a problem of its setting
+            problems.append(" ".join(str(error).split()))
     return problems

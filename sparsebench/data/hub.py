@@ -6,12 +6,16 @@ import functools
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sparsebench.config.inputs import hub_files
+from sparsebench.data.documents import Budget, check_fields, text_of
 
 
 @functools.cache
@@ -28,7 +32,7 @@ def reachable() -> bool:
     return True
 
 
-def model_problem(path: str, key: str) -> str | None:
+def model_problem(path: str, key: str, revision: str | None = None) -> str | None:
     """Why a model can't be loaded from `path` (a folder or a Hub id), in one line, or None."""
     folder = Path(path)
     if folder.is_dir():
@@ -44,7 +48,7 @@ def model_problem(path: str, key: str) -> str | None:
     if folder.is_absolute() or path.startswith((".", "~")) or folder.exists():
         return f"{key} must be an existing folder or a Hub id, got {path!r}"
     try:
-        cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
+        cached = isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
     except HFValidationError:
         return f"{key} must be an existing folder or a Hub id like owner/name, got {path!r}"
     if not cached and not reachable():
@@ -63,33 +67,122 @@ def commit(path: str | None, revision: str | None) -> str | None:
     return (hub_files(path, revision, "model")[0] if path else None) or revision
 
 
-def dataset_ready(hub_id: str) -> bool:
-    """Whether a data set can be had: the Hub answers, or `datasets` has it in its cache."""
+@contextmanager
+def answering(key: str, name: str, revision: str | None = None) -> Iterator[None]:
+    """Give what the Hub answers to requests in the block, as a ValueError of one line with what to do about it.
+
+    key: the setting that names the repository, e.g. model.path. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = refusal(error, f"{key}={name}", f"{key.partition('.')[0]}.revision={revision}")
+        if line is None:
+            raise
+        raise ValueError(line) from error
+
+
+def refusal(error: BaseException | None, what: str, revision: str) -> str | None:
+    """The line about an error that a request to the Hub ended in, somewhere in its chain of causes; None for another.
+
+    Errors are known by the names of their classes: libraries change the package that sends their requests.
+    """
+    name, later = what.partition("=")[2], "the same command goes on where it can"
+    lines = {
+        "GatedRepoError": f"{what} is gated: accept its terms on the Hub and set HF_TOKEN",
+        "RevisionNotFoundError": f"{revision} does not exist in {name}",
+        "RepositoryNotFoundError": f"{what} does not exist on the Hub, or is private: check its name, or set HF_TOKEN",
+        "DatasetNotFoundError": f"{what} does not exist on the Hub, or can't be read: check its name, or set HF_TOKEN",
+        "OfflineModeIsEnabled": f"{what} is not whole in the local Hub cache, and the Hub can't be reached",
+        "TimeoutException": f"{what}: the Hub did not answer in time; {later}",
+        "TransportError": f"{what}: the connection to the Hub broke; {later}",
+        "ConnectionError": f"{what}: the connection to the Hub broke; {later}",
+    }
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    known = {base.__name__ for each in chain for base in type(each).__mro__}
+    answers = [getattr(each.response, "status_code", None) for each in chain if isinstance(each, HfHubHTTPError)]
+    status = next((code for code in answers if code), None)
+    if status is not None:
+        lines["HfHubHTTPError"] = f"{what}: the Hub answered with status {status}; {later}"
+    lines["LocalEntryNotFoundError"] = f"{what}: the Hub can't be reached, and the local cache does not hold all of it"
+    return next((line for kind, line in lines.items() if kind in known), None)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let no library try the Hub, which each would do for minutes."""
+    import datasets
+
+    places = [(constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, True)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def dataset_problem(source: Any) -> str | None:
+    """Why the Hub data set `source` (a data.text.Text) can't be had, or None. Without the Hub, `datasets` itself is asked
+    what it can load from its cache."""
     if reachable():
-        return True
-    from datasets import config
+        return None
+    from datasets import load_dataset_builder
 
-    return (Path(config.HF_DATASETS_CACHE) / hub_id.replace("/", "___").lower()).exists()
+    try:
+        with offline():
+            builder = load_dataset_builder(source.hub_id, source.hub_config)
+    except Exception:  # whatever a library says about a set that it has not
+        return f"{source.hub_id} is not in the local cache of datasets and the Hub can't be reached"
+    wanted = hub_files(source.hub_id, source.revision, "dataset")[0] or source.revision
+    if source.revision is not None and builder.hash != wanted:
+        return f"dataset.revision={source.revision} is not in the local cache of datasets, which holds {builder.hash}"
+    return None
 
 
-def dataset_splits(source) -> list[str]:
+def dataset_splits(source: Any) -> list[str]:
     """Names of the splits a Hub data set has."""
     from datasets import get_dataset_split_names
 
-    return get_dataset_split_names(source.hub_id, source.hub_config, revision=source.revision)
+    with asking(source):
+        return get_dataset_split_names(source.hub_id, source.hub_config, revision=source.revision)
 
 
-def dataset_rows(source, split: str, limit: int | None = None) -> list[str]:
+@contextmanager
+def asking(source: Any) -> Iterator[None]:
+    """Requests about a data set, to its cache alone where the Hub can't be reached."""
+    with answering("dataset.hub_id", source.hub_id, source.revision), nullcontext() if reachable() else offline():
+        yield
+
+
+def dataset_rows(source: Any, split: str, limit: int | None = None) -> list[str]:
     """The text field of the first `limit` rows of a split of the Hub data set `source` (a data.text.Text)."""
     from datasets import load_dataset
 
-    files = {split: source.hub_files.format(split=split)} if source.hub_files else None
-    rows = load_dataset(
-        source.hub_id,
-        source.hub_config,
-        split=split,
-        revision=source.revision,
-        data_files=files,
-        streaming=limit is not None,
-    )
-    return [row[source.text_field] for row in (rows.take(limit) if limit is not None else rows)]
+    patterns = {split: source.hub_files.format(split=split)} if source.hub_files else None
+    with asking(source):
+        rows = load_dataset(
+            source.hub_id,
+            source.hub_config,
+            split=split,
+            revision=source.revision,
+            data_files=patterns,
+            streaming=limit is not None,
+        )
+        budget, texts = Budget(), []
+        for number, row in enumerate(rows.take(limit) if limit is not None else rows):
+            if source.text_field not in row:
+                check_fields({"text_field": source.text_field}, list(row))
+            if row[source.text_field] is None:
+                continue
+            text = text_of(
+                row[source.text_field], f"dataset.text_field={source.text_field}", f"row {number} of {split}"
+            )
+            budget.take(len(text), Path(source.hub_id))
+            texts.append(text)
+    return texts

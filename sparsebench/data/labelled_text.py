@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.data import documents
 from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, subset, unique_rows
 from sparsebench.data.text import Text
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class TextSplit:
@@ -92,9 +91,9 @@ class Texts:
 
     def problems(self, settings: Any) -> list[str]:
         if self.source == "file" and (
-            self.path is None or not Path(self.path).is_file() or Path(self.path).suffix not in SUFFIXES
+            self.path is None or not Path(self.path).is_file() or documents.kind(Path(self.path)) not in documents.ROWS
         ):
-            return [f"dataset.path must be a {', '.join(SUFFIXES)} file with texts and labels, got {self.path!r}"]
+            return [f"dataset.path must be a {', '.join(documents.ROWS)} file with texts and labels, got {self.path!r}"]
         if self.source == "pystdlib" and self.path is not None and not Path(self.path).is_dir():
             return [f"dataset.path must be another Python's library folder, got {self.path!r}"]
         return []
@@ -151,13 +150,13 @@ class Texts:
             name="pystdlib", source="pystdlib", path=self.path, sequence_length=8, text_field="text", max_documents=None,
             **fields,
         )  # fmt: skip
-        documents = [d for part in library.from_pystdlib().values() for d in part if "/" in d.key]
+        modules = [d for part in library.from_pystdlib().values() for d in part if "/" in d.key]
         files: dict[str, int] = {}
-        for document in documents:
+        for document in modules:
             package = document.key.partition("/")[0]
             files[package] = files.get(package, 0) + 1
         passages = []
-        for document in documents:
+        for document in modules:
             package = document.key.partition("/")[0]
             lines = [line for line in document.text.splitlines() if line.strip()]
             whole = len(lines) // self.passage * self.passage if files[package] >= 5 else 0
@@ -167,22 +166,16 @@ class Texts:
         return passages
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(text, label, own group) of a file's rows."""
-        import pyarrow.csv
-        import pyarrow.json
-        import pyarrow.parquet
-
+        """(text, label, own group) of a file's rows; those without text or label are left out. A label is text or a number."""
+        fields = {"text_field": self.text_field, "label_field": self.label_field}
+        pairs = []
         file = Path(self.path)
-        read = {".parquet": pyarrow.parquet.read_table, ".csv": pyarrow.csv.read_csv}.get(
-            file.suffix, pyarrow.json.read_json
-        )
-        try:
-            table = read(file)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"dataset.path: {file} can't be read: {error}".splitlines()[0]) from error
-        for key in ("text_field", "label_field"):
-            if getattr(self, key) not in table.column_names:
-                known = ", ".join(table.column_names)
-                raise ValueError(f"dataset.{key} must be one of {known}, got {getattr(self, key)!r}")
-        pairs = zip(table[self.text_field].to_pylist(), table[self.label_field].to_pylist(), strict=True)
-        return [(str(text), str(label), str(i)) for i, (text, label) in enumerate(pairs) if text and label is not None]
+        for number, (text, label) in enumerate(documents.rows(file, fields, documents.Budget())):
+            if text and label is not None:
+                named = str(label) if isinstance(label, (bool, int, float)) else label
+                where = f"row {number} of {file}"
+                pairs.append((
+                    documents.text_of(text, f"dataset.text_field={self.text_field}", where),
+                    documents.text_of(named, f"dataset.label_field={self.label_field}", where), str(number),
+                ))  # fmt: skip
+        return pairs

@@ -12,17 +12,20 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.config import NAME_PATTERN, digests, setting
+from sparsebench.data import documents as files
 from sparsebench.data import hub
 
 SPLITS = ("fit", "dev", "test")
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # as str.splitlines has them
 ARTICLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # WikiText's article headings
 
 
@@ -146,12 +149,13 @@ class Text:
         if self.path is not None and not Path(self.path).exists():
             return [f"dataset.path must be an existing file or folder, got {self.path!r}"]
         if self.source == "files" and self.path is None:
-            return [f"dataset.path must name a text, jsonl or parquet file for dataset={self.name}, got null"]
-        if self.source in ("wikitext", "hub") and self.path is None and not hub.dataset_ready(self.hub_id):
             return [
-                f"dataset={self.name}: {self.hub_id} is not in the local Hub cache and the Hub can't be reached; set "
-                f"dataset.path=<{'folder with valid.txt and test.txt' if self.source == 'wikitext' else 'local file'}>"
+                f"dataset.path must name a file or folder of text, jsonl, json, csv or parquet for dataset={self.name}, got null"
             ]
+        problem = hub.dataset_problem(self) if self.source in ("wikitext", "hub") and self.path is None else None
+        if problem:
+            instead = "folder with valid.txt and test.txt" if self.source == "wikitext" else "local file"
+            return [f"dataset={self.name}: {problem}; set dataset.path=<{instead}>"]
         return []
 
     def load(self, seed: int) -> TextData:
@@ -205,13 +209,13 @@ class Text:
             texts = {"fit": rows["train"], "dev": rows["validation"], "test": rows["test"]}
         else:
             folder = Path(self.path)
-            files = {
+            parts = {
                 n: next((folder / f for f in names if (folder / f).exists()), None) for n, names in WIKI_FILES.items()
             }
-            missing = [WIKI_FILES[n][0] for n in ("dev", "test") if files[n] is None]
+            missing = [WIKI_FILES[n][0] for n in ("dev", "test") if parts[n] is None]
             if missing:
                 raise ValueError(f"dataset.path={self.path} must hold {' and '.join(missing)}")
-            texts = {n: read_text(f) for n, f in files.items() if f is not None}
+            texts = {n: files.read_text(f) for n, f in parts.items() if f is not None}
         documents = {n: articles(t, n) for n, t in texts.items()}
         if "fit" not in documents:
             cut = max(1, len(documents["dev"]) * 9 // 10)
@@ -226,22 +230,30 @@ class Text:
         if self.path is not None:
             return self.from_files()
         splits = hub.dataset_splits(self)
-        train = as_documents(hub.dataset_rows(self, "train", self.max_documents), "train")
-        if "validation" not in splits:
-            return by_position(train)
-        held_out = as_documents(hub.dataset_rows(self, "validation", self.max_documents), "validation")
-        return {"fit": train, "dev": held_out[: len(held_out) // 2], "test": held_out[len(held_out) // 2 :]}
+        return by_split({
+            name: hub.dataset_rows(self, name, self.max_documents) for name in ("train", "validation") if name in splits
+        })  # fmt: skip
 
     def from_files(self) -> dict[str, list[Document]]:
-        """A text, jsonl or parquet file, or a folder of such; cut by position: 80 % fit, 10 % dev, 10 % test."""
+        """A file of text or rows (documents.py), a folder of such, or one of `datasets.save_to_disk`, with splits as on the
+        Hub; else cut by position: 80 % fit, 10 % dev, 10 % test. Files stand in the order of their content's digests:
+        names decide nothing."""
         path = Path(self.path)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        documents: list[Document] = []
-        for file in files:
-            rows = file.suffix in (".parquet", ".jsonl", ".json")
-            texts = table_rows(file, self.text_field) if rows else chunks(read_text(file))
-            documents += [Document(f"{file.name}:{i}", text) for i, text in enumerate(texts)]
-        return by_position(documents[: self.max_documents])
+        if path.is_dir() and files.is_saved(path):
+            return by_split(
+                {n: islice(texts, self.max_documents) for n, texts in files.saved(path, self.text_field).items()}
+            )
+        paths = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")] if path.is_dir() else [path]
+        named = dict(zip(paths, digests.of_files(paths), strict=True)) if len(paths) > 1 else {path: ""}
+        documents = islice(self.from_each(sorted(paths, key=named.get)), self.max_documents)
+        return by_position(list(documents))
+
+    def from_each(self, paths: list[Path]) -> Iterator[Document]:
+        budget = files.Budget()
+        for number, file in enumerate(paths):
+            rows = files.kind(file) in files.ROWS
+            texts = files.texts(file, self.text_field, budget) if rows else chunks(files.read_text(file, budget))
+            yield from (Document(f"{number}:{i}", text) for i, text in enumerate(texts))
 
 
 WIKI_FILES = {
@@ -253,8 +265,19 @@ SPLIT_RULES = {
     "pystdlib": "sha256(file path) mod 100: below 90 fit, below 95 dev, else test",
     "wikitext": "the set's own splits; without train.txt, the first nine tenths of valid's articles are fit, the rest dev",
     "hub": "train is fit, validation is halved into dev and test; train alone is cut 80/10/10 by position",
-    "files": "by position: first 80 % fit, next 10 % dev, last 10 % test",
+    "files": "by position: first 80 % fit, next 10 % dev, last 10 % test; files in the order of their content's digests",
 }
+
+
+def by_split(texts: dict[str, Iterable[str]]) -> dict[str, list[Document]]:
+    """fit from `train`, dev and test from the halves of `validation`; `train` alone is cut by position."""
+    if "train" not in texts:
+        raise ValueError(f"dataset: a split named train is needed, got {', '.join(texts) or 'none'}")
+    train = as_documents(texts["train"], "train")
+    if "validation" not in texts:
+        return by_position(train)
+    held_out = as_documents(texts["validation"], "validation")
+    return {"fit": train, "dev": held_out[: len(held_out) // 2], "test": held_out[len(held_out) // 2 :]}
 
 
 def as_documents(texts: Iterable[str], prefix: str) -> list[Document]:
@@ -274,48 +297,18 @@ def by_position(documents: list[Document]) -> dict[str, list[Document]]:
     }
 
 
-def read_text(file: Path) -> str:
-    """The file as text. Raises ValueError for an empty or binary file."""
-    content = file.read_bytes()
-    if b"\0" in content[:65536]:
-        raise ValueError(f"dataset.path: {file} is a binary file, not text")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"dataset.path: {file} is not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise ValueError(f"dataset.path: {file} holds no text")
-    return text
-
-
-def table_rows(file: Path, text_field: str) -> list[str]:
-    """The text field of a jsonl or parquet file's rows. Raises ValueError where it can't be read or has no such field."""
-    import pyarrow.json
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.json.read_json(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"dataset.path: {file} can't be read as {file.suffix[1:]}: {error}".splitlines()[0]) from error
-    if text_field not in table.column_names:
-        raise ValueError(f"dataset.text_field must be one of {', '.join(table.column_names)}, got {text_field!r}")
-    return [str(value) for value in table[text_field].to_pylist() if value is not None]
-
-
 def chunks(text: str, size: int = 4096) -> list[str]:
     """Consecutive pieces of about `size` characters (less for a short text, so that there are some thirty), cut between
     paragraphs where there are enough of them and between lines otherwise. Joined again they are the text."""
     size = min(size, max(1, len(text) // 30))
-    pieces = re.split(r"(?<=\n\n)", text)
-    if len(pieces) < 30:
-        pieces = text.splitlines(keepends=True)
-    joined, current = [], ""
-    for piece in pieces:
-        current += piece
-        if len(current) >= size:
-            joined.append(current)
-            current = ""
-    return joined + [current] * bool(current.strip())
+    paragraphs = re.compile(r"(?<=\n\n)")
+    few = len(list(islice(paragraphs.finditer(text), 30))) < 29
+    joined, start = [], 0
+    for cut in (LINE_END if few else paragraphs).finditer(text):
+        if cut.end() - start >= size:
+            joined.append(text[start : cut.end()])
+            start = cut.end()
+    return joined + [text[start:]] * bool(text[start:].strip())
 
 
 def articles(text: str, split: str) -> list[Document]:

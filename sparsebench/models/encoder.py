@@ -53,7 +53,7 @@ class Encoder:
 
     def problems(self, settings: Any) -> list[str]:
         pretrained = self.starts_from_path
-        problem = hub.model_problem(self.path, "model.path") if pretrained else None
+        problem = hub.model_problem(self.path, "model.path", self.revision) if pretrained else None
         if problem:
             return [problem]
         config = positions.known_config(self.path if pretrained else "", None if pretrained else self.architecture)
@@ -68,7 +68,8 @@ class Encoder:
         torch.manual_seed(work.seed)
         start, origin, dev = None, self.path, None
         if self.weights == "pretrained":
-            module = load_whole(AUTO, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **self.source())
+            with hub.answering("model.path", str(self.path), self.revision):
+                module = load_whole(AUTO, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **self.source())
             if module.config.num_labels != len(data.classes):
                 raise ValueError(
                     f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"

@@ -61,7 +61,7 @@ class CausalLM:
         elif self.path is None:
             return [f"model.path must be a folder, a Hub id or a GGUF file for model={self.name}, got null"]
         else:
-            problem = location_problem(self.location)
+            problem = location_problem(self.location, self.revision)
             if problem:
                 return [problem]
         if is_gguf(self.location) and not from_architecture:
@@ -78,7 +78,8 @@ class CausalLM:
         elif is_gguf(self.location):
             config = gguf.config(self.location)
         else:
-            config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
+            with hub.answering("model.path", self.location, self.revision):
+                config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
         if self.num_layers:
             if self.num_layers > config.num_hidden_layers:
                 raise ValueError(
@@ -102,7 +103,8 @@ class CausalLM:
             if is_gguf(location):
                 tokenizer = gguf.tokens(location)
             else:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
+                with hub.answering("model.path", location, self.revision):
+                    tokenizer = transformers.AutoTokenizer.from_pretrained(location, **self.source())
         except (OSError, ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"model: the tokenizer of {location} can't be loaded: {line}") from error
@@ -134,10 +136,11 @@ class CausalLM:
         elif is_gguf(location):
             module = gguf.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
         else:
-            module = load_whole(
-                transformers.AutoModelForCausalLM, location, self.num_layers,
-                config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
-            ).to(hardware.torch_device)  # fmt: skip
+            with hub.answering("model.path", location, self.revision):
+                module = load_whole(
+                    transformers.AutoModelForCausalLM, location, self.num_layers,
+                    config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
+                ).to(hardware.torch_device)  # fmt: skip
         module.eval().requires_grad_(False)
         blocks = find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
@@ -218,7 +221,7 @@ def is_gguf(location: str) -> bool:
     return Path(location).is_file()
 
 
-def location_problem(location: str) -> str | None:
+def location_problem(location: str, revision: str | None = None) -> str | None:
     """Why `model.path` names no language model that can be loaded, in one line, or None."""
     if is_gguf(location):
         return gguf.problem(location, "model.path")
@@ -227,7 +230,7 @@ def location_problem(location: str) -> str | None:
         return f"model.path must name the GGUF file itself, e.g. {str(inside[0])!r}, got its folder {location!r}"
     if location.endswith(".gguf") and not inside:
         return f"model.path must be an existing GGUF file, a folder or a Hub id, got {location!r}"
-    return hub.model_problem(location, "model.path") or tokenizer_problem(location)
+    return hub.model_problem(location, "model.path", revision) or tokenizer_problem(location)
 
 
 def start_cautions(tokenizer: Any, data: Any) -> list[str]:

@@ -12,12 +12,18 @@ OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2}  # positions count fro
 
 
 def known_config(location: str, architecture: dict | None) -> Any | None:
-    """The configuration of a folder, or of an `architecture` node; None where it can't be read here."""
+    """The configuration of a folder, or of an `architecture` node; None where it can't be read here.
+
+    Raises ValueError where it holds values that no such model has.
+    """
     if Path(location or ".missing", "config.json").is_file():
         try:
             return transformers.AutoConfig.from_pretrained(location, local_files_only=True)
         except (OSError, ValueError):  # code of its own, or no configuration: loading it says so
             return None
+        except Exception as error:  # what transformers makes of a foreign value is of any kind
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"model.path: {location}/config.json is no configuration of a model ({reason})") from error
     if architecture is None:
         return None
     fields = dict(architecture)

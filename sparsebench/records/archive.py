@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsebench.config.identity import digest
-from sparsebench.records import files
+from sparsebench.records import files, record
 
 SUFFIX = ".parquet"
 TEXT = ("kind", "config_hash", "name", "command", "commit", "machine", "started_at", "status", "model", "method",
@@ -32,6 +32,7 @@ SCHEMA = pa.schema([
     *((name, pa.float64()) for name in FIGURES), ("record", pa.string()),
 ])  # fmt: skip
 LEVEL = 19  # of zstd: seconds to write, and no slower to read
+MOST_BYTES = 8 << 30  # of an unpacked archive: a hundred thousand records and more
 ONE_PAGE = 1 << 30  # bytes: all records of a file in one page, so that what they share is stored once
 
 
@@ -66,6 +67,10 @@ def read(path: Path) -> list[dict[str, Any]]:
             missing = [name for name in ("kind", "record") if name not in file.schema_arrow.names]
             if missing:
                 raise ArchiveError(f"{path} is no archive of records: it has no column {missing[0]!r}")
+            about = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            size = sum(part.column(i).total_uncompressed_size for part in about for i in range(part.num_columns))
+            if size > MOST_BYTES:
+                raise ArchiveError(f"{path} would unpack to {size / 1e9:.0f} GB, no archive is larger than 8 GB")
             texts = file.read(columns=["record"]).column("record").to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ArchiveError(f"{path} can't be read as an archive: {' '.join(str(error).split())[:200]}") from None
@@ -74,7 +79,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def parsed(text: Any, path: Path, number: int) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = record.parsed(text)
     except (TypeError, ValueError):
         content = None
     if not isinstance(content, dict):

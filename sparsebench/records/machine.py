@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,9 @@ def cpu_name() -> str:
 
 
 def gpu_names() -> list[str]:
-    """Names of the NVIDIA devices the driver shows, without initialising CUDA (a run forks after this)."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    """Names of the NVIDIA devices that torch can use here, in the driver's order, without initialising CUDA (a run forks
+    after this) and without torch. None of what CUDA_VISIBLE_DEVICES hides, and none for a torch without CUDA."""
+    if not torch_has_cuda():
         return []
     import pynvml
 
@@ -45,9 +49,47 @@ def gpu_names() -> list[str]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
-    pynvml.nvmlShutdown()
-    return names
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+        names = {uuid: pynvml.nvmlDeviceGetName(handle) for uuid, handle in zip(uuids, handles, strict=True)}
+        chosen = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)
+        return [names.get(each) or pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(each)) for each in chosen]
+    except pynvml.NVMLError:  # a device that fell off the bus, an instance (MIG) that is not there
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible(variable: str | None, uuids: list[str]) -> list[str]:
+    """The UUIDs that CUDA_VISIBLE_DEVICES leaves of all, in its order, by CUDA's own rules: the list ends at the first entry
+    that names no device; UUIDs may be cut short; one that is named twice makes none visible."""
+    if variable is None:
+        return uuids
+    chosen: list[str] = []
+    for word in map(str.strip, variable.split(",")):
+        if word.startswith("MIG-"):
+            chosen.append(word)
+            continue
+        if word.startswith("GPU-"):
+            matches = [uuid for uuid in uuids if uuid.startswith(word)]
+        else:
+            matches = [uuids[int(word)]] if word.isdecimal() and int(word) < len(uuids) else []
+        if len(matches) != 1:
+            break
+        chosen += matches
+    return chosen if len(set(chosen)) == len(chosen) else []
+
+
+@functools.cache
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA, read from its version file: importing torch takes seconds."""
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else Path("version.py")
+    try:
+        return not re.search(r"^cuda\b[^=\n]*=\s*None", file.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return True
 
 
 @functools.cache
@@ -103,19 +145,44 @@ def describe(device: str) -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    if device == "cuda":
-        import pynvml
+    return account | (gpu() if device == "cuda" else {})
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        account |= {
-            "gpu": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "clock_sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "clock_memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "other_processes": max(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1, 0),
-        }
-        pynvml.nvmlShutdown()
+
+def gpu() -> dict[str, Any]:
+    """The device that torch computes on: NVML is asked by its UUID, since its numbers are not torch's."""
+    import torch
+
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"gpu": about.name, "cuda": torch.version.cuda} | driver_account(str(getattr(about, "uuid", "")))
+
+
+def driver_account(uuid: str) -> dict[str, Any]:
+    """Clocks, power limit and other processes of one device; null where the driver does not tell."""
+    import pynvml
+
+    def told(ask: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return ask(*arguments)
+        except pynvml.NVMLError:
+            return None
+
+    def of_device(ask: Callable[..., Any], *arguments: Any) -> Any:
+        return None if handle is None else told(ask, handle, *arguments)
+
+    if told(lambda: pynvml.nvmlInit() or True) is None:
+        return {}
+    handle = told(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
+    if handle is None:  # an instance of a divided device: its clocks are those of the whole
+        instance = told(pynvml.nvmlDeviceGetHandleByUUID, f"MIG-{uuid}")
+        handle = None if instance is None else told(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, instance)
+    limit = of_device(pynvml.nvmlDeviceGetEnforcedPowerLimit)
+    processes = of_device(pynvml.nvmlDeviceGetComputeRunningProcesses)
+    account = {
+        "driver": told(pynvml.nvmlSystemGetDriverVersion),
+        "clock_sm_mhz": of_device(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+        "clock_memory_mhz": of_device(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
+        "power_limit_w": None if limit is None else limit / 1000,
+        "other_processes": None if processes is None else max(len(processes) - 1, 0),
+    }
+    pynvml.nvmlShutdown()
     return account

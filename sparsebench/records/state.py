@@ -58,7 +58,7 @@ def checksum(tensors: dict[str, torch.Tensor], info: str) -> str:
 def write(state: State, path: Path) -> str:
     """Write a state at `path` and return its checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    info = json.dumps(files.plain(state.info))
+    info = json.dumps(files.scrubbed(files.plain(state.info)))
     digest = checksum(tensors, info)
     files.write_atomic(path, save(tensors, metadata={"info": info, "sha256": digest, "name": path.stem}))
     return digest
@@ -73,8 +73,10 @@ def load(path: Path) -> tuple[State, str, str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = State(tensors, json.loads(metadata["info"]))
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(state.info, dict):
+        raise Damaged("its facts are no JSON object")
     digest = checksum(tensors, metadata["info"])
     if digest != metadata.get("sha256"):
         raise Damaged(f"its SHA-256 is {digest[:10]}, not {str(metadata.get('sha256'))[:10]} as it was written")

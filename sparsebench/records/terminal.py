@@ -9,6 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from sparsebench.records.files import printable, scrub, scrubbed
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # of a console that prints text as it is
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -39,8 +44,10 @@ def digits(stderr: float) -> int:
     return int(max(0, -first + (stderr / 10**first < 1.95)))
 
 
-def uncertain(value: float, stderr: float | None, unit: str = "", sign: str = "") -> str:
+def uncertain(value: float | None, stderr: float | None, unit: str = "", sign: str = "") -> str:
     """10.98 ± 0.03, in significant digits only."""
+    if value is None:
+        return "-"
     if not stderr or not math.isfinite(stderr):
         return f"{value:{sign}.4g}{unit}"
     return f"{value:{sign}.{digits(stderr)}f} ± {stderr:.{digits(stderr)}f}{unit}"
@@ -48,7 +55,7 @@ def uncertain(value: float, stderr: float | None, unit: str = "", sign: str = ""
 
 def change(name: str, metric: dict[str, Any]) -> str:
     """From dense to sparse, with its paired standard error: a ratio, of shares a difference in points."""
-    if name == "accuracy":
+    if name == "accuracy" and None not in (metric["dense"], metric["sparse"]):
         stderr = metric.get("difference_stderr")
         points = 100 * (metric["sparse"] - metric["dense"])
         return uncertain(points, 100 * stderr, " points", "+") if stderr else f"{points:+.2f} points"
@@ -98,7 +105,7 @@ def significant(metric: dict[str, Any], side: str) -> float | None:
 def timed(latency: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(name, times) of the pair that stands for a latency section: a decode step, or a forward pass of one example."""
     if "forward" in latency:
-        return "forward", latency["forward"]["1"]
+        return "forward", next(iter(latency["forward"].values()), {})  # the smallest batch stands first
     return "decode", latency.get("decode") or {}
 
 
@@ -108,21 +115,23 @@ def quantiles(times: dict[str, Any]) -> dict[str, float]:
 
 
 def show(record: dict[str, Any], path: Path) -> None:
-    """Print a record: its table (or why it failed), where it lies, and the line of JSON."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Print a record: its table (or why it failed), where it lies, and the line of JSON. What it says is text: no markup,
+    no secrets, no control characters."""
+    record, path = printable(scrubbed(record)), Path(scrub(str(path)))
+    console = Console(**PLAIN, soft_wrap=True)
     if not console.is_terminal:
         console.width = 140  # a file or a pipe has no width of its own
     if record["status"] != "finished":
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"{record['status']}: {(record['error'] or {}).get('message')}", style="red", markup=False
+        Console(**PLAIN, stderr=True, soft_wrap=True).print(
+            f"{record['status']}: {(record['error'] or {}).get('message')}", style="red"
         )
     else:
         console.print(table(record))
         for line in said(record):
             console.print(line, markup=False)
         for line in notes(record):
-            console.print(line, style="yellow", markup=False)
-    console.print(f"record: {path}", markup=False)
+            console.print(line, style="yellow")
+    console.print(f"record: {path}")
     print(headline(record, path), flush=True)
 
 
@@ -149,37 +158,22 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 def table(record: dict[str, Any]) -> Table:
     """The run's figures, dense beside sparse."""
-    grid = Table(title=record["name"], title_justify="left")
+    grid = Table(title=Text(record["name"]), title_justify="left")
     grid.add_column("")
     for name in ("dense", "sparse", "sparse / dense"):
         grid.add_column(name, justify="right")
-    for name, metric in record["quality"].items():
+    for name, metric in (record["quality"] or {}).items():
         if name == "nll":
             continue
         label = f"{name}, {metric['tokens']} tokens: LITTLE TEXT" if metric.get("little_text") else name
         both = (uncertain(metric[side], metric.get(f"{side}_stderr")) for side in ("dense", "sparse"))
         grid.add_row(label, *both, change(name, metric))
-    sparsity_rows(grid, record["sparsity"])
-    macs, traffic = record["macs"], record["bytes"]
-    per = f"per {macs.get('per', 'decoded token')}"
-    grid.add_row(f"MACs {per}", scaled(macs["dense"]), scaled(macs["sparse"]), ratio(macs["dense"], macs["sparse"]))
-    scored = macs.get("scored")
-    if scored and scored["sparse"] != macs["sparse"]:  # a prompt policy left some of the scored tokens dense
-        change_scored = ratio(scored["dense"], scored["sparse"])
-        grid.add_row("MACs, over the scored tokens", scaled(scored["dense"]), scaled(scored["sparse"]), change_scored)
-    grid.add_row("FLOPs (2 x MACs)", scaled(2 * macs["dense"]), scaled(2 * macs["sparse"]), "")
-    ran = (
-        ("not timed", "")
-        if macs["executed"] is None
-        else (scaled(macs["executed"]), ratio(macs["dense"], macs["executed"]))
-    )
-    grid.add_row("MACs executed while timed", scaled(macs["dense"]), *ran)
-    grid.add_row(
-        f"bytes {per}",
-        scaled(traffic["dense"], "B"),
-        scaled(traffic["sparse"], "B"),
-        ratio(traffic["dense"], traffic["sparse"]),
-    )
+    if record["sparsity"]:
+        sparsity_rows(grid, record["sparsity"])
+    if record["macs"]:
+        cost_rows(grid, record["macs"])
+    if record["bytes"]:
+        grid.add_row(f"bytes {per(record['macs'] or {})}", *sides(record["bytes"], "B"))
     latency_rows(grid, record["latency"] or {})
     if record.get("estimate"):
         guess = record["estimate"]["decode"]
@@ -187,21 +181,44 @@ def table(record: dict[str, Any]) -> Table:
             f"decode on {record['estimate']['target']} (ms), ESTIMATE", f"~{guess['dense_ms']:.3f}", f"~{guess['sparse_ms']:.3f}",
             f"estimated {guess['speedup']:.2f}x",
         )  # fmt: skip
-    memory_rows(grid, record["memory"])
+    if record["memory"]:
+        memory_rows(grid, record["memory"])
     return grid
+
+
+def per(macs: dict[str, Any]) -> str:
+    return f"per {macs.get('per', 'decoded token')}"
+
+
+def sides(pair: dict[str, Any], unit: str = "") -> tuple[str, str, str]:
+    """Dense, sparse, and sparse over dense."""
+    return scaled(pair["dense"], unit), scaled(pair["sparse"], unit), ratio(pair["dense"], pair["sparse"])
+
+
+def cost_rows(grid: Table, macs: dict[str, Any]) -> None:
+    """MACs of a decoded token (or image, text), over the scored tokens where those are others, and as timed."""
+    grid.add_row(f"MACs {per(macs)}", *sides(macs))
+    scored = macs.get("scored")
+    if scored and scored["sparse"] != macs["sparse"]:  # a prompt policy left some of the scored tokens dense
+        grid.add_row("MACs, over the scored tokens", *sides(scored))
+    twice = (None if macs[side] is None else 2 * macs[side] for side in ("dense", "sparse"))
+    grid.add_row("FLOPs (2 x MACs)", *map(scaled, twice), "")
+    timed = macs["executed"] is not None
+    ran = (scaled(macs["executed"]), ratio(macs["dense"], macs["executed"])) if timed else ("not timed", "")
+    grid.add_row("MACs executed while timed", scaled(macs["dense"]), *ran)
 
 
 def memory_rows(grid: Table, memory: dict[str, Any]) -> None:
     """Weights, what each model's own call needs on a GPU, and the run's peak, which is of neither model alone."""
     both = ("dense_weight_bytes", "weight_bytes")
     grid.add_row(
-        "weights in memory", *(scaled(memory[key], "B") for key in both), ratio(*(memory[key] for key in both))
+        "weights in memory", *(scaled(memory.get(key), "B") for key in both), ratio(*(memory.get(key) for key in both))
     )
     for name, peaks in (memory.get("peaks") or {}).items():
         cells = (scaled(peaks[side], "B") for side in ("dense", "sparse"))
         grid.add_row(f"peak memory, {name}", *cells, ratio(peaks["dense"], peaks["sparse"]))
     where = memory.get("peak_of", "run")
-    grid.add_row(f"peak of the {where}, both models: {scaled(memory['peak_bytes'], 'B')}", "", "", "")
+    grid.add_row(f"peak of the {where}, both models: {scaled(memory.get('peak_bytes'), 'B')}", "", "", "")
 
 
 def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
@@ -212,13 +229,18 @@ def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
     rows += [(label, key) for key, label in measured.get("more", {}).items()]
     for label, key in rows:
         before = base.get(key) if base else None
-        change = "" if before is None else gain(before, measured[key])
-        grid.add_row(label, "-" if before is None else f"{before:.2%}", f"{measured[key]:.2%}", change)
+        after = measured.get(key)
+        change = "" if before is None or after is None else gain(before, after)
+        grid.add_row(label, percent(before), percent(after), change)
     for role, (share, count) in roles.items():
-        before = f"{base_roles[role][0]:.2%}" if role in base_roles else "-"
-        grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, f"{share:.2%}", "")
+        before = percent(base_roles[role][0] if role in base_roles else None)
+        grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, percent(share), "")
     if measured.get("weights", 0) > 0.01:
         grid.add_row("weight sparsity (measured)", "-", f"{measured['weights']:.2%}", "")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def gain(before: float, after: float) -> str:
@@ -230,7 +252,7 @@ def gain(before: float, after: float) -> str:
 def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
     """Dense and sparse times with p10 and p90: decode and prefill of a language model, forward passes of a classifier."""
     for part in ("decode", "prefill"):
-        if part not in latency:
+        if not latency.get(part):
             continue
         times = latency[part]
         if part == "decode":
@@ -240,7 +262,7 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
         add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-")
         if part == "decode":
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
-    if "break_even" in latency.get("decode", {}):
+    if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():
         label = f"forward, batch {times['batch']} (ms), {times['kernel'] or 'dense'}"
@@ -279,12 +301,16 @@ def break_even_cells(section: dict[str, Any]) -> tuple[str, str]:
     return f"{section['sparsity']:.0%}", f"{low} - {high}"
 
 
-def by_role(per_site: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Per kind of site: (sparsity over its sites by their weight, number of sites)."""
+def by_role(per_site: dict[str, Any]) -> dict[str, tuple[float | None, int]]:
+    """Per kind of site: (sparsity over its sites by their weight, None where nothing was counted; number of sites)."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, site in per_site.items():
         groups.setdefault(site.get("role", name.rpartition(".")[2]), []).append(site)
     return {
-        role: (sum(s["sparsity"] * s["weight"] for s in sites) / sum(s["weight"] for s in sites), len(sites))
-        for role, sites in groups.items()
+        role: (weighted([s for s in sites if s["sparsity"] is not None]), len(sites)) for role, sites in groups.items()
     }
+
+
+def weighted(sites: list[dict[str, Any]]) -> float | None:
+    weight = sum(s["weight"] for s in sites)
+    return sum(s["sparsity"] * s["weight"] for s in sites) / weight if weight else None

@@ -6,12 +6,11 @@ Whatever W&B does, a run goes on.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsebench.records.files import plain, scrub
+from sparsebench.records.files import plain, scrubbed
 
 if TYPE_CHECKING:
     import wandb
@@ -37,7 +36,7 @@ class WandbTracker:
 
     def log(self, row: dict[str, Any]) -> None:
         try:
-            self.run.log(row)
+            self.run.log(scrubbed(row))
         except Exception as error:
             log.warning("W&B: %s", error)
 
@@ -107,11 +106,11 @@ def start(
                 project=settings["project"],
                 entity=settings["entity"],
                 group=settings["group"],
-                name=name,
+                name=scrubbed(name),
                 id=run_id,
                 resume="allow" if run_id and mode == "online" else None,
                 dir=str(folder),
-                config=json.loads(scrub(json.dumps(plain(configuration)))),
+                config=scrubbed(plain(configuration)),
                 mode=mode,
                 settings=wandb.Settings(
                     silent=True,

@@ -93,12 +93,10 @@ def reported(arguments: argparse.Namespace) -> dict:
 
 def readable(paths: list[Path]) -> list[dict]:
     """All records below `paths`, copies included; what can't be read is said on stderr."""
-    from sparsebench.records import record
-    from sparsebench.report.sources import contents, is_bench
+    from sparsebench.report.sources import contents
 
     records = []
-    for where, content in contents(paths):
-        reason = None if is_bench(content) else record.refusal(content)
+    for where, content, reason in contents(paths):
         if reason:
             print(f"{where} was left out: {reason}", file=sys.stderr)
         else:

@@ -15,6 +15,7 @@ from matplotlib import pyplot
 from sparsebench.bench import output as bench
 from sparsebench.records import files, record
 from sparsebench.report import claims, plots, published, tables
+from sparsebench.report.escape import markdown, marked_down
 from sparsebench.report.rows import Collection, Group, groups
 from sparsebench.report.tables import Table
 
@@ -61,18 +62,18 @@ class Page:
 
     def open(self, anchor: str, title: str) -> None:
         self.html.append(f'<section id="{anchor}"><h2>{escape(title)}</h2>')
-        self.markdown.append(f"\n## {title}\n")
+        self.markdown.append(f"\n## {markdown(title)}\n")
 
     def close(self) -> None:
         self.html.append("</section>")
 
     def title(self, text: str) -> None:
         self.html.append(f"<h3>{escape(text)}</h3>")
-        self.markdown.append(f"\n### {text}\n")
+        self.markdown.append(f"\n### {markdown(text)}\n")
 
     def text(self, text: str, kind: str = "") -> None:
         self.html.append(f'<p class="{kind}">{escape(text)}</p>')
-        self.markdown.append(f"{text}\n")
+        self.markdown.append(f"{markdown(text)}\n")
 
     def table(self, table: Table | None) -> None:
         if table is None:
@@ -88,12 +89,12 @@ class Page:
         self.html.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
         if table.note:
             self.html.append(f'<p class="soft">{escape(table.note)}</p>')
-        self.markdown.append(tables.as_markdown(table) + "\n")
+        self.markdown.append(tables.as_markdown(table, foreign=True) + "\n")
 
     def facts(self, values: dict) -> None:
         pairs = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items())
         self.html.append(f"<dl>{pairs}</dl>")
-        self.markdown.append(", ".join(f"{k} {v}" for k, v in values.items()) + "\n")
+        self.markdown.append(markdown(", ".join(f"{k} {v}" for k, v in values.items())) + "\n")
 
     def plots(self, figures: dict, prefix: str) -> None:
         shown = []
@@ -103,7 +104,7 @@ class Page:
             source = base64.b64encode(plots.as_svg(figure)).decode()
             alt = escape(figure.axes[0].get_title(loc="left"))
             shown.append(f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>')
-            self.markdown.append(f"![{alt}]({file})\n")
+            self.markdown.append(f"![{markdown(alt)}]({file})\n")
             pyplot.close(figure)
         self.html.append(f'<div class="plots">{"".join(shown)}</div>')
 
@@ -170,7 +171,7 @@ def head(page: Page, collection: Collection, parts: list[Group], title: str) -> 
     shown += f"<li><b>{escape(tables.totals(collection.finished))}</b>time of the runs together</li>"
     page.html.append(f'<ul class="facts">{shown}</ul>')
     page.html.append("<nav>" + "".join(f'<a href="#{a}">{escape(t)}</a>' for a, t in links) + "</nav>")
-    page.markdown.append(f"# {title}\n\n" + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".\n")
+    page.markdown.append(f"# {markdown(title)}\n\n" + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".\n")
     for version, count in sorted(collection.schemas.items()):
         if version != record.SCHEMA_VERSION:
             page.text(
@@ -210,8 +211,8 @@ def one_bench(page: Page, path: Path, content: dict, number: int) -> None:
     page.text(str(path), "soft")
     name = f"bench-{number + 1}.png"
     try:
-        table, page.pictures[name] = bench.table(content), bench.plot(content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        table, page.pictures[name] = bench.table(marked_down(content)), bench.plot(content)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         page.text(f"This is not a whole record of a benchmark ({type(error).__name__}: {error}).", "bad")
         page.close()
         return
@@ -236,7 +237,7 @@ def write(collection: Collection, folder: Path, title: str) -> Page:
     page, parts = build(collection, title)
     for name, content in page.pictures.items():
         files.write_atomic(folder / name, content)
-    files.write_atomic(folder / "report.csv", tables.as_csv(parts).encode())
-    files.write_atomic(folder / "report.md", "\n".join(page.markdown).encode())
-    files.write_atomic(folder / "report.html", document(page, title).encode())
+    files.write_atomic(folder / "report.csv", tables.as_csv(parts).encode(errors="replace"))
+    files.write_atomic(folder / "report.md", "\n".join(page.markdown).encode(errors="replace"))
+    files.write_atomic(folder / "report.html", document(page, title).encode(errors="replace"))
     return page

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import warnings
 from collections.abc import Callable
 
 import matplotlib
@@ -15,10 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter, PercentFormatter
 
 from sparsebench.report.rows import Group, Row, pareto, repeats, sites_by_layer
 
+matplotlib.rcParams["text.parse_math"] = False  # names and paths of records are no mathematics, dollars or not
 SIZE, MARKERS = (4.8, 3.6), "osD^vPX<>hd"  # 11 beside 10 colours: 110 methods look different
 MOST_LINES = 60  # rows of the heat map: more can't be read
 
@@ -51,7 +53,9 @@ def as_svg(figure: Figure) -> bytes:
 
 def saved(figure: Figure, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font has not is drawn as a box
+        figure.savefig(file, format=kind, **options)
     return file.getvalue()
 
 
@@ -96,7 +100,7 @@ def against(group: Group, look: dict, x: Callable[[Row], float | None], title: s
                 axes.errorbar([a for (a, _), _ in some], [b for _, (b, _) in some], [e for _, (_, e) in some],
                               [e for (_, e), _ in some], linestyle="", markersize=5.5, zorder=3, elinewidth=0.8, **style,
                               markerfacecolor="white" if hollow else style["color"],
-                              label=f"{series}{' (simulated)' if hollow else ''}")  # fmt: skip
+                              label=f"{shortened(series, 60)}{' (simulated)' if hollow else ''}")  # fmt: skip
     if dense:
         axes.plot(
             *zip(*dense, strict=True), linestyle="", marker="*", markersize=10, color="black", label="dense", zorder=4
@@ -105,6 +109,8 @@ def against(group: Group, look: dict, x: Callable[[Row], float | None], title: s
     axes.set_ylabel(metric_label(group), fontsize=9)
     if worst_is_far(rows):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7.5, frameon=False)
     return figure
 
@@ -164,7 +170,7 @@ def roofline(group: Group, look: dict) -> Figure | None:
     axes.axhline(1, color="#bb3333", linewidth=0.8, linestyle=":")
     for series in dict.fromkeys(r.series for r in rows):
         mine = [(r.roofline, r.decode["speedup"]) for r in rows if r.series == series]
-        axes.plot(*zip(*mine, strict=True), linestyle="", markersize=5.5, label=series, **look[series])
+        axes.plot(*zip(*mine, strict=True), linestyle="", markersize=5.5, label=shortened(series, 60), **look[series])
     axes.set_xlabel("bytes of a dense step / bytes of a sparse step", fontsize=9)
     axes.set_ylabel("measured speed-up", fontsize=9)
     axes.legend(fontsize=7.5, frameon=False)

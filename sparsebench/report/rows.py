@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records import archive, record
-from sparsebench.report.sources import contents, is_bench
+from sparsebench.report.sources import contents
 from sparsebench.sweep import main_metric
 
 SCHEMA_1_EVAL = {  # the part of `eval` that a key of schema 1 belongs to now
@@ -108,13 +108,12 @@ class Collection:
 def collect(paths: Iterable[Path]) -> Collection:
     """All records below `paths`. One run found twice (copied folders) counts once, the later one."""
     collection, latest = Collection(), {}
-    for where, content in contents(paths):
-        if is_bench(content):
-            collection.benches.append((where, content))
-            continue
-        reason = record.refusal(content)
+    for where, content, reason in contents(paths):
         if reason:
             collection.unreadable.append((where, reason))
+            continue
+        if record.is_bench(content):
+            collection.benches.append((where, content))
             continue
         key = archive.key(content)
         if key in latest:
@@ -176,7 +175,7 @@ def ffn_share(sites: dict) -> float | None:
     """Counted over dense products of the sites `<layer>.<role>` of FFNs; None where the model has none."""
     split = ((name.partition("."), site) for name, site in sites.items())
     mine = [site for (layer, _, role), site in split if layer.isdigit() and role in FFN_ROLES]
-    return share(sum(s["sparse_macs"] + s["overhead_macs"] for s in mine), sum(s["dense_macs"] for s in mine))
+    return share(sum(s["sparse_macs"] + s.get("overhead_macs", 0) for s in mine), sum(s["dense_macs"] for s in mine))
 
 
 def timings(latency: dict) -> Iterable[tuple[str, dict]]:
@@ -306,7 +305,7 @@ def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
     fits: dict[str | None, list[dict]] = {}
     choices: dict[tuple, list[dict]] = {}
     for row, values in zip(rows, settings, strict=True):
-        fits.setdefault(row.record.get("fit", {}).get("state"), []).append(values)
+        fits.setdefault((row.record.get("fit") or {}).get("state"), []).append(values)
         choices.setdefault(tuple(values.get(k) for k in words), []).append(values)
     along = {k for same in fits.values() for k in differing(same) if k in keys and k not in words}
     numbers = {k for same in choices.values() for k in differing(same)} - along if along else set()

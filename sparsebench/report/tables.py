@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records.terminal import scaled
+from sparsebench.report import escape
 from sparsebench.report.rows import Group, Row, differences, over_seeds
 
 DASH = "–"
@@ -210,9 +211,12 @@ def failures(failed: list) -> Table:
     return Table(["run", "status", "reason", "record"], rows, set(), set())
 
 
-def as_markdown(table: Table) -> str:
+def as_markdown(table: Table, foreign: bool = False) -> str:
+    """The table as Markdown. foreign: the cells are anybody's text; else they may hold links and the like."""
+
     def cells(row: list[str]) -> str:
-        return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in row) + " |"
+        shown = escape.markdown if foreign else escape.in_cell
+        return "| " + " | ".join(map(shown, row)) + " |"
 
     rule = ["---:" if i in table.numeric else "---" for i in range(len(table.head))]
     lines = [cells(table.head), "|" + "|".join(rule) + "|", *map(cells, table.rows)]
@@ -233,7 +237,7 @@ def as_csv(groups: list[Group]) -> str:
         for row in group.rows:
             settings, time = row.record["config"], row.decode
             estimate = row.record.get("estimate") or {}
-            writer.writerow([
+            writer.writerow(map(escape.csv_cell, [
                 i + 1, row.record["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
                 row.metric, row.dense, row.sparse, row.requested, row.sparsity, row.macs, row.executed, row.bytes,
                 time.get("dense"), time.get("sparse"), time.get("speedup"), time.get("dense_p10"), time.get("dense_p90"),
@@ -241,7 +245,7 @@ def as_csv(groups: list[Group]) -> str:
                 row.roofline, time.get("kernel"), row.machine,
                 row.fit_seconds, row.record["seconds"], settings["seed"], estimate.get("target"),
                 (estimate.get("decode") or {}).get("sparse_ms"), row.record["config_hash"], row.path,
-            ])  # fmt: skip
+            ]))  # fmt: skip
     return file.getvalue()
 
 

@@ -72,7 +72,9 @@ def trained(
         if ranks.first():
             shutil.rmtree(partial, ignore_errors=True)
             save(module, partial)
-            files.write_atomic(partial / "training.json", json.dumps(files.plain(facts), indent=1).encode())
+            files.write_atomic(
+                partial / "training.json", json.dumps(files.scrubbed(files.plain(facts)), indent=1).encode()
+            )
             shutil.rmtree(folder, ignore_errors=True)  # without `training.json` it is what a crash left
             partial.rename(folder)
             shutil.rmtree(checkpoints, ignore_errors=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -315,16 +316,18 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def steps_kept(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, latest first."""
-    steps = (p.name.partition("-")[2] for p in folder.glob("step-*"))
-    return sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
+    steps = (p.name.partition("-")[2] for p in folder.glob("step-*") if p.is_dir())
+    return sorted((int(step) for step in steps if re.fullmatch(r"[1-9][0-9]{0,17}", step)), reverse=True)
 
 
 def problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        stated = json.loads((path / CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
-        return f"{CHECKSUMS}: {error}"
+        stated = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{CHECKSUMS}: {str(error)[:100]}"
+    if not isinstance(stated, dict) or PROGRESS not in stated:
+        return f"{CHECKSUMS} is not as it was written"
     digests = checksums(path)
     odd = [n for n in sorted({*stated, *digests}) if stated.get(n) != digests.get(n)]
     return f"{odd[0]} is not as it was written" if odd else None

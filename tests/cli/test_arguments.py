@@ -7,6 +7,7 @@ import pytest
 import sparsebench as package
 from sparsebench import config
 from sparsebench.cli import FAILED_BESIDE, file_for
+from sparsebench.config.arguments import read
 from sparsebench.config.compose import compose_all, plan
 from tests.helpers import COMMAND
 
@@ -125,6 +126,37 @@ def test_a_plugin_that_is_not_installed_names_its_extra(monkeypatch):
     with pytest.raises(config.ConfigError) as error:
         compose_all(["hydra/launcher=joblib"], sweep=True)
     assert error.value.problems == ["hydra/launcher=joblib is not installed: pip install 'sparsebench[launchers]'"]
+
+
+def test_plugins_of_others_and_globs_of_no_group():
+    said = {
+        ("hydra/sweeper=ax",): "hydra/sweeper=ax is not installed: pip install hydra-ax-sweeper",
+        ("hydra/launcher=rq",): "hydra/launcher=rq is not installed: pip install hydra-rq-launcher",
+        ("hydra/launcher=nope",): "hydra/launcher must be one of basic",
+        ("method.sparsity=glob(x)",): "'method.sparsity=glob(x)' matches nothing: glob() is for dataset, model, method",
+        ("hydra.job.chdir=maybe",): "is not a valid bool",
+        ("method=dense", "method.sparsity=0.5"): "method.sparsity is not a known key",
+    }
+    for given, words in said.items():
+        with pytest.raises(config.ConfigError) as error:
+            compose_all(list(given), sweep=True)
+        (line,) = error.value.problems
+        assert words in line, line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["method=teal", "-m", "method.sparsity=0.1,0.2", "seed=1"],
+        ["-m", "method=teal", "--config-dir", "own", "method.sparsity=0.1,0.2", "seed=1"],
+        ["method=teal", "--multirun", "method.sparsity=0.1,0.2", "--config-dir=own", "seed=1"],
+    ],
+)
+def test_options_may_stand_between_keys(given):
+    """`sparsebench method=teal -m method.sparsity=0.1,0.2`: before, "is no option"."""
+    arguments = read("sparsebench", given)
+    assert arguments.multirun and arguments.overrides == ["method=teal", "method.sparsity=0.1,0.2", "seed=1"]
+    assert given[:3] == arguments.overrides and len(given) in (4, 5, 6)
 
 
 def test_keys_that_only_some_swept_methods_have_apply_there():

@@ -145,7 +145,11 @@ def test_the_second_answer_comes_from_the_record(finished):
 
 def test_another_way_of_saying_the_same_is_the_same_run(finished):
     folder, given, actual = finished
-    same = [g for g in given if g != "wandb.mode=disabled"] + ["method.sparsity=0.50", "wandb.mode=offline"]
+    same = [g for g in given if g != "wandb.mode=disabled"] + [
+        "method.sparsity=0.50",
+        "wandb.mode=offline",
+        "hydra.job.chdir=true",
+    ]
     process = subprocess.run([COMMAND, *same], cwd=folder, capture_output=True, text=True)
     assert record_of(process, folder)["started_at"] == actual["started_at"]
 

@@ -1,7 +1,10 @@
 """Every YAML composes and has exactly the fields of its class; identities; the list of all keys is a decision."""
 
+import copy
 import dataclasses
+import functools
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +180,62 @@ def test_options_of_an_own_folder(tmp_path):
         compose_all(["method=yours"], config_dir=str(tmp_path))
     with pytest.raises(config.ConfigError, match="--config-dir must be an existing folder, got 'nowhere'"):
         compose_all([], config_dir="nowhere")
+
+
+@functools.cache
+def composed():
+    return compose_all([])[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("os.system", "os is part of Python"),
+        ("subprocess.Popen", "subprocess is part of Python"),
+        ("antigravity.x", "antigravity is part of Python"),
+        ("sparsebench.hardware.Hardware", "it has no kinds, operating_point, fit(loaded, data, work), apply"),
+        ("sparsebench.models.language.CausalLM", "it has no kinds, operating_point, fit(loaded, data, work), apply"),
+        ("sparsebench.cli.main", "no dataclass"),
+        ("sparsebench.cli.hydra", "no dataclass"),
+        ("sparsebench.methods.base.Method", "no dataclass"),
+        ("sparsebench.methods.teal.Nothing", "sparsebench.methods.teal has no Nothing"),
+        ("nowhere.at.All", "nowhere.at can't be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("faulty.X", "faulty can't be imported: ZeroDivisionError: division by zero"),
+        ("leaving.X", "leaving can't be imported: SystemExit: 3"),
+        ("x", "not a dotted name"),
+        ("..x", "not a dotted name"),
+        ("rm -rf /.x", "not a dotted name"),
+        ("", "not a dotted name"),
+        ("own.Slim", None),
+        ("own.Wrong", "it has no fit(loaded, data, work)"),
+    ],
+)
+def test_a_target_is_a_class_of_its_group(tmp_path, monkeypatch, target, said):
+    """Before: method._target_=os.system imported the module and ended in a traceback of dataclasses."""
+    (tmp_path / "faulty.py").write_text("1 / 0")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)")
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom sparsebench.methods.base import Method\n"
+        "@dataclass(kw_only=True)\nclass Slim(Method):\n    name: str\n    kinds = ('language',)\n"
+        "class Wrong(Slim):\n    def fit(self, everything): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    configuration = composed() | {"method": {"_target_": target, "name": "mine"}}
+    before = set(sys.modules)
+    if said is None:
+        assert type(config.build_settings(configuration).method).__name__ == "Slim"
+        return
+    with pytest.raises(config.ConfigError) as error:
+        config.build_settings(configuration)
+    (line,) = error.value.problems
+    assert line.startswith(f"method._target_ must name the class of a method, got {target!r} (") and said in line
+    assert target.partition(".")[0] not in set(sys.modules) - before - {"faulty", "leaving", "own"}
+
+
+def test_a_model_is_no_dataset():
+    configuration = copy.deepcopy(composed())
+    targets = configuration["model"]["_target_"], configuration["dataset"]["_target_"]
+    configuration["dataset"]["_target_"], configuration["model"]["_target_"] = targets
+    with pytest.raises(config.ConfigError) as error:
+        config.build_settings(configuration)
+    assert len(error.value.problems) == 2 and all("it has no load(" in line for line in error.value.problems)

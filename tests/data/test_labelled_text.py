@@ -147,7 +147,7 @@ def test_macs_per_text(texts):
     [
         (
             ["model=bert-tiny", "dataset=labelled-text", "method=lte"],
-            "dataset.path must be a .jsonl, .json, .csv, .parquet",
+            "dataset.path must be a .jsonl, .ndjson, .json, .csv, .parquet",
         ),
         (["model=bert-tiny", "method=teal"], "method=teal takes models of kind language"),
         (

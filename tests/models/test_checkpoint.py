@@ -1,5 +1,6 @@
 """A checkpoint is loaded whole or refused by the name of what is wrong in it, for every kind of model."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torchvision
 import transformers
 
+from sparsebench.config import inputs
 from sparsebench.models.vision import fill, translate_vit
-from tests.helpers import QUICK_RUN, built, tiny_cnn, tiny_model, tiny_tokenizer, work
+from tests.helpers import QUICK_RUN, built, tiny_cnn, tiny_model, tiny_tokenizer, variants, work
 
 
 def folder_with(tmp_path, change, model=None):
@@ -87,3 +89,24 @@ def test_networks_that_are_not_whole():
     plain.pop(name)
     with pytest.raises(ValueError, match=f"{name} is missing"):
         fill(torch.nn.Module(), plain, "vit.pth")
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
+def test_a_foreign_model_folder_is_one_line_before_anything_loads(tmp_path, name, count):
+    """Before: a configuration of other types ended the check of a command in a traceback, an index its identity."""
+    tiny_model().save_pretrained(tmp_path, max_shard_size="200KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    good = json.loads((tmp_path / name).read_text())
+    model = built("model", "model=hf", path=str(tmp_path))
+    lengths = SimpleNamespace(measure=SimpleNamespace(latency=False), dataset=SimpleNamespace(sequence_length=32))
+    for said, text in variants(good, count, depth=3):
+        (tmp_path / name).write_bytes(text)
+        files = inputs.read_files(str(tmp_path), "model", {})
+        assert name in files and all(path.is_file() for path in files.values()), said
+        try:
+            problems = model.problems(lengths)
+        except ValueError as error:
+            problems = [str(error)]
+            assert problems[0].startswith(f"model.path: {tmp_path}/config.json is no configuration of a model ("), said
+        assert all("\n" not in line for line in problems), said

@@ -8,6 +8,7 @@ import pytest
 
 from sparsebench.records import record
 from sparsebench.records.record import Record
+from tests.helpers import made
 
 SCHEMA = json.loads(record.SCHEMA_FILE.read_text())
 
@@ -86,8 +87,9 @@ def test_what_is_no_record_reads_as_none(tmp_path, content):
 
 def test_which_schemas_the_report_takes():
     for version, reason in ((1, None), (2, None), (3, "schema 3, this version reads 2"), ("2", "not a record")):
-        assert record.refusal({"schema_version": version, "status": "finished"}) == reason
+        assert record.refusal({**made(), "schema_version": version}) == reason
     assert record.refusal({"schema_version": 2, "status": "running"}) == record.refusal([]) == "not a record"
+    assert record.refusal({"schema_version": 1, "status": "failed"}).startswith("not a whole record: ")
 
 
 def test_a_failing_write_leaves_the_old_record(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Fitted states: safetensors, damaged ones are fitted again, keys that leave the operating point out."""
 
+import json
 import os
 
 import pytest
@@ -13,7 +14,7 @@ from sparsebench.methods.rsparse import evolution, low_rank
 from sparsebench.records import state
 from sparsebench.records.state import State
 from sparsebench.sites import find_blocks
-from tests.helpers import tiny_model
+from tests.helpers import tiny_model, variants
 
 
 def test_round_trip_and_cache(tmp_path):
@@ -60,6 +61,35 @@ def test_one_flipped_byte_anywhere_is_noticed(tmp_path):
     path.write_bytes(content.replace(b"1.5", b"2.5"))
     with pytest.raises(state.Damaged, match="SHA-256"):
         state.load(path)
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_foreign_header_is_damage_or_the_very_same_state(tmp_path, count):
+    """The JSON before the tensors with keys gone, renamed, of other values, cut, without end."""
+    path = tmp_path / "s.safetensors"
+    state.write(State({"a": torch.arange(12.0), "b": torch.ones(3)}, {"kind": "calibrated", "n": {"x": 1}}), path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, body, same = json.loads(content[8 : 8 + length]), content[8 + length :], 0
+    for said, text in variants(header, count):
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+        actual = state.read(path)
+        if actual is not None:
+            same += 1
+            assert torch.equal(actual.tensors["a"], torch.arange(12.0)) and actual.info["kind"] == "calibrated", said
+            assert set(actual.tensors) == {"a", "b"} and actual.info["n"] == {"x": 1}, said
+    assert same < count / 4
+
+
+@pytest.mark.parametrize("info", ["[1]", "3", "null", "[" * 100_000, "{"])
+def test_facts_that_are_none(tmp_path, info):
+    """Even with the right checksum."""
+    tensors = {"a": torch.ones(2)}
+    metadata = {"info": info, "sha256": state.checksum(tensors, info), "name": "s"}
+    (tmp_path / "s.safetensors").write_bytes(state.save(tensors, metadata=metadata))
+    with pytest.raises(state.Damaged) as error:
+        state.load(tmp_path / "s.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_the_state_of_another_fit_is_fitted_again(tmp_path, caplog):

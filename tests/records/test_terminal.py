@@ -4,10 +4,13 @@ import io
 import json
 from pathlib import Path
 
+import jsonschema
+import pytest
 from rich.console import Console
 
+from sparsebench.records import record as records
 from sparsebench.records import terminal, tracking
-from tests.helpers import made
+from tests.helpers import EVIL_TEXT, made, variants
 
 
 def times(median, low, high):
@@ -96,3 +99,61 @@ def test_wandb_names_the_dense_engine_and_the_noise():
     flat = tracking.summary(record_with(noisy=True))
     assert flat["latency/decode/dense_engine"] == "fused" and flat["latency/noisy"] is True
     assert flat["latency/decode/dense/p90_ms"] == 1.2 and flat["latency/decode/speedup_p10"] == 1.5
+
+
+def whole_record() -> dict:
+    """A record with every key that the schema asks for."""
+    record = record_with(memory={"peaks": {"decode": {"dense": 4e9, "sparse": 2e9}}})
+    record["config_hash"] = "ab" * 32
+    record["env"] |= {"gpus": [], "versions": {}}
+    record["model"] |= {"name": "llama-tiny", "num_parameters": 10}
+    record["dataset"] |= {"name": "d", "fit": {}, "dev": {}, "disjoint": True}
+    record["fit"] |= {"kind": "calibrated", "tokens": 1, "cached": False, "state_sha256": None}
+    errors = dict.fromkeys(("dense_stderr", "sparse_stderr", "ratio_stderr", "difference_stderr"), 0.01)
+    sizes = {
+        "ratio": 1.2,
+        "clusters": {"windows": 4, "documents": 2},
+        "tokens": 100,
+        "little_text": False,
+        "losses": {},
+    }
+    record["quality"]["perplexity"] |= errors | sizes
+    record["sparsity"] |= {
+        "sparse_token_fraction": 1.0,
+        "baseline": {"model_wide": 0.1, "per_site": {}},
+        "more": {"model_wide": "again"},
+    }
+    record["macs"] |= {"unit": "MACs", "scored": {"dense": 9, "sparse": 4, "unit": "MACs"}}
+    record["latency"] |= {"compile_seconds": 0, "warmup_seconds": 0}
+    record["estimate"] = {"label": "estimate", "target": "h200", "target_peaks": {}, "fitted_on": {"device": "cpu"}, "cautions": ["old"],
+                          "decode": {"dense_ms": 5.0, "sparse_ms": 2.5, "speedup": 2.0}}  # fmt: skip
+    return record
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_damaged_record_is_refused_or_shown(tmp_path, capsys, count):
+    """Before: 42 of 76 such records ended in a traceback. What is accepted fits the schema by jsonschema's account, too."""
+    file, shown = tmp_path / "result.json", 0
+    check = jsonschema.Draft202012Validator(json.loads(records.SCHEMA_FILE.read_text()))
+    assert check.is_valid(whole_record())
+    for said, text in variants(whole_record(), count):
+        file.write_bytes(text)
+        content, problem = records.read_any(file)
+        if problem is None:
+            assert check.is_valid(content), said
+            terminal.show(content, file)
+            shown += 1
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == content["status"], said
+        else:
+            assert "\n" not in problem and problem
+    assert count / 10 < shown < count * 4 / 5
+
+
+@pytest.mark.parametrize("text", EVIL_TEXT)
+def test_text_of_a_record_is_no_markup(text, tmp_path, capsys):
+    """`[/x]` in a name was an error of rich, `[red]` vanished, an escape code reached the terminal."""
+    terminal.show(whole_record() | {"name": f"a{text[:60]}b", "status": "finished"}, tmp_path / "result.json")
+    out = capsys.readouterr().out
+    assert not {c for c in out if c != "\n" and ord(c) < 32} and "\u202e" not in out and "\ud800" not in out
+    if text.isprintable():
+        assert f"a{text[:60]}b" in out

@@ -1,14 +1,17 @@
 """The training loop: schedules, resuming bit for bit, divergence, the gradient it takes."""
 
+import json
 import math
+import random
 import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from sparsebench.training import loop
 from sparsebench.training.loop import Diverged, Order, train
-from tests.helpers import tiny_model, training_settings
+from tests.helpers import EVIL_VALUES, tiny_model, training_settings, variants
 
 
 def trainable(seed=0):
@@ -273,3 +276,46 @@ def test_vectors_are_not_decayed(tmp_path, rows):
     )  # fmt: skip
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     assert float(model.lm_head.weight.abs().mean()) < float(tiny_model(layers=1).lm_head.weight.abs().mean()) * 0.7
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_is_never_gone_on_from(tmp_path, count):
+    """Files changed, gone, added, checksums of anything: the one before is taken, or none; nothing ends in a traceback."""
+    chance = random.Random(3)
+
+    def whole(step):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.bin", loop.PROGRESS):
+            (folder / name).write_bytes(f"{name} of {step}".encode())
+        (folder / loop.CHECKSUMS).write_text(json.dumps(loop.checksums(folder)))
+        return folder
+
+    whole(4)
+    sums = json.loads((tmp_path / "step-4" / loop.CHECKSUMS).read_text())
+    damaged = variants(sums, count, depth=1)
+    for number in range(count):
+        assert loop.latest(tmp_path) == 4
+        folder = whole(8)
+        assert loop.latest(tmp_path) == 8
+        how = number % 4
+        victim = chance.choice(sorted(folder.iterdir()))
+        if how == 0:
+            text = next(damaged)[1]
+            if text == (folder / loop.CHECKSUMS).read_bytes():
+                continue
+            (folder / loop.CHECKSUMS).write_bytes(text)
+        elif how == 1:
+            victim.unlink()
+        elif how == 2:
+            victim.write_bytes(victim.read_bytes()[:-1] or b"x")
+        else:
+            (folder / "extra").write_text(str(chance.choice(EVIL_VALUES)).encode("utf-8", "replace").decode())
+        assert loop.latest(tmp_path) == 4 and not folder.exists()
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    for name in ("step-007", "step-x", "step-", "step-\u0663", "step-" + "9" * 60):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-5").write_text("a file")
+    assert loop.latest(tmp_path) == 0 and len(list(tmp_path.iterdir())) == 6
