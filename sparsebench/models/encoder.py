@@ -15,6 +15,7 @@ from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded, positions
 from sparsebench.models.checkpoint import load_whole
+from sparsebench.models.classes import align, names_of
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
@@ -61,10 +62,7 @@ class Encoder:
             source = {"revision": hub.commit(self.path, self.revision), "local_files_only": not hub.reachable()}
             auto = transformers.AutoModelForSequenceClassification
             module = load_whole(auto, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **source)
-            if module.config.num_labels != len(data.classes):
-                raise ValueError(
-                    f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
-                )
+            told = align(data, module.config.num_labels, names_of(module.config.id2label), self.name)
             tokenizer, start, origin, dev = (
                 transformers.AutoTokenizer.from_pretrained(self.path, **source),
                 None,
@@ -73,7 +71,7 @@ class Encoder:
             )
         else:
             tokenizer = from_scratch.byte_bpe(data.fit.texts, self.architecture["vocab_size"])
-            start, origin, dev = tokenizer.bos_token_id, "random weights", None
+            start, origin, dev, told = tokenizer.bos_token_id, "random weights", None, "those of the data set"
         data.set_tokenizer(tokenizer, start)
         if self.weights != "pretrained":
             module = self.plain(data)
@@ -85,7 +83,7 @@ class Encoder:
         info = {
             "name": self.name, "num_parameters": sum(p.numel() for p in module.parameters()), "source": origin,
             "architecture": type(module).__name__, "num_layers": len(find_blocks(module)), "classes": len(data.classes),
-            "dev_after_training": dev,
+            "classes_told": told, "dev_after_training": dev,
         }  # fmt: skip
         return Loaded(module, tokenizer, info)
 
