@@ -8,7 +8,7 @@ import torch
 import torchvision
 import transformers
 
-from sparsebench.models.vision import fill, translate_vit
+from sparsebench.models.weights import fill, named, translate_vit
 from tests.helpers import QUICK_RUN, built, tiny_cnn, tiny_model, tiny_tokenizer, work
 
 
@@ -86,4 +86,4 @@ def test_networks_that_are_not_whole():
     assert translate_vit(plain)
     plain.pop(name)
     with pytest.raises(ValueError, match=f"{name} is missing"):
-        fill(torch.nn.Module(), plain, "vit.pth")
+        named(plain, "vit.pth")
