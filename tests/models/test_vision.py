@@ -379,8 +379,14 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = {("squeezenet1_1", "spatial_topk"), ("squeezenet1_1", "dstf"), ("mobilenet_v2", "spatial_topk"),
+         ("test_resnet", "fatrelu"), ("test_resnet", "spatial_topk")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [pytest.param(n, m, marks=() if (n, m) in QUICK else pytest.mark.slow) for n in NETWORKS for m in METHODS],
+)
 def test_every_method_for_maps_on_every_network(name, method, network, tmp_path):
     """Zeros of the maps by own hooks are what is counted, and more than before; nothing dropped is the dense network."""
     loaded, _, data = network(name)
