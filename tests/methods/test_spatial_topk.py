@@ -34,7 +34,9 @@ def test_every_map_of_a_pretrained_network_keeps_its_largest(keep, images, tmp_p
     loaded, data = squeezenet(images, tmp_path)
     (batch,) = data.test.batches(1, 1, "cpu")
     module, seen = topk(loaded.module, keep), {}
-    hooks = [m.register_forward_hook(lambda m, x, y: seen.__setitem__(m.site, (x[0].relu(), y))) for m in maps_of(module)]
+    hooks = [
+        m.register_forward_hook(lambda m, x, y: seen.__setitem__(m.site, (x[0].relu(), y))) for m in maps_of(module)
+    ]
     with torch.no_grad():
         module(batch.inputs)
     for hook in hooks:

@@ -36,7 +36,11 @@ def test_labels_are_those_of_the_network(classes, names, told, labels):
 @pytest.mark.parametrize(
     ("classes", "names", "message"),
     [
-        (("cat", "tench"), NAMES, r"classes must be its names \(tench, great white shark, crane, ...\) or numbers 0 to 3"),
+        (
+            ("cat", "tench"),
+            NAMES,
+            r"classes must be its names \(tench, great white shark, crane, ...\) or numbers 0 to 3",
+        ),
         (("1", "4"), None, "numbers 0 to 3 of net, which knows 4 classes; got 2, among them '1'"),
         (("cat", "dog"), None, "which knows 4 classes; got 2, among them 'cat'"),
         (("crane", "tench"), NAMES, "'crane' names several classes of net: name its classes by number"),

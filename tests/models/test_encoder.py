@@ -47,5 +47,7 @@ def test_labels_are_numbered_as_the_model_does(labels, numbers, told, folder, tm
 
 
 def test_other_labels_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"classes must be its names \(POSITIVE, NEUTRAL, NEGATIVE, ...\) or numbers 0 to 2"):
+    with pytest.raises(
+        ValueError, match=r"classes must be its names \(POSITIVE, NEUTRAL, NEGATIVE, ...\) or numbers 0 to 2"
+    ):
         built("model", "model=hf-text", f"model.path={folder}").load(work(tmp_path), texts(tmp_path, "bad", "good"))

@@ -50,7 +50,9 @@ def test_it_is_the_model_of_the_folder(folder, tmp_path):
         torch.testing.assert_close(loaded.module(batch.inputs).logits, theirs(batch.inputs).logits)
     assert loaded.info["classes_told"] == "by name" and data.classes == ["left", "up", "down"]
     assert batch.labels.tolist() == [[1, 2, 0][i % 3] for i in range(16, 24)]
-    assert data.test.recipe.mean == (0.4, 0.4, 0.4) and data.describe()["preprocessing"]["name"].startswith("processor of")
+    assert data.test.recipe.mean == (0.4, 0.4, 0.4) and data.describe()["preprocessing"]["name"].startswith(
+        "processor of"
+    )
     assert bool(loaded.info["maps"]) == ("resnet" in str(folder))
     settings = config.build_settings(compose_all(["model=lenet5", "method=dense"])[0])
     task = tasks.load("vision")
@@ -73,7 +75,9 @@ def test_methods_fit_or_say_so(folder, tmp_path):
         with pytest.raises(ValueError, match="known families"):
             experts.fit(loaded, data, work(tmp_path))
     else:
-        with pytest.raises(ValueError, match="spatial_topk needs a network with ReLU .*: ViTForImageClassification has none"):
+        with pytest.raises(
+            ValueError, match="spatial_topk needs a network with ReLU .*: ViTForImageClassification has none"
+        ):
             method.apply(loaded.module, method.fit(loaded, data, work(tmp_path)), work(tmp_path))
 
 

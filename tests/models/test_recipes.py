@@ -56,5 +56,7 @@ def test_configurations_of_timm():
     assert recipe.size == own["input_size"][-1] and recipe.name.startswith("timm test_resnet") and len(names) == 1000
     torch.testing.assert_close(prepared(recipe, PICTURE.repeat(1, 2, 4)), theirs, rtol=0, atol=0.1)
     module.pretrained_cfg["crop_mode"] = "border"
-    with pytest.raises(ValueError, match=r"timm's recipe of test_resnet.* is not supported .* set model.recipe=dataset"):
+    with pytest.raises(
+        ValueError, match=r"timm's recipe of test_resnet.* is not supported .* set model.recipe=dataset"
+    ):
         recipes.of_timm(module)

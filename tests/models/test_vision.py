@@ -35,7 +35,9 @@ def vision_model(name="lenet5", **changes):
 @pytest.mark.parametrize("name", MAPS)
 def test_every_relu_call_is_a_map_of_its_own_and_the_output_stays(name):
     torch.manual_seed(0)
-    stem, size = ("cifar", 32) if name.startswith(("resnet", "googlenet", "densenet", "mobilenet")) else ("imagenet", 64)
+    stem, size = (
+        ("cifar", 32) if name.startswith(("resnet", "googlenet", "densenet", "mobilenet")) else ("imagenet", 64)
+    )
     changes = {"library": "torchvision", "architecture": name, "weights": "random", "stem": stem}
     module = vision_model("lenet5", **changes).plain(3, 10, size).eval()
     x, names = torch.randn(1, 3, size, size), list(module.state_dict())
@@ -139,7 +141,9 @@ def test_a_network_that_can_not_be_traced_keeps_its_form_and_gets_maps():
         before = module(x)
         changed = isolate(module, x[:1])
         assert torch.equal(changed(x), before) and [m.site for m in maps_of(changed)] == ["relu"]
-    with pytest.raises(ValueError, match=r"Branching can't be traced, and not each .* \(1 calls of 1 modules, 1 of functions\)"):
+    with pytest.raises(
+        ValueError, match=r"Branching can't be traced, and not each .* \(1 calls of 1 modules, 1 of functions\)"
+    ):
         isolate(Branching(function=True), x[:1])
 
 
@@ -194,7 +198,9 @@ def test_weights_from_files_and_what_is_refused(tmp_path):
         assert loaded.info["maps"] == ["relu1", "relu2", "relu3", "relu4"]
     damaged = {k: v for k, v in network.state_dict().items() if k != "fc2.bias"} | {"fc9.bias": torch.ones(1)}
     torch.save({"state_dict": {f"module.{k}": v for k, v in damaged.items()}}, tmp_path / "damaged.pth")
-    with pytest.raises(ValueError, match=r"damaged.pth doesn't fit the network LeNet5: fc2.bias is missing \(and 1 more\)"):
+    with pytest.raises(
+        ValueError, match=r"damaged.pth doesn't fit the network LeNet5: fc2.bias is missing \(and 1 more\)"
+    ):
         vision_model(weights="pretrained", path=str(tmp_path / "damaged.pth")).load(work(tmp_path), data)
     torch.save(Evil(), tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="can't be read as a state dict"):
@@ -216,8 +222,14 @@ class Evil:
         (["model=lenet5", "dataset.size=32"], "dataset.size must be 28 for model=lenet5, got 32"),
         (["model=resnet18", "model.stem=cfar"], "model.stem must be one of imagenet, cifar, got 'cfar'"),
         (["model=lenet5", "model.weights=pretrained"], "model.path must be a file of a state dict .* for model=lenet5"),
-        (["model=lenet5", "model.weights=pretrained", "model.path=/nowhere.pth"], "model.path must be a file of a state dict"),
-        (["model=lenet5", "model.path=w.pth"], "model.weights must be pretrained where model.path is set, got 'scratch'"),
+        (
+            ["model=lenet5", "model.weights=pretrained", "model.path=/nowhere.pth"],
+            "model.path must be a file of a state dict",
+        ),
+        (
+            ["model=lenet5", "model.path=w.pth"],
+            "model.weights must be pretrained where model.path is set, got 'scratch'",
+        ),
         (["model=lenet5", "model.architecture=lenet6"], "architecture must be one of lenet5, .* got 'lenet6'"),
         (["model=torchvision", "model.architecture=resnet19"], r"80 networks of torchvision \(did you mean resnet18"),
         (["model=timm", "model.path=null"], "model.architecture must be a network of timm for model=timm, got null"),
@@ -410,7 +422,9 @@ def test_every_method_for_maps_on_every_network(name, method, network, tmp_path)
 def zeros_by_hand(module, data):
     """Share of zeros among the outputs of the maps, over the test images."""
     seen = []
-    hooks = [m.register_forward_hook(lambda _, x, y: seen.append((int((y == 0).sum()), y.numel()))) for m in maps_of(module)]
+    hooks = [
+        m.register_forward_hook(lambda _, x, y: seen.append((int((y == 0).sum()), y.numel()))) for m in maps_of(module)
+    ]
     with torch.no_grad():
         for batch in data.test.batches(None, 8, "cpu"):
             module(batch.inputs)
@@ -429,7 +443,12 @@ def test_a_folder_of_timm_says_its_architecture_and_recipe(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", pretrained=False, num_classes=3).eval()
-    timm.models.save_for_hf(module, tmp_path, safe_serialization=True, model_config={"pretrained_cfg": {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.5}})
+    timm.models.save_for_hf(
+        module,
+        tmp_path,
+        safe_serialization=True,
+        model_config={"pretrained_cfg": {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.5}},
+    )
     data = tiny_images(count=24, size=32, channels=3)
     model = vision_model("timm", path=str(tmp_path))
     assert model.problems(config.build_settings(compose_all(["model=lenet5", "method=dense"])[0])) == []
@@ -452,6 +471,8 @@ def test_convolutions_that_pad_by_themselves(tmp_path):
     with effective_macs.counting(nn.Sequential(conv)) as products, torch.no_grad():
         nn.Sequential(conv)(x)
     y = nn.functional.conv2d(nn.functional.pad((x != 0).float(), (0, 1, 1, 1)), torch.ones(6, 4, 3, 3), stride=2)
-    ones = nn.functional.conv2d(nn.functional.pad(torch.ones(2, 4, 9, 8), (0, 1, 1, 1)), torch.ones(6, 4, 3, 3), stride=2)
+    ones = nn.functional.conv2d(
+        nn.functional.pad(torch.ones(2, 4, 9, 8), (0, 1, 1, 1)), torch.ones(6, 4, 3, 3), stride=2
+    )
     (counts,) = products.values()
     assert (counts.activation, counts.dense) == (int(y.sum()), int(ones.sum())) and y.shape == conv(x).shape
