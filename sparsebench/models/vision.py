@@ -136,18 +136,24 @@ class Vision:
         url = torchvision.models.get_model_weights(self.architecture).DEFAULT.url
         return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
+    def home(self) -> Path:
+        """The folder of `repository`; one of the Hub as the local cache has it, downloaded first where it may be."""
+        if Path(self.repository).is_dir():
+            return Path(self.repository)
+        from huggingface_hub import snapshot_download
+
+        source = {"revision": hub.commit(self.repository, None), "local_files_only": not hub.reachable()}
+        return Path(snapshot_download(self.repository, allow_patterns=["config.json", "model.safetensors"], **source))
+
     def weights_file(self) -> Path:
         """The file of the pretrained weights, downloaded first where it is the library's and missing."""
-        if self.path is None:
-            if not self.downloaded().exists():
-                torchvision.models.get_model_weights(self.architecture).DEFAULT.get_state_dict(check_hash=True)
-            return self.downloaded()
-        if not self.repository or Path(self.path).is_dir():
-            return Path(self.path, "model.safetensors") if self.repository else Path(self.path)
-        from huggingface_hub import hf_hub_download
-
-        source = {"revision": hub.commit(self.path, None), "local_files_only": not hub.reachable()}
-        return Path(hf_hub_download(self.path, "model.safetensors", **source))
+        if self.repository:
+            return self.home() / "model.safetensors"
+        if self.path is not None:
+            return Path(self.path)
+        if not self.downloaded().exists():
+            torchvision.models.get_model_weights(self.architecture).DEFAULT.get_state_dict(check_hash=True)
+        return self.downloaded()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -193,9 +199,7 @@ class Vision:
         """A network of timm: what the folder or Hub repository at `path` says it is, else `architecture`."""
         import timm
 
-        name = self.architecture
-        if self.repository:
-            name = f"{'local-dir' if Path(self.repository).is_dir() else 'hf-hub'}:{self.repository}"
+        name = f"local-dir:{self.home()}" if self.repository else self.architecture
         return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
 
     def pretrained(self, data) -> tuple[nn.Module, str, str]:

@@ -439,18 +439,25 @@ def method_masks(state):
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
-def test_a_folder_of_timm_says_its_architecture_and_recipe(tmp_path):
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_folder_of_timm_says_its_architecture_and_recipe(place, tmp_path, monkeypatch):
+    """The folder itself, or a repository in the Hub's local cache by its id."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", pretrained=False, num_classes=3).eval()
-    timm.models.save_for_hf(
-        module,
-        tmp_path,
-        safe_serialization=True,
-        model_config={"pretrained_cfg": {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.5}},
-    )
+    repository, path = tmp_path / "hub" / "models--timm--mine", str(tmp_path / "mine")
+    folder = repository / "snapshots" / ("a" * 40) if place == "hub" else Path(path)
+    if place == "hub":
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("sparsebench.data.hub.reachable", lambda: False)
+        path = "timm/mine"
+    settings = {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.5}
+    timm.models.save_for_hf(module, folder, safe_serialization=True, model_config={"pretrained_cfg": settings})
     data = tiny_images(count=24, size=32, channels=3)
-    model = vision_model("timm", path=str(tmp_path))
+    model = vision_model("timm", path=path)
     assert model.problems(config.build_settings(compose_all(["model=lenet5", "method=dense"])[0])) == []
     loaded = model.load(work(tmp_path), data)
     assert data.test.recipe.mean == (0.5, 0.5, 0.5) and data.test.recipe.resize == 64
