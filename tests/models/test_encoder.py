@@ -6,18 +6,26 @@ import pytest
 import torch
 import transformers
 
+from sparsebench.measure import neutral
 from tests.helpers import built, tiny_tokenizer, work
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+LABELS = {0: "POSITIVE", 1: "NEUTRAL", 2: "NEGATIVE"}
+SHAPES = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, tmp_path_factory):
     torch.manual_seed(0)
-    shape = transformers.BertConfig(
-        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.3, id2label={0: "POSITIVE", 1: "NEUTRAL", 2: "NEGATIVE"},
+    shape = transformers.AutoConfig.for_model(
+        request.param, vocab_size=320, max_position_embeddings=64, initializer_range=0.3, id2label=LABELS,
+        **SHAPES[request.param],
     )  # fmt: skip
     target = tmp_path_factory.mktemp("classifier")
-    transformers.BertForSequenceClassification(shape).save_pretrained(target)
+    transformers.AutoModelForSequenceClassification.from_config(shape).save_pretrained(target)
     tiny_tokenizer().save_pretrained(target)
     return target
 
@@ -51,3 +59,13 @@ def test_other_labels_are_refused(folder, tmp_path):
         ValueError, match=r"classes must be its names \(POSITIVE, NEUTRAL, NEGATIVE, ...\) or numbers 0 to 2"
     ):
         built("model", "model=hf-text", f"model.path={folder}").load(work(tmp_path), texts(tmp_path, "bad", "good"))
+
+
+def test_experts_of_it_are_the_model_where_all_run(folder, tmp_path):
+    data = texts(tmp_path, "negative", "positive")
+    loaded = built("model", "model=hf-text", f"model.path={folder}").load(work(tmp_path), data)
+    quick = ("method.train=null", "method.activation=null", "method.routing=random", "method.experts.size=8")
+    method = built("method", "method=moefication", "model=bert-tiny", *quick, keep=1.0)
+    inputs, expected = neutral.probe(loaded.module, data)
+    module = method.apply(loaded.module, method.fit(loaded, data, work(tmp_path)), work(tmp_path))
+    torch.testing.assert_close(neutral.logits(module, inputs), expected, rtol=1e-4, atol=1e-4)
