@@ -139,17 +139,27 @@ def trained(model: Any, folder: Path, content: dict[str, Any]) -> Any:
             f"load never trains; make it with: {command}"
         )
     weights = home / "model.safetensors" if model.kind == "vision" else home
-    return dataclasses.replace(model, weights="pretrained", path=str(weights))
+    own_recipe = {"recipe": "dataset"} if hasattr(model, "recipe") else {}
+    return dataclasses.replace(model, weights="pretrained", path=str(weights), **own_recipe)
 
 
 def shape_of(content: dict[str, Any]) -> SimpleNamespace | None:
     """What a classifier takes from its data set (channels, size, number of classes), as the record has it."""
+    import torch
+
     about = content["model"]
     if "classes" not in about:
         return None
     channels, size, _ = about.get("input", (None, None, None))
-    fit = SimpleNamespace(channels=channels, size=size)
-    return SimpleNamespace(fit=fit, classes=range(about["classes"]), set_tokenizer=lambda *arguments: None)
+    split = SimpleNamespace(channels=channels, size=size, fixed_size=size, labels=torch.empty(0, dtype=torch.int64))
+    return SimpleNamespace(
+        fit=split,
+        dev=split,
+        test=split,
+        classes=range(about["classes"]),
+        info={},
+        set_tokenizer=lambda *arguments: None,
+    )
 
 
 def check_trusted(configuration: dict[str, Any], trust_remote_code: bool) -> None:

@@ -45,6 +45,10 @@ LAYOUTS = {  # by the families that have it; docs/families.md lists what was tri
         "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
         "o": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense",
     },
+    "DistilBERT": {
+        "q": "attention.q_lin", "k": "attention.k_lin", "v": "attention.v_lin", "o": "attention.out_lin",
+        "fc1": "ffn.lin1", "fc2": "ffn.lin2",
+    },
 }  # fmt: skip
 
 # Roles that read the same tensor share one group; TEAL's four distributions per block.

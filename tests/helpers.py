@@ -20,7 +20,8 @@ from torch import nn
 from sparsebench import config, kernels
 from sparsebench.config.compose import compose_all
 from sparsebench.config.identity import digest
-from sparsebench.data.images import Images, ImageSplit, Memory
+from sparsebench.data.image_sources import Memory
+from sparsebench.data.images import Images, ImageSplit
 from sparsebench.data.labelled import LabelledData
 from sparsebench.data.text import Document, Split, TextData
 from sparsebench.hardware import Hardware
@@ -205,7 +206,7 @@ class TinyCNN(nn.Module):
 def tiny_cnn(seed: int = 0, classes: int = 3) -> nn.Module:
     """Traced, float32, eval mode, frozen."""
     torch.manual_seed(seed)
-    return isolate(TinyCNN(classes)).eval().requires_grad_(False)
+    return isolate(TinyCNN(classes), torch.zeros(1, 1, 8, 8)).eval().requires_grad_(False)
 
 
 def tiny_vit(seed: int = 0) -> nn.Module:

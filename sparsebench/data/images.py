@@ -3,34 +3,40 @@
 Pixels stay bytes until they are on the device, where they are normalised. An image that has the network's size is left
 alone; others are brought to it by a `Recipe`, the weights' own where they have one. fit is for training, dev for choices,
 test is only ever scored; an image that occurs twice is kept once, so no picture stands in two splits. A set without
-images to fit on (one per class, or a `val` folder alone) can still be evaluated.
+images to fit on (one per class, or a `val` folder alone) can still be evaluated, and `cut` says what else to do with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torchvision.transforms import v2
 
 from sparsebench import cache
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
-from sparsebench.data.idx import idx_parts, read_idx
+from sparsebench.data.idx import idx_parts
+from sparsebench.data.image_sources import (
+    TORCHVISION,
+    Files,
+    Memory,
+    Part,
+    digits,
+    folders,
+    idx,
+    torchvision_set,
+)
 from sparsebench.data.labelled import SPLITS, Labelled, LabelledData, stratified, subset, unique_rows
 
-TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
-IDX_TRAIN, IDX_TEST = "train", "t10k"
+USUAL_SIZE = 224  # pixels, where neither data set nor weights say a size
+CUTS = {"class": "stratified by class", "random": "at random, whatever the class", "none": "all of it is test"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Recipe:
         mode = v2.InterpolationMode(self.interpolation)
         return v2.functional.center_crop(v2.functional.resize(image, side, mode, antialias=True), self.size)
 
+    def at(self, size: int) -> Recipe:
+        """The same for a network of another input size: what is cut off stays the same share."""
+        resize = None if self.resize is None else round(size * self.resize / self.size)
+        return dataclasses.replace(self, size=size, resize=resize)
+
     def describe(self) -> dict:
         other = "to size x size" if self.resize is None else f"shorter side to {self.resize}, centre crop"
         return {**vars(self), "images_of_this_size": "left alone", "other_images": f"{other}, antialiased"}
@@ -73,51 +84,6 @@ class Bytes:
         return Labelled(self.prepare(self.images.to(device)), self.labels.to(device))
 
 
-class Memory:
-    """Images held as one uint8 tensor [N, C, H, W]."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.images, self.labels = images, labels
-
-    def read(self, rows: torch.Tensor, train: bool, recipe: Recipe) -> torch.Tensor:
-        return self.images[rows]
-
-    def fingerprints(self) -> list[str]:
-        return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in self.images]
-
-
-class Files:
-    """Image files, decoded when they are asked for; brought to one square size there."""
-
-    def __init__(self, paths: list[str], labels: torch.Tensor, size: int | None = None, augment: str = "none"):
-        self.paths, self.labels, self.pool = paths, labels, ThreadPoolExecutor()
-        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()] if size else []
-        self.crop = v2.Compose(crop) if augment == "resized-crop-flip" else None
-        self.plain = self.alone = 0  # images read without augmentation, and those of them that had the right size
-
-    def read(self, rows: torch.Tensor, train: bool, recipe: Recipe) -> torch.Tensor:
-        decoded = list(self.pool.map(decode, [self.paths[i] for i in rows.tolist()]))
-        if train and self.crop:
-            return torch.stack([self.crop(image) for image in decoded])
-        self.plain += len(decoded)
-        self.alone += sum(image.shape[-2:] == (recipe.size, recipe.size) for image in decoded)
-        return torch.stack([recipe.shape(image) for image in decoded])
-
-    def fingerprints(self) -> list[str]:
-        """Of size and first 64 KiB of each file: a whole ImageNet would take an hour to read."""
-        return list(self.pool.map(file_digest, self.paths))
-
-
-def decode(path: str) -> torch.Tensor:
-    with Image.open(path) as picture:
-        return v2.functional.pil_to_tensor(picture.convert("RGB"))
-
-
-def file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(str(Path(path).stat().st_size).encode() + file.read(1 << 16)).hexdigest()
-
-
 class ImageSplit:
     """One split. Indexing gives training batches (augmented), `batches` plain ones in order."""
 
@@ -125,7 +91,8 @@ class ImageSplit:
 
     def __init__(self, name: str, store: Memory | Files, rows: torch.Tensor, classes: int, settings: Images):
         self.name, self.store, self.rows, self.classes, self.settings = name, store, rows, classes, settings
-        size = settings.size or store.images.shape[-1]
+        self.fixed_size = settings.size or (store.images.shape[-1] if isinstance(store, Memory) else None)
+        size = self.fixed_size or USUAL_SIZE
         self.channels = settings.channels or (store.images.shape[1] if isinstance(store, Memory) else 3)
         resize = round(size * 256 / 224) if isinstance(store, Files) else None
         norm = (tuple(settings.mean), tuple(settings.std))
@@ -145,9 +112,10 @@ class ImageSplit:
     def needed(self) -> None:
         """Raise ValueError where there is no image."""
         if not len(self.rows):
+            way = "random" if self.classes > len(self.store.labels) / len(SPLITS) else "class"
             raise ValueError(
                 f"dataset={self.settings.name}: its {self.name} split holds no image (a set to evaluate on only), and "
-                f"what was asked for needs one"
+                f"what was asked for needs one: dataset.cut={way} takes it from the set, {CUTS[way]}"
             )
 
     def __len__(self) -> int:
@@ -187,24 +155,6 @@ class ImageSplit:
         return self.digests
 
 
-@dataclass
-class Part:
-    """Some rows of a store."""
-
-    store: Memory | Files
-    rows: torch.Tensor
-
-    def fingerprints(self) -> list[str]:
-        if isinstance(self.store, Files):
-            return Files.fingerprints(self.subset())
-        return Memory(self.store.images[self.rows], self.store.labels[self.rows]).fingerprints()
-
-    def subset(self) -> Files:
-        chosen = Files.__new__(Files)
-        chosen.paths, chosen.pool = [self.store.paths[i] for i in self.rows.tolist()], self.store.pool
-        return chosen
-
-
 def shifted(images: torch.Tensor, pixels: int, flip: bool) -> torch.Tensor:
     """Each image moved by up to `pixels` both ways (zeros come in) and, with `flip`, mirrored half of the time.
 
@@ -236,6 +186,7 @@ class Images:
     shift: int = setting(ge=0)
     dev_share: float = setting(gt=0, lt=1)
     test_share: float = setting(gt=0, lt=1)
+    cut: str = setting(choices=("auto", *CUTS))
     kind = "vision"
 
     def __post_init__(self):
@@ -246,8 +197,6 @@ class Images:
             problems.append(f"std must have as many numbers as mean ({len(self.mean)}), got {len(self.std)}")
         if (self.augment == "resized-crop-flip") and self.source != "folder":
             problems.append(f"augment=resized-crop-flip needs source=folder, got source={self.source}")
-        if self.source == "folder" and self.size is None:
-            problems.append("size must be a whole number >= 8 for source=folder, got null")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -281,22 +230,23 @@ class Images:
     def load(self, seed: int) -> LabelledData:
         """Read and split. The split is a function of the labels only, never of `seed`: every run has the same test set.
 
-        Where the set has a test part of its own that is test, and dev_share of the rest is dev; otherwise each class is
-        cut by dev_share and test_share. Raises ValueError where files can't be read.
+        Where the set has a test part of its own that is test, and dev_share of the rest is dev; otherwise `cut` decides.
+        Raises ValueError where files can't be read.
         """
         reader = {"digits": digits, "idx": idx, "torchvision": torchvision_set, "folder": folders}[self.source]
         train, test, classes = reader(self)
+        if self.cut != "auto" and train and test:
+            raise ValueError(f"dataset.cut must be auto for a set with parts of its own, got {self.cut!r}")
+        if self.cut in ("class", "random") and train is None:
+            train, test = test, None
         seen: set[str] = set()
         held = torch.tensor(unique_rows(test.fingerprints(), seen)) if test else None
         kept = torch.tensor(unique_rows(train.fingerprints(), seen) if train else [], dtype=torch.int64)
         repeated = (len(train.labels) if train else 0) - len(kept) + (len(test.labels) - len(held) if test else 0)
-        shares = {"fit": 1 - self.dev_share, "dev": self.dev_share}
-        if test is None:
-            shares = {"fit": 1 - self.dev_share - self.test_share, "dev": self.dev_share, "test": self.test_share}
-            if int(train.labels[kept].bincount().max()) < len(SPLITS):  # too few of each class for three splits
-                shares = {"fit": 0.0, "dev": 0.0, "test": 1.0}
         labels = train.labels[kept] if train else kept
-        rows = {name: kept[part] for name, part in stratified(labels, shares).items()}
+        shares, rule = self.shares(labels, test is not None)
+        groups = torch.zeros_like(labels) if rule == "random" else labels
+        rows = {name: kept[part] for name, part in stratified(groups, shares).items()}
         splits = {
             n: ImageSplit(n, *((test, held) if test and n == "test" else (train or test, rows[n])), len(classes), self)
             for n in SPLITS
@@ -311,69 +261,23 @@ class Images:
             "channels": splits["fit"].channels, "augment": [self.augment, self.shift],
             "preprocessing": splits["test"].recipe.describe(),
             "repeated_images_left_out": repeated,
-            "split_rule": f"stratified by class: {shares}" + ("; the set's own test part" if test else ""),
+            "split_rule": f"{CUTS[rule]}: {shares}" + ("; the set's own test part" if test else ""),
         }  # fmt: skip
         return LabelledData(**splits, classes=classes, info=info, kind="vision")
+
+    def shares(self, labels: torch.Tensor, has_test: bool) -> tuple[dict[str, float], str]:
+        """(share of each split, how the set is cut: one of CUTS). labels: of the images that no part holds out."""
+        if has_test:
+            return {"fit": 1 - self.dev_share, "dev": self.dev_share}, "class"
+        enough = len(SPLITS) <= int(labels.bincount().max())  # of a class, for three splits
+        rule = ("class" if enough else "none") if self.cut == "auto" else self.cut
+        if rule == "none":
+            return {"fit": 0.0, "dev": 0.0, "test": 1.0}, rule
+        return {"fit": 1 - self.dev_share - self.test_share, "dev": self.dev_share, "test": self.test_share}, rule
 
 
 def use_recipe(data: LabelledData, recipe: Recipe) -> None:
     """Bring the images of a set to the network as its weights were trained to see them."""
     for split in (data.fit, data.dev, data.test):
         split.recipe = recipe
-    data.info["preprocessing"] = recipe.describe()
-
-
-def digits(settings: Images) -> tuple[Memory, None, list[str]]:
-    """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels, shipped with the package."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8))[:, None]
-    return Memory(images, torch.from_numpy(bunch.target.astype(np.int64))), None, [str(i) for i in range(10)]
-
-
-def idx(settings: Images) -> tuple[Memory, Memory | None, list[str]]:
-    """MNIST's file format, plain or gzipped. `t10k` beside `train` is the test part; a part alone is cut in three."""
-    parts = {name: idx_memory(*files) for name, files in idx_parts(Path(settings.path)).items()}
-    test = parts.pop(IDX_TEST) if IDX_TRAIN in parts and IDX_TEST in parts else None
-    train = parts.get(IDX_TRAIN) or next(iter(parts.values()))
-    classes = int(max(part.labels.max() for part in (train, test) if part)) + 1
-    return train, test, [str(i) for i in range(classes)]
-
-
-def idx_memory(images: Path, labels: Path) -> Memory:
-    pixels, answers = read_idx(images, 3), read_idx(labels, 1)
-    if len(pixels) != len(answers):
-        raise ValueError(f"dataset.path: {images.name} has {len(pixels)} images, {labels.name} {len(answers)} labels")
-    return Memory(pixels[:, None], answers.long())
-
-
-def torchvision_set(settings: Images) -> tuple[Memory, Memory, list[str]]:
-    """A set of torchvision by its name, downloaded where missing (torchvision checks the files' MD5)."""
-    root = Path(settings.path) if settings.path else cache.folder()
-    cls = getattr(torchvision.datasets, settings.torchvision_name)
-    parts = []
-    for train in (True, False):
-        part = cls(str(root), train=train, download=not settings.present(root))
-        pixels = torch.as_tensor(np.asarray(part.data))
-        pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-        parts.append(Memory(pixels, torch.as_tensor(np.asarray(part.targets), dtype=torch.int64)))
-    return (*parts, [str(c) for c in part.classes])
-
-
-def folders(settings: Images) -> tuple[Files | None, Files | None, list[str]]:
-    """Class folders (ImageNet's layout): <path>/train and <path>/val (or test), one of them alone, or the classes
-    directly in <path>."""
-    root, parts = Path(settings.path), []
-    names = [next((n for n in group if (root / n).is_dir()), None) for group in (("train",), ("val", "test"))]
-    try:
-        for name in names if any(names) else [""]:
-            if name is not None:
-                parts.append(torchvision.datasets.ImageFolder(str(root / name)))
-    except FileNotFoundError as error:
-        raise ValueError(f"dataset.path: {' '.join(str(error).split())}") from error
-    if len({tuple(p.classes) for p in parts}) > 1:
-        raise ValueError(f"dataset.path: {root}/train and {root}/{names[1]} have different classes")
-    stores = [Files([f for f, _ in p.samples], torch.tensor(p.targets), settings.size, settings.augment) for p in parts]
-    train = stores.pop(0) if names[0] or not any(names) else None
-    return train, stores[0] if stores else None, parts[0].classes
+    data.info |= {"size": recipe.size, "preprocessing": recipe.describe()}

@@ -77,6 +77,16 @@ class LabelledData:
         return {**self.info, "classes": len(self.classes), **splits, "disjoint": True}
 
 
+def relabel(data: LabelledData, numbers: list[int], classes: list[str]) -> None:
+    """Give class i of `data` the number numbers[i] among `classes`, in all three splits."""
+    splits = (data.fit, data.dev, data.test)
+    for store in {id(s): s for s in (getattr(split, "store", split) for split in splits)}.values():
+        store.labels = torch.tensor(numbers)[store.labels]
+    for split in splits:
+        split.classes = len(classes)
+    data.classes = classes
+
+
 def stratified(labels: torch.Tensor, shares: dict[str, float], seed: int = 0) -> dict[str, torch.Tensor]:
     """Row indices per part: each class is cut by the same shares in an order that only `seed` decides.
 

@@ -133,10 +133,11 @@ def problems(method: Any, settings: Any) -> list[str]:
     if model.kind == "vision":
         from sparsebench.models.vision import VIT
 
-        if model.architecture not in VIT:
+        architecture = getattr(model, "architecture", None)
+        if architecture in VIT:
+            width = 4 * VIT[architecture]["hidden_size"]
+        elif architecture is not None:
             lines.append(f"method={method.name} takes transformers, e.g. model=vit-tiny, got model={model.name}")
-        else:
-            width = 4 * VIT[model.architecture]["hidden_size"]
     elif isinstance(getattr(model, "architecture", None), dict):
         width = model.architecture.get("intermediate_size")
     if width and width % method.experts.size:

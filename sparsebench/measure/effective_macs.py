@@ -41,13 +41,34 @@ class Products:
         return {k: v / self.images for k, v in asdict(self).items() if k in names}
 
 
-def conv_counts(x: torch.Tensor, mask: torch.Tensor, conv: nn.Conv2d) -> tuple[int, int]:
-    """(products with x != 0 and mask != 0, products with x != 0) of one call; x [N, C, H, W], mask as conv.weight."""
+def same_padding(x: torch.Tensor, output: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """1[x != 0] with the zeros that a convolution of a library's own pads by itself, as TensorFlow does (timm's Conv2dSame).
+
+    Such a layer declares no padding and has a larger output than that allows: what lacks is spread evenly, the odd one
+    behind. Raises ValueError where that is not its output either.
+    """
+    live, sides = (x != 0).float(), []
+    for axis in (3, 2):
+        stride, dilation, kernel = (v[axis - 2] for v in (conv.stride, conv.dilation, conv.kernel_size))
+        reach, size = dilation * (kernel - 1) + 1, x.shape[axis]
+        declared = conv.padding[axis - 2] if isinstance(conv.padding, tuple) else None
+        if declared is None or (size + 2 * declared - reach) // stride + 1 == output.shape[axis]:
+            sides += [0, 0]
+            continue
+        lacking = max((output.shape[axis] - 1) * stride + reach - size, 0)
+        if declared or output.shape[axis] != -(-size // stride):
+            raise ValueError(f"model: products of a {type(conv).__name__} can't be counted, its padding is not known")
+        sides += [lacking // 2, lacking - lacking // 2]
+    return F.pad(live, sides)
+
+
+def conv_counts(live: torch.Tensor, mask: torch.Tensor, conv: nn.Conv2d) -> tuple[int, int]:
+    """(products with x != 0 and mask != 0, products with x != 0) of one call; live = 1[x != 0], mask as conv.weight."""
     groups, per_group = conv.groups, conv.out_channels // conv.groups
     listed = mask.view(groups, per_group, *mask.shape[1:]).sum(1).float()
     filters = torch.stack([listed, torch.full_like(listed, per_group)], dim=1).flatten(0, 1)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
-        pairs = F.conv2d((x != 0).float(), filters, None, conv.stride, conv.padding, conv.dilation, groups)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(live.device.type, enabled=False):
+        pairs = F.conv2d(live, filters, None, conv.stride, conv.padding, conv.dilation, groups)
     sums = pairs.double().sum((0, 2, 3)).view(groups, 2).sum(0)
     return round(float(sums[0])), round(float(sums[1]))
 
@@ -57,9 +78,9 @@ def count(module: nn.Conv2d | nn.Linear, x: torch.Tensor, output: torch.Tensor, 
     mask = module.weight != 0
     images = x.shape[0]
     if isinstance(module, nn.Conv2d):
-        both, activation = conv_counts(x, mask, module)
+        both, activation = conv_counts(same_padding(x, output, module), mask, module)
         if x.shape[1:] not in products.shapes:
-            weight, dense = conv_counts(torch.ones_like(x[:1]), mask, module)
+            weight, dense = conv_counts(same_padding(torch.ones_like(x[:1]), output, module), mask, module)
             products.shapes[x.shape[1:]] = (dense, weight)
         dense, weight = products.shapes[x.shape[1:]]
         rows = output[0, 0].numel()

@@ -18,7 +18,7 @@ from torch import nn
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.measure import quality
 from sparsebench.methods.base import Method, Work
-from sparsebench.modules.activation_map import maps_of
+from sparsebench.modules.activation_map import maps_of, needed_maps
 from sparsebench.records.state import State
 
 
@@ -38,6 +38,7 @@ class FATReLU(Method):
 
     def fit(self, loaded, data, work: Work) -> State:
         """info["thresholds"]: t by site, in the units of the maps."""
+        needed_maps(loaded.module, self.name)
         module = copy.deepcopy(loaded.module)
 
         def accuracy() -> float:
@@ -53,8 +54,8 @@ class FATReLU(Method):
 
 
 def needs_maps(settings: Any) -> list[str]:
-    """The problem of a method for activation maps with a model that has none."""
-    if settings.model.kind == "vision" and settings.model.architecture.startswith("vit"):
+    """The problem of a method for activation maps with a model whose name says that it has none."""
+    if settings.model.kind == "vision" and str(getattr(settings.model, "architecture", "")).startswith("vit"):
         return [f"method={settings.method.name} needs a network with ReLU maps, got model={settings.model.name}"]
     return []
 

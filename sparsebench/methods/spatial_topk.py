@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.fatrelu import needs_maps
-from sparsebench.modules.activation_map import maps_of
+from sparsebench.modules.activation_map import needed_maps
 from sparsebench.records.state import State
 
 
@@ -31,7 +31,7 @@ class SpatialTopK(Method):
 
     def apply(self, module, state: State, work: Work):
         """Raises ValueError where `sites` names a map that the network does not have."""
-        maps = {layer.site: layer for layer in maps_of(module)}
+        maps = {layer.site: layer for layer in needed_maps(module, self.name)}
         for site in self.sites if self.sites is not None else maps:
             if site not in maps:
                 raise ValueError(f"method.sites must be among {', '.join(maps)}, got {site!r}")

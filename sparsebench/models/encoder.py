@@ -17,6 +17,7 @@ from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded, positions
 from sparsebench.models.checkpoint import load_whole
+from sparsebench.models.classes import align, names_of
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
@@ -66,14 +67,11 @@ class Encoder:
         """
         hardware = work.hardware
         torch.manual_seed(work.seed)
-        start, origin, dev = None, self.path, None
+        start, origin, dev, told = None, self.path, None, "those of the data set"
         if self.weights == "pretrained":
             with hub.answering("model.path", str(self.path), self.revision):
                 module = load_whole(AUTO, self.path, dtype=hardware.torch_dtype, use_safetensors=True, **self.source())
-            if module.config.num_labels != len(data.classes):
-                raise ValueError(
-                    f"model: {self.path} knows {module.config.num_labels} classes, got {len(data.classes)}"
-                )
+            told = align(data, module.config.num_labels, names_of(module.config.id2label), self.name)
         if self.starts_from_path:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **self.source())
         else:
@@ -90,7 +88,7 @@ class Encoder:
         info = {
             "name": self.name, "num_parameters": sum(p.numel() for p in module.parameters()), "source": origin,
             "architecture": type(module).__name__, "num_layers": len(find_blocks(module)), "classes": len(data.classes),
-            "dev_after_training": dev,
+            "classes_told": told, "dev_after_training": dev,
         }  # fmt: skip
         return Loaded(module, tokenizer, info)
 

@@ -1,14 +1,16 @@
-"""Image classifiers: LeNet5, the networks of torchvision, vision transformers of transformers.
+"""Image classifiers by name: networks of torchvision and timm, and a few small ones of our own (networks.py).
 
-Convolutional networks are traced so that each ReLU is a module (modules/activation_map.py). Weights come from
-torchvision where its server answers, from a file, from training here, or are random (timing only).
+Convolutional networks are traced so that each ReLU is a module (modules/activation_map.py); torchvision's vision
+transformers stand in transformers' modules. Weights come from the library's server, from a file, from training here, or
+are random (timing only). Images are prepared as the weights want them (recipes.py), classes numbered as they do (classes.py).
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from torch import nn
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
-from sparsebench.data.images import Recipe, use_recipe
+from sparsebench.data.images import USUAL_SIZE, Recipe, use_recipe
 from sparsebench.measure import quality, shape_bias
-from sparsebench.models import Loaded
+from sparsebench.models import Loaded, recipes
+from sparsebench.models.classes import align
+from sparsebench.models.networks import CIFAR_RESNETS, SIZES, CifarResNet, LeNet5
+from sparsebench.models.weights import classes_in, fill, named, read_weights
 from sparsebench.modules.activation_map import isolate, maps_of
 from sparsebench.records import files, machine
 from sparsebench.training import from_scratch
@@ -32,86 +37,134 @@ from sparsebench.training.work import Work
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = ("resnet18", "resnet34", "resnet50", "googlenet", "densenet121", "mobilenet_v2")
-VIT = {  # hidden size, blocks, heads, patch; vit_b_16's shapes are torchvision's
-    "vit_b_16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
+TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))  # its classifiers
+BUILTIN = ("lenet5", *CIFAR_RESNETS, "vit_tiny")
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+VIT = {  # vision transformers in transformers' modules; all but vit_tiny have torchvision's shapes
+    "vit_b_16": BASE | {"patch_size": 16}, "vit_b_32": BASE | {"patch_size": 32},
+    "vit_l_16": LARGE | {"patch_size": 16}, "vit_l_32": LARGE | {"patch_size": 32}, "vit_h_14": HUGE | {"patch_size": 14},
     "vit_tiny": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4},
-}
+}  # fmt: skip
 STEMS = {  # first convolution and first pooling (None: the first convolution alone halves the image)
     "resnet": ("conv1", "maxpool"),
     "densenet": ("features.conv0", "features.pool0"),
     "googlenet": ("conv1.conv", "maxpool1"),
-    "mobilenet": ("features.0.0", None),
+    "mobilenet_v2": ("features.0.0", None),
 }
-
-
-class LeNet5(nn.Module):
-    """LeNet-5 with ReLU and max pooling: 6 and 16 filters of 5x5, then 120, 84 and the classes; 28 x 28 images."""
-
-    def __init__(self, channels: int, classes: int):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
-        self.fc1, self.fc2, self.fc3 = nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, classes)
-        self.relu1, self.relu2, self.relu3, self.relu4 = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(self.relu1(self.conv1(x)))
-        x = self.pool(self.relu2(self.conv2(x))).flatten(1)
-        return self.fc3(self.relu4(self.fc2(self.relu3(self.fc1(x)))))
+SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")  # of files with a state dict
+FILE = "a file of a state dict (.safetensors, or torch's format with tensors only)"
 
 
 @dataclass(kw_only=True)
 class Vision:
-    """An image classifier by the name of its architecture; classes, channels and image size come from the data set."""
+    """An image classifier by the name of its architecture; its classes are the weights' own, else those of the data."""
 
     name: str = setting(**NAME_PATTERN)
-    architecture: str = setting(choices=("lenet5", *TORCHVISION, *VIT))
+    library: str = setting(choices=("builtin", "torchvision", "timm"))
+    architecture: str | None
     stem: str = setting(choices=("imagenet", "cifar"))
     weights: str = setting(choices=("pretrained", "random", "scratch"))
     path: str | None = setting(file="model")
+    recipe: str = setting(choices=("weights", "dataset"))
     train: Training | None
     kind = "vision"
 
     def __post_init__(self):
-        if self.stem == "cifar" and self.architecture not in TORCHVISION:
+        networks = {"builtin": BUILTIN, "torchvision": TORCHVISION}.get(self.library)
+        if networks and self.architecture not in networks:
+            raise ValueError(unknown(self.architecture, networks, self.library))
+        if self.stem == "cifar" and (self.library != "torchvision" or not self.architecture.startswith(tuple(STEMS))):
             raise ValueError(f"stem must be imagenet for {self.architecture}, got 'cifar'")
         if self.weights == "scratch" and self.train is None:
             raise ValueError("weights=scratch needs model.train, got null")
+        if self.weights != "pretrained" and self.path is not None and self.path.endswith(SUFFIXES):
+            raise ValueError(f"weights must be pretrained where model.path is set, got {self.weights!r}")
+
+    @property
+    def repository(self) -> str | None:
+        """The folder or Hub id at `path` that says itself which network of timm it holds."""
+        single = self.path is None or self.path.endswith(SUFFIXES) or Path(self.path).is_file()
+        return None if single or self.library != "timm" or self.weights != "pretrained" else self.path
 
     def problems(self, settings: Any) -> list[str]:
-        problems = []
+        lines = []
         cues = settings.eval.classifier.cue_conflict
         wrong = cues is not None and shape_bias.problem(cues)
         if wrong:
-            problems.append(f"eval.classifier.cue_conflict must be a folder of cue-conflict images: {wrong}")
-        if settings.dataset.kind == "vision" and self.architecture == "lenet5" and settings.dataset.size != 28:
-            problems.append(f"dataset.size must be 28 for model={self.name}, got {settings.dataset.size}")
-        if self.weights == "pretrained" and self.path is None:
-            if self.architecture in ("lenet5", "vit_tiny") or self.stem == "cifar":
-                problems.append(
-                    f"model.path must be a file of weights for model={self.name}: torchvision has none, got null"
-                )
-            elif not self.downloaded().exists() and not hub.reachable():
-                problems.append(
-                    f"model.weights=pretrained: torchvision's weights of {self.architecture} are not in "
-                    f"{self.downloaded().parent} and can't be downloaded; set model.path=<file> or model.weights=scratch"
-                )
-        if self.path is not None and not Path(self.path).is_file():
-            problems.append(
-                f"model.path must be an existing .safetensors or .pth file of a state dict, got {self.path!r}"
-            )
-        return problems
+            lines.append(f"eval.classifier.cue_conflict must be a folder of cue-conflict images: {wrong}")
+        size = getattr(settings.dataset, "size", None)
+        if self.architecture == "lenet5" and size not in (28, None):
+            lines.append(f"dataset.size must be 28 for model={self.name}, got {size}")
+        if self.library == "timm":
+            lines += self.timm_problems()
+        return lines + (self.path_problems() if self.weights == "pretrained" else [])
+
+    def timm_problems(self) -> list[str]:
+        if importlib.util.find_spec("timm") is None:
+            return [f"model={self.name} needs timm: pip install 'sparsebench[timm]'"]
+        import timm
+
+        if self.architecture is None:
+            needed = f"model.architecture must be a network of timm for model={self.name}, got null"
+            return [] if self.repository else [needed]
+        if timm.is_model(self.architecture):
+            return []
+        return [f"model.{unknown(self.architecture, timm.list_models(), 'timm')}"]
+
+    def path_problems(self) -> list[str]:
+        if self.repository:
+            problem = hub.model_problem(self.repository, "model.path")
+            return [problem] if problem else []
+        if self.path is not None:
+            return [] if Path(self.path).is_file() else [f"model.path must be {FILE}, got {self.path!r}"]
+        if self.library == "timm":
+            known = f"{FILE}, a folder as timm saves it, or a Hub id like timm/resnet18.a1_in1k"
+            return [f"model.path must be {known} for model={self.name}, got null"]
+        if self.library == "builtin" or self.stem == "cifar":
+            return [f"model.path must be {FILE} for model={self.name}: torchvision has none, got null"]
+        if not self.downloaded().exists() and not hub.reachable():
+            return [
+                f"model.weights=pretrained: torchvision's weights of {self.architecture} are not in "
+                f"{self.downloaded().parent} and can't be downloaded; set model.path=<file> or model.weights=random"
+            ]
+        return []
 
     def downloaded(self) -> Path:
         """Where torchvision keeps its pretrained weights."""
         url = torchvision.models.get_model_weights(self.architecture).DEFAULT.url
         return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
-    def plain(self, channels: int, classes: int, size: int) -> nn.Module:
-        """The network as its library builds it, random weights."""
+    def home(self) -> Path:
+        """The folder of `repository`; one of the Hub as the local cache has it, downloaded first where it may be."""
+        if Path(self.repository).is_dir():
+            return Path(self.repository)
+        from huggingface_hub import snapshot_download
+
+        source = {"revision": hub.commit(self.repository, None), "local_files_only": not hub.reachable()}
+        return Path(snapshot_download(self.repository, allow_patterns=["config.json", "model.safetensors"], **source))
+
+    def weights_file(self) -> Path:
+        """The file of the pretrained weights, downloaded first where it is the library's and missing."""
+        if self.repository:
+            return self.home() / "model.safetensors"
+        if self.path is not None:
+            return Path(self.path)
+        if not self.downloaded().exists():
+            torchvision.models.get_model_weights(self.architecture).DEFAULT.get_state_dict(check_hash=True)
+        return self.downloaded()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def plain(self, channels: int, outputs: int, size: int, published: bool = False) -> nn.Module:
+        """The network as its library builds it, random weights. published: for torchvision's own weights."""
+        if self.library == "timm":
+            return self.timm_network(channels, outputs)
         if self.architecture == "lenet5":
-            return LeNet5(channels, classes)
+            return LeNet5(channels, outputs)
+        if self.library == "builtin" and self.architecture in CIFAR_RESNETS:
+            return CifarResNet(channels, outputs, CIFAR_RESNETS[self.architecture])
         if self.architecture in VIT:
             shape = VIT[self.architecture]
             if size % shape["patch_size"]:
@@ -120,41 +173,84 @@ class Vision:
                 )
             settings = transformers.ViTConfig(
                 **shape, intermediate_size=4 * shape["hidden_size"], image_size=size, num_channels=channels,
-                num_labels=classes, layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                num_labels=outputs, layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             )  # fmt: skip
             return transformers.ViTForImageClassification(settings)
         extra = {}
-        if self.architecture == "googlenet":  # its published weights expect inputs scaled otherwise than the others'
-            official = self.weights == "pretrained" and self.path is None
-            extra = {"aux_logits": False, "init_weights": not official, "transform_input": official}
-        module = torchvision.models.get_model(self.architecture, weights=None, num_classes=classes, **extra)
-        family = next(f for f in STEMS if self.architecture.startswith(f))
-        first, pool = STEMS[family]
+        if self.architecture in ("googlenet", "inception_v3"):  # published weights expect inputs scaled otherwise
+            extra = {"aux_logits": False, "init_weights": not published, "transform_input": published}
+        module = torchvision.models.get_model(self.architecture, weights=None, num_classes=outputs, **extra)
+        return self.with_stem(module, channels)
+
+    def with_stem(self, module: nn.Module, channels: int) -> nn.Module:
+        """A network of torchvision with its first convolution for so many channels, or for small images."""
+        family = next((f for f in STEMS if self.architecture.startswith(f)), None)
+        first, pool = STEMS[family] if family else (first_convolution(module), None)
         old = module.get_submodule(first)
         cifar = {"kernel_size": 3, "stride": 1, "padding": 1}
         shape = cifar if self.stem == "cifar" else {k: getattr(old, k) for k in cifar}
         if self.stem == "cifar" or channels != old.in_channels:
-            new = nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **shape)
-            module.get_submodule(first.rpartition(".")[0]).register_module(first.rpartition(".")[2], new)
+            module.set_submodule(first, nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **shape))
         if self.stem == "cifar" and pool is not None:
-            module.get_submodule(pool.rpartition(".")[0]).register_module(pool.rpartition(".")[2], nn.Identity())
+            module.set_submodule(pool, nn.Identity())
         return module
 
+    def timm_network(self, channels: int, outputs: int) -> nn.Module:
+        """A network of timm: what the folder or Hub repository at `path` says it is, else `architecture`."""
+        import timm
+
+        name = f"local-dir:{self.home()}" if self.repository else self.architecture
+        return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
+
+    def pretrained(self, data) -> tuple[nn.Module, str, str]:
+        """(the network with its weights, their file, how its classes were told); `data` is prepared for it."""
+        channels, guess, usual = data.fit.channels, len(data.classes), self.input_size(data)
+        path = self.weights_file()
+        weights = named(read_weights(path), str(path))
+        module = self.plain(channels, guess, usual)
+        outputs = classes_in(weights, module, guess)
+        recipe, names = self.recipe_of(module, path, outputs)
+        size = data.fit.fixed_size or (recipe.size if recipe else usual)
+        if (outputs, size) != (guess, usual) or recipe is not None:
+            module = self.plain(channels, outputs, size, published=recipe is not None)
+        fill(module, weights, str(path))
+        self.prepare(data, recipe)
+        told = align(data, outputs, names if names and len(names) == outputs else None, self.name)
+        return module, str(path), told
+
+    def recipe_of(
+        self, module: nn.Module, path: Path, outputs: int
+    ) -> tuple[Recipe | None, list[tuple[str, ...]] | None]:
+        """(how the weights in `path` want their images, the names of their classes), where their library says so."""
+        if self.recipe == "dataset" or self.library == "builtin" or self.stem == "cifar":
+            return None, None
+        if self.library == "timm":
+            return recipes.of_timm(module)
+        return recipes.of_torchvision(self.architecture, path, outputs) or (None, None)
+
+    def input_size(self, data) -> int:
+        """Pixels of the network's input where no recipe says another size."""
+        return data.fit.fixed_size or SIZES.get(self.architecture, USUAL_SIZE)
+
+    def prepare(self, data, recipe: Recipe | None) -> None:
+        """Images of `data` by `recipe` where it fits their channels, else by the data set's own means and the usual crop."""
+        if recipe is not None and data.fit.channels == len(recipe.mean):
+            use_recipe(data, recipe.at(data.fit.fixed_size or recipe.size))
+        elif data.fit.size != self.input_size(data):
+            use_recipe(data, data.fit.recipe.at(self.input_size(data)))
+
     def load(self, work: Work, data) -> Loaded:
-        """The network on the target's device in its dtype. Raises ValueError where weights don't fit it."""
-        channels, classes, size = data.fit.channels, len(data.classes), data.fit.size
+        """The network on the target's device in its dtype. Raises ValueError where weights or classes don't fit it."""
         torch.manual_seed(work.seed)
-        module, source = self.plain(channels, classes, size), "random weights"
+        source, told, training = "random weights", "those of the data set", None
         if self.weights == "pretrained":
-            path = Path(self.path) if self.path else self.downloaded()
-            if self.path is None and not path.exists():
-                torchvision.models.get_model_weights(self.architecture).DEFAULT.get_state_dict(check_hash=True)
-            fill(module, read_weights(path), str(path))
-            source, recipe = str(path), self.recipe(path, size)
-            if recipe is not None and channels == len(recipe.mean):
-                use_recipe(data, recipe)
-        module = (module if self.architecture in VIT else isolate(module)).to(work.hardware.torch_device)
-        training = None
+            module, source, told = self.pretrained(data)
+        else:
+            self.prepare(data, None)
+            module = self.plain(data.fit.channels, len(data.classes), data.fit.size)
+        shape = [data.fit.channels, data.fit.size, data.fit.size]
+        module = module if self.architecture in VIT else isolate(module, torch.zeros(1, *shape))
+        module = module.to(work.hardware.torch_device)
         if self.weights == "scratch":
             folder = self.trained(module, work, data)
             safetensors.torch.load_model(module, folder / "model.safetensors", device=str(work.hardware.torch_device))
@@ -164,37 +260,29 @@ class Vision:
             "name": self.name,
             "num_parameters": sum(p.numel() for p in module.parameters()),
             "source": source,
+            "library": self.library,
             "architecture": self.architecture,
             "stem": self.stem,
-            "input": [channels, size, size],
-            "classes": classes,
+            "input": shape,
+            "classes": len(data.classes),
+            "classes_told": told,
             "maps": [m.site for m in maps_of(module)],
             "dev_after_training": training,
         }
         return Loaded(module, None, info)
 
-    def recipe(self, path: Path, size: int) -> Recipe | None:
-        """How images of `size` are prepared for torchvision's weights of this name; None for other weights."""
-        if self.architecture not in (*TORCHVISION, "vit_b_16"):
-            return None
-        for weights in torchvision.models.get_model_weights(self.architecture):
-            if weights.url.rpartition("/")[2] == path.name:
-                own = weights.transforms()
-                resize = round(size * own.resize_size[0] / own.crop_size[0])
-                norm = (tuple(own.mean), tuple(own.std))
-                return Recipe(f"torchvision {weights}", size, resize, *norm, own.interpolation.value)
-        return None
-
     def trained(self, module: nn.Module, work: Work, data) -> Path:
         """The folder of this network trained by `model.train` on data.fit with work.seed; trained first where missing."""
         shape = {
-            "architecture": [self.architecture, self.stem, data.fit.channels, data.fit.size, len(data.classes)],
+            "architecture": [
+                self.library, self.architecture, self.stem, data.fit.channels, data.fit.size, len(data.classes),
+            ],
             "train": vars(self.train),
             "data": data.describe()["fit"]["fingerprint"],
             "augment": data.info["augment"],
             "seed": work.seed,
             "machine": machine.machine(),
-        }
+        }  # fmt: skip
 
         def judge(module, history) -> dict[str, Any]:
             metrics, _ = quality.classification_quality(module, data.dev, None, work.batch_size)
@@ -209,57 +297,15 @@ class Vision:
         )
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from .safetensors, or from torch's format with tensors only (no code in it is run)."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        return content.get("state_dict", content)
-    except Exception as error:
-        raise ValueError(f"model.path: {path} can't be read as a state dict ({error})".splitlines()[0]) from error
+def first_convolution(module: nn.Module) -> str:
+    """The path of the convolution that is registered first, which reads the image in every network of torchvision."""
+    return next(name for name, m in module.named_modules() if isinstance(m, nn.Conv2d))
 
 
-def fill(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load `weights` (older torchvision names too; a torchvision ViT is translated). Raises ValueError where they don't fit."""
-    weights = {renamed(k): v for k, v in weights.items()}
-    if "encoder.pos_embedding" in weights:
-        try:
-            weights = translate_vit(weights)
-        except KeyError as error:
-            raise ValueError(f"model: {source} doesn't fit the network: {error.args[0]} is missing") from error
-    weights = {k: v for k, v in weights.items() if not k.startswith(("aux1.", "aux2."))}  # GoogLeNet's training heads
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"model: {source} doesn't fit the network: {' '.join(str(error).split())[:400]}") from error
-
-
-def renamed(key: str) -> str:
-    """torchvision's present name of a parameter for the one in its older files (DenseNet, ViT)."""
-    key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
-    return key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
-
-
-def translate_vit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """torchvision's names of a vision transformer to transformers' names; the joint qkv is split."""
-    renamed = {
-        "vit.embeddings.cls_token": weights["class_token"],
-        "vit.embeddings.position_embeddings": weights["encoder.pos_embedding"],
-    }
-    pairs = {
-        "conv_proj": "vit.embeddings.patch_embeddings.projection",
-        "encoder.ln": "vit.layernorm",
-        "heads.head": "classifier",
-    }
-    inner = {"ln_1": "layernorm_before", "ln_2": "layernorm_after", "self_attention.out_proj": "attention.o_proj",
-             "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}  # fmt: skip
-    depth = 1 + max(int(k.split(".")[2].rpartition("_")[2]) for k in weights if k.startswith("encoder.layers."))
-    for layer in range(depth):
-        old, new = f"encoder.layers.encoder_layer_{layer}", f"vit.layers.{layer}"
-        pairs |= {f"{old}.{a}": f"{new}.{b}" for a, b in inner.items()}
-        for part in ("weight", "bias"):
-            joint = weights[f"{old}.self_attention.in_proj_{part}"].chunk(3)
-            for role, tensor in zip("qkv", joint, strict=True):
-                renamed[f"{new}.attention.{role}_proj.{part}"] = tensor
-    return renamed | {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in pairs.items() for part in ("weight", "bias")}
+def unknown(name: str | None, networks: tuple[str, ...] | list[str], library: str) -> str:
+    """The line about an architecture that its library does not have."""
+    if len(networks) <= 10:
+        return f"architecture must be one of {', '.join(networks)} for model.library={library}, got {name!r}"
+    near = difflib.get_close_matches(str(name), networks, n=3)
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    return f"architecture must be one of the {len(networks)} networks of {library}{hint}, got {name!r}"

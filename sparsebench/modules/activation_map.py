@@ -2,7 +2,7 @@
 
 ReLU6 is such a map, too: it keeps its clip at 6. `isolate` gives every ReLU call of a traced network such a module of its
 own, however the network wrote it (a module, one module called twice, a function), so that methods and counters find maps
-by structure, not by the model's name.
+by structure, not by the model's name. In a network that can't be traced it takes the place of the ReLU modules.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from sparsebench.modules.base import MapCounter, SparseModule
 
 PRODUCTS = (nn.Conv2d, nn.Linear)  # what reads a map
+RELUS = (nn.ReLU, nn.ReLU6)
+FUNCTIONS = (F.relu, F.relu6, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 
 
 def spatial_topk(z: torch.Tensor, keep: float) -> torch.Tensor:
@@ -71,18 +74,45 @@ def maps_of(module: nn.Module) -> Iterator[ActivationMap]:
     return (m for m in module.modules() if isinstance(m, ActivationMap))
 
 
-def isolate(module: nn.Module) -> nn.Module:
+def needed_maps(module: nn.Module, method: str) -> list[ActivationMap]:
+    """The activation maps of a network. Raises ValueError where it has none, so that `method` would do nothing."""
+    maps = list(maps_of(module))
+    if not maps:
+        raise ValueError(
+            f"method={method} needs a network with ReLU or ReLU6 before its convolutions and linear maps: "
+            f"{type(module).__name__} has none"
+        )
+    return maps
+
+
+class Tracer(fx.Tracer):
+    """A library's own convolutions and linear maps stay whole: how they pad depends on their input's shape."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PRODUCTS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def isolate(module: nn.Module, example: torch.Tensor) -> nn.Module:
     """The same network as a traced one in which every ReLU that feeds a convolution or linear map is an ActivationMap.
 
-    Parameter names and values stay. Raises ValueError where the network can't be traced, and where no such ReLU is found.
+    example: an input [1, C, H, W], which the network must take. Parameter names and values stay. A network that can't be
+    traced keeps its form, and its ReLU modules become maps. Raises ValueError where that would miss some.
     """
+    mode = module.training
+    module.eval()
     try:
-        graph = fx.Tracer().trace(module)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise ValueError(f"model: {type(module).__name__} can't be traced to find its ReLUs ({error})") from error
+        with torch.no_grad():
+            module(example)
+    except Exception as error:
+        shape = " x ".join(map(str, example.shape[1:]))
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"model: {type(module).__name__} does not take images of {shape} ({reason})") from error
+    try:
+        graph = Tracer().trace(module)
+    except Exception:  # tracing runs the network's own code with stand-ins for tensors, which may raise anything
+        return in_place(module, example).train(mode)
     sites: dict[str, ActivationMap] = {}
-    calls = [node for node in graph.nodes if is_relu(node, module) and feeds_products(node, module)]
-    for node in calls:
+    for node in [node for node in graph.nodes if is_relu(node, module) and feeds_products(node, module)]:
         site = name = site_name(node)
         repeat = 1
         while site in sites:
@@ -94,15 +124,58 @@ def isolate(module: nn.Module) -> nn.Module:
             replacement = graph.create_node("call_module", target, (input_of(node),))
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-    if not sites:
-        raise ValueError(f"model: no ReLU or ReLU6 before a convolution or linear map in {type(module).__name__}")
     module.maps = nn.ModuleList(sites.values())
-    return fx.GraphModule(module, graph, class_name=type(module).__name__)
+    return fx.GraphModule(module, graph, class_name=type(module).__name__).train(mode)
+
+
+def in_place(module: nn.Module, example: torch.Tensor) -> nn.Module:
+    """`module` with a map in the place of every ReLU module. Raises ValueError where other ReLUs would be left.
+
+    What a map feeds can't be seen without a trace: all ReLU modules count as maps.
+    """
+    relus = {path: m for path, m in module.named_modules(remove_duplicate=False) if isinstance(m, RELUS)}
+    calls = Calls(list(relus.values()))
+    with calls, torch.no_grad():
+        module(example)
+    calls.remove()
+    if calls.functions or calls.modules > len(relus):
+        raise ValueError(
+            f"model: {type(module).__name__} can't be traced, and not each of its ReLUs is a module that is called once "
+            f"({calls.modules} calls of {len(relus)} modules, {calls.functions} of functions)"
+        )
+    for path, relu in relus.items():
+        module.set_submodule(path, ActivationMap(path, ceiling=6.0 if isinstance(relu, nn.ReLU6) else None))
+    return module
+
+
+class Calls(TorchFunctionMode):
+    """How often ReLUs are called while it is active: as modules, and as functions outside of them."""
+
+    def __init__(self, relus: list[nn.Module]):
+        super().__init__()
+        self.modules = self.functions = 0
+        self.inside = False
+        hooks = ((m.register_forward_pre_hook(self.enter), m.register_forward_hook(self.leave)) for m in {*relus})
+        self.hooks = [hook for pair in hooks for hook in pair]
+
+    def enter(self, module: nn.Module, args) -> None:
+        self.modules, self.inside = self.modules + 1, True
+
+    def leave(self, module: nn.Module, args, output) -> None:
+        self.inside = False
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions += func in FUNCTIONS and not self.inside
+        return func(*args, **(kwargs or {}))
 
 
 def is_relu(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(module.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
+        return isinstance(module.get_submodule(node.target), RELUS)
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_, F.relu6)

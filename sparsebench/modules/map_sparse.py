@@ -15,6 +15,8 @@ def unsupported(layer: nn.Module, hardware) -> str | None:
     backend = kernels.load(hardware.kernel_name)
     if not hasattr(backend, "map_sparse_conv2d"):
         return f"{hardware.kernel_name} has no kernel for activation maps"
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        return f"it takes torch's own layers, got {type(layer).__name__}"
     if layer.weight.dtype != torch.float32:
         return f"it takes float32, got {layer.weight.dtype}"
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or isinstance(layer.padding, str)):

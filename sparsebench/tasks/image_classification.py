@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sparsebench.engines import check
 from sparsebench.measure import clock, effective_macs, latency, macs, memory, quality, shape_bias, sparsity
 from sparsebench.measure.effective_macs import Products
 from sparsebench.measure.macs import executed_per_sample
-from sparsebench.modules.activation_map import maps_of
-from sparsebench.modules.base import MapCounter
+from sparsebench.modules.activation_map import ActivationMap, maps_of
+from sparsebench.modules.base import MapCounter, sparse_modules
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.map_sparse import MapSparse, reference, unsupported
+from sparsebench.sites import find_blocks
 from sparsebench.tasks import pictures
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
 from sparsebench.tasks.language_modeling import describe_sparsity
@@ -30,6 +33,8 @@ from sparsebench.tasks.language_modeling import describe_sparsity
 EXPERTS = (
     "share of (token, expert) pairs not run, weighted by parameters of the block maps; a map without experts counts 0"
 )
+
+BETWEEN_ACTIVATIONS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 @dataclass(kw_only=True)
@@ -66,13 +71,13 @@ class ImageClassification(Task[ImageAssessment]):
         return ImageAssessment(
             metrics=metrics,
             measured=measured,
-            costs=macs.site_costs(module, measured) if isinstance(module, PreTrainedModel) else {},
+            costs=macs.site_costs(module, measured) if has_blocks(module) else {},
             weight_bytes=memory.weight_bytes(module),
             further=further,
             maps=maps,
             products=products,
             weight_sparsity=effective_macs.weight_sparsity(module),
-            attention_macs=attention_products(module, products),
+            attention_macs=attention_products(module, products, data.test),
             layer_bytes=sum(w.numel() * w.element_size() for w in layers),
             nonzero_bytes=sum(int(torch.count_nonzero(w)) * w.element_size() for w in layers),
             matrix_bytes=macs.matrices_of(module),
@@ -235,12 +240,31 @@ def site_cost(products: Products, base: Products | None, counted: str) -> dict:
     }  # fmt: skip
 
 
-def attention_products(module: nn.Module, products: dict[str, Products]) -> float:
-    """Scores and weighted values of a vision transformer, per image; 0 for others."""
+def has_blocks(module: nn.Module) -> bool:
+    """Whether it is a transformer of transformers whose blocks are known, or were until a method put experts there."""
     if not isinstance(module, PreTrainedModel):
-        return 0
-    tokens = max(p.per_image()["rows"] for p in products.values())
-    return 2 * module.config.num_hidden_layers * module.config.hidden_size * tokens**2
+        return False
+    if any(not isinstance(m, ActivationMap) for m in sparse_modules(module)):
+        return True
+    try:
+        return bool(find_blocks(module))
+    except ValueError:
+        return False
+
+
+def attention_products(module: nn.Module, counted: dict[str, Products], split) -> float:
+    """Products of two activations, per image: attention's scores and weighted values; 0 where there is no attention.
+
+    Of known blocks by their shapes, of any other network as torch counts its matrix products (one image of `split`).
+    """
+    if has_blocks(module):
+        tokens = max(p.per_image()["rows"] for p in counted.values())
+        return 2 * module.config.num_hidden_layers * module.config.hidden_size * tokens**2
+    image = next(split.batches(1, 1, next(module.parameters()).device)).inputs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        quality.logits(module, image)
+    flops = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in flops.items() if operator in BETWEEN_ACTIVATIONS) / 2
 
 
 def layer_latency(sparse: nn.Module, image: torch.Tensor, measurement, hardware) -> dict[str, dict]:

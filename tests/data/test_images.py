@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from sparsebench.data.images import Recipe, decode, use_recipe
-from sparsebench.data.labelled import subset
+from sparsebench.data.image_sources import decode
+from sparsebench.data.images import Recipe, use_recipe
+from sparsebench.data.labelled import relabel, subset
 from tests.helpers import image_settings, tiny_images
 
 
@@ -155,8 +157,52 @@ def test_a_set_can_be_for_evaluation_only(tmp_path, layout):
     data.check_disjoint()
     assert [len(s) for s in (data.fit, data.dev, data.test)] == [0, 0, 3 * count] and data.classes == ["a", "b", "c"]
     assert data.fit.channels == 3 and data.fit.size == 16 and data.describe()["fit"]["images"] == 0
-    with pytest.raises(ValueError, match=r"its dev split holds no image \(a set to evaluate on only\)"):
+    way = "random" if layout == "one of each class" else "class"
+    with pytest.raises(ValueError, match=rf"its dev split holds no image .* dataset.cut={way} takes it from the set"):
         next(data.dev.batches(None, 4, "cpu"))
+    data = folder_settings(tmp_path, cut=way, dev_share=0.34, test_share=0.33).load(0)
+    data.check_disjoint()
+    assert all(len(split) for split in (data.fit, data.dev, data.test)) and data.info["split_rule"].startswith(
+        {"random": "at random", "class": "stratified by class"}[way]
+    )
+    again = folder_settings(tmp_path, cut=way, dev_share=0.34, test_share=0.33).load(7)
+    assert again.dev.fingerprints() == data.dev.fingerprints()
+    assert len(folder_settings(tmp_path, cut="none").load(0).test) == 3 * count
+
+
+def test_a_set_with_parts_of_its_own_is_not_cut_again(tmp_path):
+    for part in ("train", "val"):
+        class_folders(tmp_path / part, 2, [(16, 16)], seed=len(part))
+    with pytest.raises(ValueError, match="dataset.cut must be auto for a set with parts of its own, got 'random'"):
+        folder_settings(tmp_path, cut="random").load(0)
+
+
+def test_folders_that_are_numbers_are_classes_in_their_order(tmp_path):
+    class_folders(tmp_path, 1, [(16, 16)], classes=("0", "2", "10", "1"))
+    data = folder_settings(tmp_path).load(0)
+    assert data.classes == ["0", "1", "2", "10"]
+    names = [data.classes[i] for i in data.test.store.labels.tolist()]
+    assert all(Path(path).parent.name == name for path, name in zip(data.test.store.paths, names, strict=True))
+
+
+def test_labels_take_the_numbers_of_a_network(tmp_path):
+    class_folders(tmp_path, 4, [(16, 16)], classes=("b", "a"))
+    data = folder_settings(tmp_path).load(0)
+    before = [split.store.labels[split.rows].tolist() for split in (data.fit, data.dev, data.test)]
+    relabel(data, [5, 3], [str(i) for i in range(7)])
+    after = [split.store.labels[split.rows].tolist() for split in (data.fit, data.dev, data.test)]
+    assert after == [[[5, 3][i] for i in part] for part in before]  # once, though the splits share their images
+    assert data.test.classes == 7 and len(data.classes) == 7
+
+
+def test_the_size_is_the_weights_where_none_is_set(tmp_path):
+    class_folders(tmp_path, 4, [(40, 40)])
+    data = folder_settings(tmp_path, size=None, augment="resized-crop-flip").load(0)
+    assert data.fit.size == 224 and data.fit.fixed_size is None
+    use_recipe(data, Recipe("mine", 24, 30, (0.1,) * 3, (0.2,) * 3))
+    (batch,) = data.test.batches(None, 10, "cpu")
+    assert batch.inputs.shape[-1] == 24 == data.describe()["size"] == data.fit[torch.arange(2)].images.shape[-1]
+    assert Recipe("r", 224, 256, (0,), (1,)).at(112).resize == 128
 
 
 def test_a_limit_takes_its_share_of_every_class(tmp_path):

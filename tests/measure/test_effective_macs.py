@@ -105,7 +105,7 @@ def test_counts_are_additive_over_images():
 
 
 def test_dense_products_of_lenet5_by_hand():
-    from sparsebench.models.vision import LeNet5
+    from sparsebench.models.networks import LeNet5
 
     actual = counted(LeNet5(1, 10), torch.rand(1, 1, 28, 28) + 0.1)
     inside = 6 * sum(min(28, y + 3) - max(0, y - 2) for y in range(28)) ** 2  # padding 2: less at the border

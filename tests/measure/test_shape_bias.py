@@ -9,7 +9,8 @@ from PIL import Image
 
 from sparsebench import config, tasks
 from sparsebench.config.compose import compose_all
-from sparsebench.data.images import Files, Recipe
+from sparsebench.data.image_sources import Files
+from sparsebench.data.images import Recipe
 from sparsebench.measure import shape_bias
 from sparsebench.models import Loaded
 from tests.helpers import tiny_cnn, tiny_images

@@ -10,7 +10,7 @@ import torchvision
 import transformers
 
 from sparsebench.config import inputs
-from sparsebench.models.vision import fill, translate_vit
+from sparsebench.models.weights import fill, named, translate_vit
 from tests.helpers import QUICK_RUN, built, tiny_cnn, tiny_model, tiny_tokenizer, variants, work
 
 
@@ -88,7 +88,7 @@ def test_networks_that_are_not_whole():
     assert translate_vit(plain)
     plain.pop(name)
     with pytest.raises(ValueError, match=f"{name} is missing"):
-        fill(torch.nn.Module(), plain, "vit.pth")
+        named(plain, "vit.pth")
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """Image models and the traced form in which every ReLU is a module; top-k per channel map (docs/methods/spatial_topk.md)."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,27 +13,37 @@ from torch import nn
 
 from sparsebench import config
 from sparsebench.config.compose import compose_all
-from sparsebench.models.vision import TORCHVISION, LeNet5, fill, translate_vit
+from sparsebench.measure import effective_macs, neutral, quality
+from sparsebench.models import Loaded, recipes
+from sparsebench.models.networks import CIFAR_RESNETS, CifarResNet, LeNet5
+from sparsebench.models.weights import fill, named, translate_vit
 from sparsebench.modules.activation_map import isolate, maps_of, spatial_topk
 from sparsebench.records import record
 from tests.helpers import TinyCNN, built, record_of, tiny_cnn, tiny_images, work
 
 # ReLU calls per pass; DenseNet's first is not among them: what it feeds passes another ReLU before any convolution.
-MAPS = {"resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densenet121": 120, "mobilenet_v2": 35}
+MAPS = {
+    "resnet18": 17, "resnet34": 33, "resnet50": 49, "googlenet": 57, "densenet121": 120, "mobilenet_v2": 35,
+    "squeezenet1_1": 25, "alexnet": 7, "mnasnet0_5": 35, "shufflenet_v2_x0_5": 37,
+}  # fmt: skip
 
 
 def vision_model(name="lenet5", **changes):
     return built("model", f"model={name}", **changes)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", MAPS)
 def test_every_relu_call_is_a_map_of_its_own_and_the_output_stays(name):
     torch.manual_seed(0)
-    module = vision_model("resnet18", architecture=name, weights="random", stem="cifar").plain(3, 10, 32).eval()
-    x, names = torch.randn(1, 3, 32, 32), list(module.state_dict())
+    stem, size = (
+        ("cifar", 32) if name.startswith(("resnet", "googlenet", "densenet", "mobilenet")) else ("imagenet", 64)
+    )
+    changes = {"library": "torchvision", "architecture": name, "weights": "random", "stem": stem}
+    module = vision_model("lenet5", **changes).plain(3, 10, size).eval()
+    x, names = torch.randn(1, 3, size, size), list(module.state_dict())
     with torch.no_grad():
         before = module(x)
-        traced = isolate(module)
+        traced = isolate(module, x)
         assert torch.equal(traced(x), before)
     sites = [m.site for m in maps_of(traced)]
     assert len(sites) == len(set(sites)) == MAPS[name]
@@ -46,7 +57,7 @@ def test_maps_are_relus_that_feed_products():
         def forward(self, x):
             return torch.relu(super().forward(x))
 
-    assert [m.site for m in maps_of(isolate(Net()))] == ["relu", "relu.2", "relu_2"]
+    assert [m.site for m in maps_of(isolate(Net(), torch.zeros(1, 1, 8, 8)))] == ["relu", "relu.2", "relu_2"]
 
 
 class Net6(nn.Module):
@@ -67,7 +78,7 @@ def test_relu6_is_a_map_that_keeps_its_clip():
     x, module = torch.randn(4, 1, 8, 8), Net6().eval()
     with torch.no_grad():
         before = module(x)
-        traced = isolate(module)
+        traced = isolate(module, x)
         assert torch.equal(traced(x), before)
     first, second, third = maps_of(traced)
     assert [m.ceiling for m in (first, second, third)] == [6.0, 6.0, None]
@@ -79,41 +90,83 @@ def test_relu6_is_a_map_that_keeps_its_clip():
     assert first(z.view(1, 1, 2, 2)).flatten().tolist() == [0, 0, 3, 6]
 
 
-def test_a_network_without_maps_is_refused():
-    with pytest.raises(ValueError, match="no ReLU or ReLU6 before a convolution or linear map in Sequential"):
-        isolate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)))
+SMOOTH = (nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+
+
+@pytest.mark.parametrize("name", ["fatrelu", "spatial_topk", "dstf"])
+def test_a_method_for_maps_refuses_a_network_without_them(name, tmp_path):
+    module = isolate(nn.Sequential(*SMOOTH), torch.zeros(1, 1, 8, 8))
+    method, loaded = built("method", f"method={name}", "model=lenet5"), Loaded(module, None, {})
+    with pytest.raises(ValueError, match=rf"method={name} needs a network with ReLU or ReLU6 .*: Sequential has none"):
+        method.apply(module, method.fit(loaded, tiny_images(), work(tmp_path)), work(tmp_path))
 
 
 def test_the_weights_own_recipe_decides():
     """ResNet-50's second weights were trained to be seen through 232 pixels, its first ones through 256."""
-    model = vision_model("resnet50")
-    values = {}
-    for weights in torchvision.models.ResNet50_Weights:
-        values[weights.name] = model.recipe(Path("/somewhere", weights.url.rpartition("/")[2]), 224)
-    assert values["IMAGENET1K_V1"].resize == 256 and values["IMAGENET1K_V2"].resize == 232
-    assert values["IMAGENET1K_V1"].mean == (0.485, 0.456, 0.406) and "IMAGENET1K_V1" in values["IMAGENET1K_V1"].name
-    assert model.recipe(Path("mine.safetensors"), 224) is None
-    assert (
-        model.recipe(Path(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]), 112).resize == 116
-    )
-    theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    published = torchvision.models.ResNet50_Weights
+
+    def of(weights):
+        return recipes.of_torchvision("resnet50", Path("/somewhere", weights.url.rpartition("/")[2]), 1000)[0]
+
+    first, second = of(published.IMAGENET1K_V1), of(published.IMAGENET1K_V2)
+    assert first.resize == 256 and second.resize == 232 and second.at(112).resize == 116
+    assert first.mean == (0.485, 0.456, 0.406) and "IMAGENET1K_V1" in first.name
+    other, names = recipes.of_torchvision("resnet50", Path("mine.safetensors"), 1000)
+    assert other.resize == 256 and "assumed" in other.name and names[1] == ("goldfish",)
+    assert recipes.of_torchvision("resnet50", Path("mine.safetensors"), 10) is None
+    theirs = published.IMAGENET1K_V2.transforms()
     picture = torch.randint(0, 256, (3, 300, 260), dtype=torch.uint8)
-    shaped = values["IMAGENET1K_V2"].shape(picture)
+    shaped = second.shape(picture)
     norm = [torch.tensor(v).view(3, 1, 1) for v in (theirs.mean, theirs.std)]
     torch.testing.assert_close((shaped.float() / 255 - norm[0]) / norm[1], theirs(picture), rtol=0, atol=0.02)
 
 
-def test_what_can_not_be_traced_is_an_error():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
+class Branching(nn.Module):
+    """Looks at values, so it can't be traced; one ReLU module, and with `function` a ReLU that is none."""
 
-    with pytest.raises(ValueError, match="Branching can't be traced"):
-        isolate(Branching())
+    def __init__(self, function=False):
+        super().__init__()
+        self.conv, self.relu, self.head, self.function = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, 3), function
+
+    def forward(self, x):
+        x = self.relu(self.conv(x if x.sum() > 0 else -x))
+        x = torch.relu(x - 0.1) if self.function else x
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_network_that_can_not_be_traced_keeps_its_form_and_gets_maps():
+    torch.manual_seed(0)
+    x, module = torch.randn(2, 1, 8, 8), Branching().eval()
+    with torch.no_grad():
+        before = module(x)
+        changed = isolate(module, x[:1])
+        assert torch.equal(changed(x), before) and [m.site for m in maps_of(changed)] == ["relu"]
+    with pytest.raises(
+        ValueError, match=r"Branching can't be traced, and not each .* \(1 calls of 1 modules, 1 of functions\)"
+    ):
+        isolate(Branching(function=True), x[:1])
+
+
+def test_images_that_a_network_does_not_take_are_named():
+    module = torchvision.models.alexnet(weights=None, num_classes=3)
+    with pytest.raises(ValueError, match="AlexNet does not take images of 3 x 32 x 32"):
+        isolate(module, torch.zeros(1, 3, 32, 32))
 
 
 def test_lenet5_has_the_known_size():
     assert sum(p.numel() for p in LeNet5(1, 10).parameters()) == 61_706
+
+
+def test_resnets_for_cifar():
+    """269,722 and 853,018 parameters (He et al. round to 0.27 and 0.85 M); the shortcut by hand, without parameters."""
+    counts = {name: sum(p.numel() for p in CifarResNet(3, 10, n).parameters()) for name, n in CIFAR_RESNETS.items()}
+    assert counts["resnet20"] == 269_722 and counts["resnet56"] == 853_018
+    block = CifarResNet(3, 10, 1).eval().layer2[0]
+    x = torch.randn(1, 16, 8, 8).relu()
+    nn.init.zeros_(block.conv2.weight)  # only the shortcut is left
+    with torch.no_grad():
+        y = block(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and not y[:, :8].any() and not y[:, 24:].any()
 
 
 def test_torchvision_vit_translated_gives_the_same_logits():
@@ -127,7 +180,7 @@ def test_torchvision_vit_translated_gives_the_same_logits():
         num_channels=3, num_labels=5, layer_norm_eps=1e-6,
     )  # fmt: skip
     ours = transformers.ViTForImageClassification(shape).eval()
-    fill(ours, theirs.state_dict(), "test")
+    fill(ours, named(theirs.state_dict(), "test"), "test")
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(x).logits, theirs(x), rtol=1e-4, atol=1e-5)
@@ -143,9 +196,12 @@ def test_weights_from_files_and_what_is_refused(tmp_path):
         loaded = vision_model(weights="pretrained", path=str(tmp_path / file)).load(work(tmp_path), data)
         assert torch.equal(loaded.module.get_parameter("fc1.weight"), network.fc1.weight)
         assert loaded.info["maps"] == ["relu1", "relu2", "relu3", "relu4"]
-    safetensors.torch.save_file(LeNet5(1, 10).state_dict(), tmp_path / "ten.safetensors")
-    with pytest.raises(ValueError, match=r"ten.safetensors doesn't fit the network.*fc3"):
-        vision_model(weights="pretrained", path=str(tmp_path / "ten.safetensors")).load(work(tmp_path), data)
+    damaged = {k: v for k, v in network.state_dict().items() if k != "fc2.bias"} | {"fc9.bias": torch.ones(1)}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in damaged.items()}}, tmp_path / "damaged.pth")
+    with pytest.raises(
+        ValueError, match=r"damaged.pth doesn't fit the network LeNet5: fc2.bias is missing \(and 1 more\)"
+    ):
+        vision_model(weights="pretrained", path=str(tmp_path / "damaged.pth")).load(work(tmp_path), data)
     torch.save(Evil(), tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="can't be read as a state dict"):
         vision_model(weights="pretrained", path=str(tmp_path / "evil.pth")).load(work(tmp_path), data)
@@ -165,8 +221,21 @@ class Evil:
     [
         (["model=lenet5", "dataset.size=32"], "dataset.size must be 28 for model=lenet5, got 32"),
         (["model=resnet18", "model.stem=cfar"], "model.stem must be one of imagenet, cifar, got 'cfar'"),
-        (["model=lenet5", "model.weights=pretrained"], "model.path must be a file of weights for model=lenet5"),
-        (["model=lenet5", "model.path=/nowhere.pth"], "model.path must be an existing .safetensors or .pth file"),
+        (["model=lenet5", "model.weights=pretrained"], "model.path must be a file of a state dict .* for model=lenet5"),
+        (
+            ["model=lenet5", "model.weights=pretrained", "model.path=/nowhere.pth"],
+            "model.path must be a file of a state dict",
+        ),
+        (
+            ["model=lenet5", "model.path=w.pth"],
+            "model.weights must be pretrained where model.path is set, got 'scratch'",
+        ),
+        (["model=lenet5", "model.architecture=lenet6"], "architecture must be one of lenet5, .* got 'lenet6'"),
+        (["model=torchvision", "model.architecture=resnet19"], r"80 networks of torchvision \(did you mean resnet18"),
+        (["model=timm", "model.path=null"], "model.architecture must be a network of timm for model=timm, got null"),
+        (["model=hf-image"], "model.path must be a folder with config.json"),
+        (["model=squeezenet1_1", "method=topk"], "method=topk takes models of kind language"),
+        (["model=squeezenet1_1", "method=moefication"], "method=moefication takes transformers"),
         (["model=lenet5", "dataset=pystdlib"], "dataset must hold vision data for model=lenet5"),
         (["model=lenet5", "method=teal"], "method=teal takes models of kind language"),
         (["model=lenet5", "model.train=null"], "model.weights=scratch needs model.train, got null"),
@@ -269,3 +338,148 @@ def test_a_whole_run_through_the_command(sparsebench, tmp_path):
     confusion = content["extra"]["classification"]["confusion"]["sparse"]
     assert sum(map(sum, confusion)) == content["quality"]["accuracy"]["protocol"]["examples"] == 360
     assert set(content["latency"]["forward"]) == {"1", "32"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of libraries, random and small, with a state dict from a file
+
+
+NETWORKS = {  # name -> settings of the model; all read 3 x 32 x 32
+    "squeezenet1_1": {"library": "torchvision", "architecture": "squeezenet1_1"},  # ReLU
+    "mobilenet_v2": {"library": "torchvision", "architecture": "mobilenet_v2", "stem": "cifar"},  # ReLU6
+    "test_resnet": {"library": "timm", "architecture": "test_resnet"},
+    "resnet20": {"library": "builtin", "architecture": "resnet20"},
+}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """network(name): (that network with weights read from a file, the data prepared for it); each made once."""
+    folder, made = tmp_path_factory.mktemp("networks"), {}
+
+    def make(name):
+        if name not in made:
+            if NETWORKS[name]["library"] == "timm":
+                pytest.importorskip("timm")
+            torch.manual_seed(0)
+            plain = vision_model(**NETWORKS[name], weights="random").plain(3, 3, 32)
+            safetensors.torch.save_file(plain.state_dict(), folder / f"{name}.safetensors")
+            data = tiny_images(count=24, size=32, channels=3)
+            model = vision_model(**NETWORKS[name], weights="pretrained", path=str(folder / f"{name}.safetensors"))
+            made[name] = (model.load(work(folder), data), plain.eval(), data)
+        loaded, plain, data = made[name]
+        return Loaded(copy.deepcopy(loaded.module), None, loaded.info), plain, data
+
+    return make
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_from_a_file_is_the_librarys_own(name, network):
+    loaded, plain, data = network(name)
+    (batch,) = data.test.batches(None, 8, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(batch.inputs), plain(batch.inputs), rtol=1e-5, atol=1e-5)
+    assert loaded.info["classes"] == 3 and loaded.info["classes_told"] == "in the order of their names"
+    assert len(loaded.info["maps"]) > 5
+
+
+METHODS = {
+    "fatrelu": ["method.tolerance=0.5", "method.budget=0.5"],
+    "spatial_topk": ["method.keep=0.1"],
+    "dstf": ["method.train.steps=2", "method.train.batch_size=4", "method.train.micro_batch=4", "method.l1_steps=1",
+             "method.finetune_steps=1", "method.strengths=[10.0]", "method.train.lr=1.0e-4"],
+}  # fmt: skip
+
+
+QUICK = {("squeezenet1_1", "spatial_topk"), ("squeezenet1_1", "dstf"), ("mobilenet_v2", "spatial_topk"),
+         ("test_resnet", "fatrelu"), ("test_resnet", "spatial_topk")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [pytest.param(n, m, marks=() if (n, m) in QUICK else pytest.mark.slow) for n in NETWORKS for m in METHODS],
+)
+def test_every_method_for_maps_on_every_network(name, method, network, tmp_path):
+    """Zeros of the maps by own hooks are what is counted, and more than before; nothing dropped is the dense network."""
+    loaded, _, data = network(name)
+    inputs, expected = neutral.probe(loaded.module, data)
+    chosen = built("method", f"method={method}", "model=lenet5", *METHODS[method])
+    before = zeros_by_hand(loaded.module, data)
+    state = chosen.fit(loaded, data, work(tmp_path))
+    module = chosen.apply(loaded.module, state, work(tmp_path))
+    error = neutral.check(chosen, module, inputs, expected)
+    assert error is None if method == "dstf" else error < 1e-6
+    after = zeros_by_hand(module, data)
+    _, counters = quality.classification_quality(module, data.test, None, 8)
+    counted = sum(c.zeros for c in counters.values()) / sum(c.elements for c in counters.values())
+    assert counted == pytest.approx(after, abs=1e-9)
+    if method != "dstf":  # two steps of training may go either way
+        assert after > before + (0.2 if method == "spatial_topk" else 0)
+    else:
+        assert 0 < after < 1 and method_masks(state) > 0.4
+
+
+def zeros_by_hand(module, data):
+    """Share of zeros among the outputs of the maps, over the test images."""
+    seen = []
+    hooks = [
+        m.register_forward_hook(lambda _, x, y: seen.append((int((y == 0).sum()), y.numel()))) for m in maps_of(module)
+    ]
+    with torch.no_grad():
+        for batch in data.test.batches(None, 8, "cpu"):
+            module(batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(z for z, _ in seen) / sum(n for _, n in seen)
+
+
+def method_masks(state):
+    """Share of weights that a state's masks prune."""
+    masks = [v for k, v in state.tensors.items() if k.startswith("mask.")]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_folder_of_timm_says_its_architecture_and_recipe(place, tmp_path, monkeypatch):
+    """The folder itself, or a repository in the Hub's local cache by its id."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", pretrained=False, num_classes=3).eval()
+    repository, path = tmp_path / "hub" / "models--timm--mine", str(tmp_path / "mine")
+    folder = repository / "snapshots" / ("a" * 40) if place == "hub" else Path(path)
+    if place == "hub":
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("sparsebench.data.hub.reachable", lambda: False)
+        path = "timm/mine"
+    settings = {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.5}
+    timm.models.save_for_hf(module, folder, safe_serialization=True, model_config={"pretrained_cfg": settings})
+    data = tiny_images(count=24, size=32, channels=3)
+    model = vision_model("timm", path=path)
+    assert model.problems(config.build_settings(compose_all(["model=lenet5", "method=dense"])[0])) == []
+    loaded = model.load(work(tmp_path), data)
+    assert data.test.recipe.mean == (0.5, 0.5, 0.5) and data.test.recipe.resize == 64
+    (batch,) = data.test.batches(None, 8, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(batch.inputs), module(batch.inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_that_pad_by_themselves(tmp_path):
+    """timm's EfficientNet-Lite0 as TensorFlow pads: traced, ReLU6 found, products as torch's own of the padded input."""
+    timm = pytest.importorskip("timm")
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    module = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3).eval()
+    assert len(list(maps_of(isolate(module, torch.zeros(1, 3, 32, 32))))) == 33
+    conv, x = Conv2dSame(4, 6, 3, stride=2).eval(), torch.randn(2, 4, 9, 8).relu()
+    with effective_macs.counting(nn.Sequential(conv)) as products, torch.no_grad():
+        nn.Sequential(conv)(x)
+    y = nn.functional.conv2d(nn.functional.pad((x != 0).float(), (0, 1, 1, 1)), torch.ones(6, 4, 3, 3), stride=2)
+    ones = nn.functional.conv2d(
+        nn.functional.pad(torch.ones(2, 4, 9, 8), (0, 1, 1, 1)), torch.ones(6, 4, 3, 3), stride=2
+    )
+    (counts,) = products.values()
+    assert (counts.activation, counts.dense) == (int(y.sum()), int(ones.sum())) and y.shape == conv(x).shape

@@ -23,7 +23,7 @@ from sparsebench.methods import fatrelu
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.dstf import penalties
 from sparsebench.methods.fatrelu import needs_maps
-from sparsebench.modules.activation_map import maps_of
+from sparsebench.modules.activation_map import maps_of, needed_maps
 from sparsebench.records import state
 from sparsebench.records.state import State
 from sparsebench.training.loop import Diverged, Training, classification_loss, train
@@ -77,6 +77,7 @@ class DSTF(Method):
 
         Every finished training is kept in work.folder, so a killed fit goes on with the one it was in.
         """
+        needed_maps(loaded.module, self.name)
         start = copy.deepcopy(loaded.module).float().requires_grad_(True)
         baseline = self.score(start, data, work)
         masks: dict[str, torch.Tensor] = {}
