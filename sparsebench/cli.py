@@ -165,17 +165,19 @@ def job(composed) -> float:
         return sweep.FAILED_OBJECTIVE
     log.info("[%d] %s", number, " ".join(overrides))
     before = finished(configuration)
-    found, path = (before, path) if before else obtain(configuration)
-    if found is None:  # no record can be written
+    outcome, path = (before, path) if before else obtain(configuration)
+    if outcome is None:  # no record can be written
         sweep.note(folder, number, overrides, path, None, "failed")
         return sweep.FAILED_OBJECTIVE
-    sweep.note(folder, number, overrides, path, found, sweep.BEFORE if before else found["status"])
-    if found["status"] != "finished":
-        error = found["error"] or {}
-        print(f"{found['status']}: {error.get('message')}\n{error.get('traceback') or ''}", file=sys.stderr, flush=True)
-    if found["status"] == "interrupted":
+    sweep.note(folder, number, overrides, path, outcome, sweep.BEFORE if before else outcome["status"])
+    if outcome["status"] != "finished":
+        error = outcome["error"] or {}
+        print(
+            f"{outcome['status']}: {error.get('message')}\n{error.get('traceback') or ''}", file=sys.stderr, flush=True
+        )
+    if outcome["status"] == "interrupted":
         raise KeyboardInterrupt
-    return sweep.objective(found, configuration["sweep"]["budget"])
+    return sweep.objective(outcome, configuration["sweep"]["budget"])
 
 
 def without_foreign(configuration: dict, overrides: list[str]) -> dict:
@@ -220,12 +222,12 @@ def finished(configuration: dict) -> dict | None:
 def kept(folder: Path, identity: str) -> tuple[dict | None, str | None]:
     """(the finished record of a run in its folder or None, what is wrong with a record that lies there)."""
     path = folder / "result.json"
-    found, problem = record.read_any(path)
-    if found is not None and problem is None and found["config_hash"] != identity:
-        problem = f"it is the record of another run ({found['config_hash'][:10]})"
+    content, problem = record.read_any(path)
+    if content is not None and problem is None and content["config_hash"] != identity:
+        problem = f"it is the record of another run ({content['config_hash'][:10]})"
     if problem is not None:
         return None, problem if path.exists() else None
-    return (found if found["status"] == "finished" else None), None
+    return (content if content["status"] == "finished" else None), None
 
 
 def task(configuration: dict) -> int:
@@ -235,26 +237,26 @@ def task(configuration: dict) -> int:
     folder, identity = location(configuration)
     if not ranks.first():
         return follow(configuration, folder / f"rank-{ranks.rank()}", identity)
-    found, path = obtain(configuration)
-    if found is None:
+    outcome, path = obtain(configuration)
+    if outcome is None:
         return FAILED
     from sparsebench.records import terminal
 
-    terminal.show(found, path)
-    return {"finished": OK, "interrupted": INTERRUPTED}.get(found["status"], FAILED)
+    terminal.show(outcome, path)
+    return {"finished": OK, "interrupted": INTERRUPTED}.get(outcome["status"], FAILED)
 
 
 def obtain(configuration: dict) -> tuple[dict | None, Path]:
     """(record of one run, its file), made in a child process where there is none; None where it can't be written."""
     folder, identity = location(configuration)
     path = folder / "result.json"
-    found, problem = kept(folder, identity)  # before the lock, which a read-only disk would refuse
-    if found is None or configuration["force"]:
+    outcome, problem = kept(folder, identity)  # before the lock, which a read-only disk would refuse
+    if outcome is None or configuration["force"]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
-                found, problem = kept(folder, identity)  # another process may have made it meanwhile
-                if found is None or configuration["force"]:
+                outcome, problem = kept(folder, identity)  # another process may have made it meanwhile
+                if outcome is None or configuration["force"]:
                     if problem:
                         log.warning("%s is made again: %s", path, problem)
                     return isolated(configuration, folder, identity)
@@ -262,7 +264,7 @@ def obtain(configuration: dict) -> tuple[dict | None, Path]:
             complain(f"output_dir={configuration['output_dir']}: {error}")
             return None, path
     log.info("finished before; force=true runs it again")
-    return found, path
+    return outcome, path
 
 
 def follow(configuration: dict, folder: Path, identity: str) -> int:
@@ -270,8 +272,8 @@ def follow(configuration: dict, folder: Path, identity: str) -> int:
     if finished(configuration) is not None:
         return OK
     folder.mkdir(parents=True, exist_ok=True)
-    found, _ = isolated(configuration | {"wandb": configuration["wandb"] | {"mode": "disabled"}}, folder, identity)
-    if found["status"] == "finished":
+    outcome, _ = isolated(configuration | {"wandb": configuration["wandb"] | {"mode": "disabled"}}, folder, identity)
+    if outcome["status"] == "finished":
         (folder / "result.json").unlink()
         return OK
     return FAILED
@@ -305,10 +307,10 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
             child.join()
     code = child.exitcode
     path = folder / "result.json" if code == OK else file_for(folder, status)
-    found, problem = record.read_any(path)
-    if problem and found is not None:
+    outcome, problem = record.read_any(path)
+    if problem and outcome is not None:
         log.warning("%s: %s", path, problem)
-    if found is None:
+    if outcome is None:
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         message = f"the run's process ended without a record: {signalled}{hint}"
@@ -316,10 +318,10 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
         failed = record.Record(identity, name, configuration, status=status)
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
         record.write(failed, path)
-        found = record.read(path)
+        outcome = record.read(path)
     if path.name == FAILED_BESIDE:
         log.info("the finished record of before stays; this run's is %s", path)
-    return found, path
+    return outcome, path
 
 
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
@@ -334,22 +336,22 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     handler.addFilter(scrubbing)
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    found = record.Record(identity, name, configuration)
+    outcome = record.Record(identity, name, configuration)
     tracker = tracking.NullTracker()
     code = FAILED
     try:
         tracker = tracking.start(configuration["wandb"], name, folder, configuration)
-        runner.timed_run(configuration, found, folder, tracker.log)
-        found.status, code = "finished", OK
+        runner.timed_run(configuration, outcome, folder, tracker.log)
+        outcome.status, code = "finished", OK
     except BaseException as error:
-        found.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-        found.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
+        outcome.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
         logging.getLogger("sparsebench.runner").debug("failed", exc_info=True)
         with open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(files.scrub(traceback.format_exc()))
-    path = file_for(folder, found.status)
-    record.write(found, path)
+    path = file_for(folder, outcome.status)
+    record.write(outcome, path)
     tracker.finish(record.read_any(path)[0])
     logging.shutdown()
     os._exit(code)

@@ -59,9 +59,9 @@ def write(state: State, path: Path) -> str:
     """Write a state at `path` and return its checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     info = json.dumps(files.plain(state.info))
-    found = checksum(tensors, info)
-    files.write_atomic(path, save(tensors, metadata={"info": info, "sha256": found, "name": path.stem}))
-    return found
+    digest = checksum(tensors, info)
+    files.write_atomic(path, save(tensors, metadata={"info": info, "sha256": digest, "name": path.stem}))
+    return digest
 
 
 def load(path: Path) -> tuple[State, str, str]:
@@ -75,10 +75,10 @@ def load(path: Path) -> tuple[State, str, str]:
             state = State(tensors, json.loads(metadata["info"]))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
-    found = checksum(tensors, metadata["info"])
-    if found != metadata.get("sha256"):
-        raise Damaged(f"its SHA-256 is {found[:10]}, not {str(metadata.get('sha256'))[:10]} as it was written")
-    return state, found, metadata.get("name", "")
+    digest = checksum(tensors, metadata["info"])
+    if digest != metadata.get("sha256"):
+        raise Damaged(f"its SHA-256 is {digest[:10]}, not {str(metadata.get('sha256'))[:10]} as it was written")
+    return state, digest, metadata.get("name", "")
 
 
 def read(path: Path) -> State | None:

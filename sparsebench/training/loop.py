@@ -309,14 +309,14 @@ PROGRESS, CHECKSUMS = "progress.json", "sha256.json"
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, read now, by its path in the folder."""
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / CHECKSUMS)
-    return {p.relative_to(folder).as_posix(): digests.of_file(p) for p in found}
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / CHECKSUMS)
+    return {p.relative_to(folder).as_posix(): digests.of_file(p) for p in files}
 
 
 def steps_kept(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, latest first."""
-    found = (p.name.partition("-")[2] for p in folder.glob("step-*"))
-    return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
+    steps = (p.name.partition("-")[2] for p in folder.glob("step-*"))
+    return sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
 
 
 def problem(path: Path) -> str | None:
@@ -325,8 +325,8 @@ def problem(path: Path) -> str | None:
         stated = json.loads((path / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS}: {error}"
-    found = checksums(path)
-    odd = [n for n in sorted({*stated, *found}) if stated.get(n) != found.get(n)]
+    digests = checksums(path)
+    odd = [n for n in sorted({*stated, *digests}) if stated.get(n) != digests.get(n)]
     return f"{odd[0]} is not as it was written" if odd else None
 
 

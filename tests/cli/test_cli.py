@@ -112,13 +112,13 @@ def test_any_known_structure_from_a_folder(kind, sparsebench, model_folder, text
     """Issue of record: `model=hf model.path=<folder> dataset=text dataset.path=<file>`, every section filled."""
     process = sparsebench(*arguments(model_folder(kind), text_file))
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
-    jsonschema.validate(found, json.loads(SCHEMA_FILE.read_text()))
-    assert found["status"] == "finished" and found["dataset"]["disjoint"]
-    assert 0.3 < found["sparsity"]["model_wide"] < 0.7
-    assert found["macs"]["sparse"] < found["macs"]["dense"] and found["bytes"]["sparse"] < found["bytes"]["dense"]
-    assert found["latency"]["kernel"] == "cpu_numba" and found["latency"]["decode"]["speedup"] > 0
-    assert len(found["latency"]["decode"]["sparse"]["samples_ms"]) >= 30
+    record = record_of(process, tmp_path)
+    jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
+    assert record["status"] == "finished" and record["dataset"]["disjoint"]
+    assert 0.3 < record["sparsity"]["model_wide"] < 0.7
+    assert record["macs"]["sparse"] < record["macs"]["dense"] and record["bytes"]["sparse"] < record["bytes"]["dense"]
+    assert record["latency"]["kernel"] == "cpu_numba" and record["latency"]["decode"]["speedup"] > 0
+    assert len(record["latency"]["decode"]["sparse"]["samples_ms"]) >= 30
     assert "record:" in process.stdout and "perplexity" in process.stdout
 
 
@@ -134,20 +134,20 @@ def finished(tmp_path_factory, model_folder, text_file):
 
 
 def test_the_second_answer_comes_from_the_record(finished):
-    folder, given, found = finished
+    folder, given, actual = finished
     start = time.perf_counter()
     process = subprocess.run([COMMAND, *given], cwd=folder, capture_output=True, text=True)
     busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     assert time.perf_counter() - start < 3.0 * busy
     assert process.returncode == 0 and "finished before" in process.stderr
-    assert record_of(process, folder) == found
+    assert record_of(process, folder) == actual
 
 
 def test_another_way_of_saying_the_same_is_the_same_run(finished):
-    folder, given, found = finished
+    folder, given, actual = finished
     same = [g for g in given if g != "wandb.mode=disabled"] + ["method.sparsity=0.50", "wandb.mode=offline"]
     process = subprocess.run([COMMAND, *same], cwd=folder, capture_output=True, text=True)
-    assert record_of(process, folder)["started_at"] == found["started_at"]
+    assert record_of(process, folder)["started_at"] == actual["started_at"]
 
 
 def test_secrets_are_nowhere(finished):
@@ -199,11 +199,11 @@ def test_a_sweep_over_dense_and_another_with_a_key_that_dense_lacks(finished, tm
 def failing(sparsebench, tmp_path, *given, code=1):
     process = sparsebench(*given)
     assert process.returncode == code, (process.stdout, process.stderr)
-    found = record_of(process, tmp_path)
-    jsonschema.validate(found, json.loads(SCHEMA_FILE.read_text()))
-    assert found["status"] == "failed" and "Traceback" in found["error"]["traceback"]
+    record = record_of(process, tmp_path)
+    jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
+    assert record["status"] == "failed" and "Traceback" in record["error"]["traceback"]
     assert "Traceback" not in process.stderr
-    return found["error"]["message"], process
+    return record["error"]["message"], process
 
 
 def test_nan_weights_fail_with_one_line_and_a_record(sparsebench, text_file, tmp_path):
@@ -262,8 +262,8 @@ def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tm
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    found = json.loads((tmp_path / json.loads(out.strip().splitlines()[-1])["record"]).read_text())
-    assert found["status"] == "interrupted" and not list(tmp_path.rglob("*.partial"))
+    record = json.loads((tmp_path / json.loads(out.strip().splitlines()[-1])["record"]).read_text())
+    assert record["status"] == "interrupted" and not list(tmp_path.rglob("*.partial"))
 
 
 def test_killed_child_still_has_a_record(model_folder, text_file, tmp_path):

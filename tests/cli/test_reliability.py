@@ -49,12 +49,12 @@ def start(tmp_path):
 
 def records(folder: Path) -> dict[Path, dict]:
     """Every result.json below `folder`, each of which must be whole."""
-    found = {}
+    values = {}
     for file in folder.rglob("result.json"):
         json.loads(file.read_text())
-        found[file] = record.read(file)
-        assert found[file] is not None, file
-    return found
+        values[file] = record.read(file)
+        assert values[file] is not None, file
+    return values
 
 
 def check_whole(folder: Path) -> dict[Path, dict]:
@@ -96,17 +96,17 @@ def kill_and_complete(start, output: Path, command: list[str], moments: list[flo
         process.communicate()
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, "a run outlived its killed parent"
-        found = check_whole(output) if output.exists() else {}
+        actual = check_whole(output) if output.exists() else {}
         for file, before in finished.items():
-            assert found[file]["started_at"] == before, "a finished run was lost or made again"
-        finished = {f: r["started_at"] for f, r in found.items() if r["status"] == "finished"}
+            assert actual[file]["started_at"] == before, "a finished run was lost or made again"
+        finished = {f: r["started_at"] for f, r in actual.items() if r["status"] == "finished"}
     process = start(*command)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    found = check_whole(output)
-    assert len(found) == num_records and {r["status"] for r in found.values()} == {"finished"}
-    assert all(found[file]["started_at"] == before for file, before in finished.items())
-    return list(found.values())
+    actual = check_whole(output)
+    assert len(actual) == num_records and {r["status"] for r in actual.values()} == {"finished"}
+    assert all(actual[file]["started_at"] == before for file, before in finished.items())
+    return list(actual.values())
 
 
 def moments(seed: int, count: int, length: float) -> list[float]:
@@ -129,8 +129,8 @@ def test_kill_9_of_a_run(start, arguments, tmp_path, count=10):
 @pytest.mark.parametrize("count", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_of_a_sweep(start, arguments, tmp_path, count):
     sweep = ["-m", *arguments, "method.sparsity=0.2,0.4,0.6", "output_dir=o"]
-    found = kill_and_complete(start, tmp_path / "o", sweep, moments(7 + count, count, 7 if count == 1 else 12), 3)
-    assert {r["config"]["method"]["sparsity"] for r in found} == {0.2, 0.4, 0.6}
+    actual = kill_and_complete(start, tmp_path / "o", sweep, moments(7 + count, count, 7 if count == 1 else 12), 3)
+    assert {r["config"]["method"]["sparsity"] for r in actual} == {0.2, 0.4, 0.6}
 
 
 def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, arguments, sparsebench, tmp_path):
@@ -140,8 +140,8 @@ def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, a
     child.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "ended without a record: SIGKILL (out of memory?)" in err
-    (found,) = check_whole(tmp_path / "outputs").values()
-    assert found["status"] == "failed" and found["error"]["type"] == "ProcessDied"
+    (record,) = check_whole(tmp_path / "outputs").values()
+    assert record["status"] == "failed" and record["error"]["type"] == "ProcessDied"
     assert record_of(sparsebench(*arguments), tmp_path)["status"] == "finished"
 
 
@@ -218,8 +218,8 @@ def test_two_sweeps_at_once_share_one_folder(start, arguments, tmp_path):
     assert [p.returncode for p in both] == [0, 0], done
     summaries = [last_line(out) for out, _ in done]
     assert summaries[0]["sweep"] != summaries[1]["sweep"]
-    found = check_whole(tmp_path / "o")
-    assert len(found) == 2 and sorted(r["fit"]["cached"] for r in found.values()) == [False, True]
+    actual = check_whole(tmp_path / "o")
+    assert len(actual) == 2 and sorted(r["fit"]["cached"] for r in actual.values()) == [False, True]
 
 
 @pytest.mark.slow
@@ -233,9 +233,9 @@ def test_the_clock_runs_backwards(start, arguments, tmp_path, monkeypatch):
     command = ["-m", *arguments, "method.sparsity=0.2,0.4", "output_dir=o"]
     out, err = start(*command).communicate(timeout=200)
     assert last_line(out)["outcomes"] == {"finished": 2}, err
-    found = check_whole(tmp_path / "o")
-    assert all(r["seconds"] > 0 for r in found.values())
-    for file in found:  # and a record that seems to come from the future is still the record
+    actual = check_whole(tmp_path / "o")
+    assert all(r["seconds"] > 0 for r in actual.values())
+    for file in actual:  # and a record that seems to come from the future is still the record
         os.utime(file, (4e9, 4e9))
     out, err = start(*command).communicate(timeout=200)
     assert last_line(out)["outcomes"] == {"finished before": 2}, err
@@ -255,8 +255,10 @@ def test_out_of_memory_says_so(sparsebench, text_file, tmp_path):
     )  # fmt: skip
     assert process.returncode == 1, process.stderr
     assert "out of memory" in process.stderr and "Traceback" not in process.stderr
-    (found,) = check_whole(tmp_path / "outputs").values()
-    assert found["status"] == "failed" and "out of memory" in found["error"]["message"] and found["error"]["traceback"]
+    (record,) = check_whole(tmp_path / "outputs").values()
+    assert (
+        record["status"] == "failed" and "out of memory" in record["error"]["message"] and record["error"]["traceback"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,7 @@ def test_bad_inputs_are_one_line_each_and_a_failed_record(sparsebench, arguments
         "empty.txt holds no text",
         "is a binary file, not text",
     )
-    found = [r["error"]["message"] for r in check_whole(tmp_path / "outputs").values()]
-    assert len(found) == 4 and all("\n" not in message for message in found)
+    values = [r["error"]["message"] for r in check_whole(tmp_path / "outputs").values()]
+    assert len(values) == 4 and all("\n" not in message for message in values)
     for text in expected:
-        assert sum(text.lower() in message.lower() for message in found) == 1, (text, found)
+        assert sum(text.lower() in message.lower() for message in values) == 1, (text, values)

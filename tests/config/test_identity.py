@@ -68,7 +68,7 @@ def settle(folder: Path) -> None:
 
 def settings_classes() -> list[type]:
     """Every dataclass of the package that the configuration can build."""
-    found = {}
+    values = {}
     for module in pkgutil.walk_packages(sparsebench.__path__, "sparsebench."):
         if module.name.split(".")[1] in ("conf", "__main__", "kernels", "engines", "report", "bench"):
             continue
@@ -78,8 +78,8 @@ def settings_classes() -> list[type]:
                 and dataclasses.is_dataclass(value)
                 and value.__module__.startswith("sparsebench")
             ):
-                found[value] = any("choices" in f.metadata for f in dataclasses.fields(value))
-    return [cls for cls, is_setting in found.items() if is_setting]
+                values[value] = any("choices" in f.metadata for f in dataclasses.fields(value))
+    return [cls for cls, is_setting in values.items() if is_setting]
 
 
 def uncovered(classes: list[type]) -> list[str]:
@@ -162,8 +162,8 @@ def test_shards_are_those_the_index_lists(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "m", max_shard_size="100KB")
     shards = set(json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())["weight_map"].values())
     (tmp_path / "m" / "stray.safetensors").write_bytes(b"")
-    found = set(inputs.read_files(str(tmp_path / "m"), "model", {}))
-    assert len(shards) > 1 and found == {
+    actual = set(inputs.read_files(str(tmp_path / "m"), "model", {}))
+    assert len(shards) > 1 and actual == {
         *shards,
         "config.json",
         "generation_config.json",
@@ -184,19 +184,19 @@ def test_what_a_model_reads_is_what_counts(model, monkeypatch):
 
 def opened_below(folder: Path, monkeypatch) -> set[str]:
     """Names of the files below `folder` that Python opens from now on."""
-    found: set[str] = set()
+    actual: set[str] = set()
 
     def watching(real):
         def watch(file, *arguments, **named):
             if isinstance(file, (str, os.PathLike)) and Path(file).is_relative_to(folder) and Path(file).is_file():
-                found.add(Path(file).relative_to(folder).as_posix())
+                actual.add(Path(file).relative_to(folder).as_posix())
             return real(file, *arguments, **named)
 
         return watch
 
     monkeypatch.setattr(builtins, "open", watching(builtins.open))
     monkeypatch.setattr(io, "open", watching(io.open))
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("source", ["wikitext", "pystdlib", "files"])
@@ -323,8 +323,8 @@ def test_source_of_a_users_method(user_method):
 
 
 def test_a_foreign_target_is_not_followed_into_installed_code():
-    found = inputs.own_source({"method": {"_target_": "yaml.loader.Loader"}})
-    assert {n.split(".")[0] for n in found} == {"yaml"} and "yaml.loader" in found
+    actual = inputs.own_source({"method": {"_target_": "yaml.loader.Loader"}})
+    assert {n.split(".")[0] for n in actual} == {"yaml"} and "yaml.loader" in actual
     assert set(inputs.own_source({"method": {"_target_": "shutil.copy"}})) == {"shutil"}
     assert inputs.own_source({"method": {"_target_": "nowhere.at.All"}, "model": {"_target_": "x"}}) == {}
 
@@ -349,10 +349,10 @@ def test_source_of_this_package(tmp_path, monkeypatch):
 
 
 def test_machine_is_cores_and_everything_that_computes(monkeypatch):
-    found = machine.machine()
-    assert {"cpu", "gpus", "cores", "processes", "versions"} == set(found)
+    actual = machine.machine()
+    assert {"cpu", "gpus", "cores", "processes", "versions"} == set(actual)
     assert {"python", "torch", "numpy", "scipy", "scikit-learn", "tokenizers", "datasets", "accelerate", "safetensors",
-            "numba", "llvmlite", "transformers"} <= set(found["versions"])  # fmt: skip
+            "numba", "llvmlite", "transformers"} <= set(actual["versions"])  # fmt: skip
     base = identity()
     for key, value in (("cores", 1), ("processes", 2), ("versions", {"torch": "1", "numpy": "2"})):
         assert identity(machine={**MACHINE, key: value}) != base
@@ -434,11 +434,11 @@ def test_identity_needs_no_torch():
         "import sys, sparsebench.cli as c; from sparsebench.config.compose import compose_all;"
         "print(c.location(compose_all([])[0])[1]); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
-    found = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
-    assert found[0].stdout == found[1].stdout != "" and not found[0].stderr, found[0].stderr
+    values = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
+    assert values[0].stdout == values[1].stdout != "" and not values[0].stderr, values[0].stderr
 
 
 def test_the_shipped_model_and_the_library_are_part_of_the_default_run():
-    found = contents(compose_all([])[0])
-    assert "model.safetensors" in found["model.path"][0]
-    assert len(found["dataset.source stands for"][1]) > 500
+    actual = contents(compose_all([])[0])
+    assert "model.safetensors" in actual["model.path"][0]
+    assert len(actual["dataset.source stands for"][1]) > 500

@@ -58,15 +58,15 @@ def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_pa
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL
     )
     assert process.returncode == 0, process.stderr
-    found = record_of(process, tmp_path)
+    record = record_of(process, tmp_path)
     (folder,) = (tmp_path / "outputs" / "hf" / "teal").iterdir()
     config, history, summary = read_back(folder)
     assert config["method"]["sparsity"] == 0.5 and config["model"]["name"] == "hf"
     assert any(key.startswith("per_site") for row in history for key in row)
-    assert summary["quality/perplexity/sparse"] == pytest.approx(found["quality"]["perplexity"]["sparse"])
-    assert summary["macs/sparse"] == pytest.approx(found["macs"]["sparse"])
-    assert summary["flops/sparse"] == pytest.approx(2 * found["macs"]["sparse"])
-    assert summary["latency/decode/speedup"] == pytest.approx(found["latency"]["decode"]["speedup"])
+    assert summary["quality/perplexity/sparse"] == pytest.approx(record["quality"]["perplexity"]["sparse"])
+    assert summary["macs/sparse"] == pytest.approx(record["macs"]["sparse"])
+    assert summary["flops/sparse"] == pytest.approx(2 * record["macs"]["sparse"])
+    assert summary["latency/decode/speedup"] == pytest.approx(record["latency"]["decode"]["speedup"])
 
 
 def test_disabled_writes_nothing(sparsebench, model_folder, text_file, tmp_path):
@@ -107,11 +107,11 @@ def test_a_tracker_that_breaks_is_only_a_warning(caplog):
 def test_late_upload_of_records_and_report(tmp_path):
     """Records made without W&B, sent afterwards: each a run with its figures, and the report with its plots and tables."""
     folder = laid(tmp_path / "outputs", made(), made(sparsity=0.25), failed())
-    found = rows.collect([folder])
-    page.write(found, tmp_path / "report", "title")
+    actual = rows.collect([folder])
+    page.write(actual, tmp_path / "report", "title")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        assert upload.send(found, tmp_path / "report", "project") == 3
+        assert upload.send(actual, tmp_path / "report", "project") == 3
     files = sorted((tmp_path / "report").glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 4
     sent = [read_back_file(file) for file in files]

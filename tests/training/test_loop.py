@@ -46,9 +46,9 @@ def test_settings_that_contradict_each_other():
 
 def test_every_epoch_reads_every_row_once():
     pick = Order(10, seed=3)
-    found = pick(0, 30).view(3, 10)
-    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in found)
-    assert not torch.equal(found[0], found[1])
+    actual = pick(0, 30).view(3, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in actual)
+    assert not torch.equal(actual[0], actual[1])
     assert torch.equal(Order(10, seed=3)(7, 5), pick(7, 5))  # no state: any position can be asked for
 
 
