@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from sparsebench import kernels
+from sparsebench import cache, kernels
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
@@ -75,6 +75,7 @@ class Hardware:
 
     def prepare(self) -> None:
         """Set threads, device, dtype and kernel for this process."""
+        cache.check_compiled()
         self.torch_device = torch.device(self.present_device)
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]

@@ -35,6 +35,7 @@ def scrub(text: str) -> str:
 
 UMASK = os.umask(0)
 os.umask(UMASK)
+MODE = 0o666 & ~UMASK  # of what others may use, too: records, locks
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -46,7 +47,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp gives 0600; others may read records
+        os.chmod(temporary, MODE)  # mkstemp gives 0600; others may read records
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
