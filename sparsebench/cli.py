@@ -40,6 +40,7 @@ FAILED_BESIDE = "result.failed.json"  # a forced run that failed, beside the fin
 
 def main() -> None:
     """Entry point of the console script."""
+    files.speak_utf8()
     sys.exit(guarded(command))
 
 

@@ -1,9 +1,11 @@
-"""Files that are whole or not there, free of secrets, and JSON-ready values."""
+"""Files that are whole or not there, in UTF-8 whatever the locale, free of secrets, and JSON-ready values."""
 
 from __future__ import annotations
 
+import locale
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,16 @@ def scrub(text: str) -> str:
         if secret and len(secret) >= 6:
             text = text.replace(secret, f"<{name}>")
     return text
+
+
+def speak_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode where the locale would have it read and write anything else.
+
+    Arguments, names of files, what libraries write and the processes of a sweep are then UTF-8, too.
+    """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 UMASK = os.umask(0)

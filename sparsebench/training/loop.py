@@ -300,7 +300,13 @@ def checkpoint(accelerator: Accelerator, folder: Path, history: History) -> None
             shutil.rmtree(folder / f"step-{old}")
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=True)
+    try:
+        accelerator.save_state(str(partial), safe_serialization=True)
+    except Exception as error:  # each library has its own words for a full disk
+        left = shutil.disk_usage(folder).free
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only makes that worse
+        text = f"checkpoint {final} can't be written, {left / 1e6:.0f} MB are left on the disk: {error}"
+        raise OSError(" ".join(text.split())) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept = {"rows": history.rows, "first_loss": history.first_loss, "clipped": history.clipped}
