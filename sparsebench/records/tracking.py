@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,7 @@ def begin(
         entity=settings["entity"],
         group=settings["group"],
         name=name,
-        id=run_id or wandb.util.generate_id(),  # never WANDB_RUN_ID, which would be that of all runs of a sweep
+        id=run_id or uuid.uuid4().hex[:16],  # never WANDB_RUN_ID, which would be that of all runs of a sweep
         resume="allow" if run_id and mode == "online" else None,
         dir=str(folder),
         config=json.loads(scrub(json.dumps(plain(configuration)))),
