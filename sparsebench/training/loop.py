@@ -295,9 +295,10 @@ def checkpoint(accelerator: Accelerator, folder: Path, history: History) -> None
     """
     partial, final = folder / f".step-{history.steps}.partial", folder / f"step-{history.steps}"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        for old in steps_kept(folder)[1:]:
-            shutil.rmtree(folder / f"step-{old}")
+        for old in steps_kept(folder)[1:]:  # it loses its name first: what has one is whole
+            (folder / f"step-{old}").rename(folder / f".step-{old}.old")
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
