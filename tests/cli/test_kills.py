@@ -106,6 +106,7 @@ def trial(
             working, left = command.end(number)
             finished, torn = look()
             lost += sum(finished.get(what) != sign for what, sign in kept.items())
+            print(f"{len(finished)} finished, {torn} half-written, {left} left", flush=True)
             half, orphans, moments, at_work, kept = (
                 half + torn,
                 orphans + left,
@@ -147,11 +148,11 @@ def arguments(model_folder, text_file):
 
 
 def test_a_two_process_sweep(arguments, tmp_path):
-    """Always six points more than are finished."""
+    """Always four points more than are finished."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs sparsebench[launchers]")
 
     def begin():
-        points = ",".join(f"0.{10 + i:02}" for i in range(len(runs(tmp_path / "o")[0]) + 6))
+        points = ",".join(f"0.{10 + i:02}" for i in range(len(runs(tmp_path / "o")[0]) + 4))
         sweep = ["-m", *arguments, f"method.sparsity={points}", "output_dir=o",
                  "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]  # fmt: skip
         return Command(tmp_path, tmp_path / "log", cli.main, sweep)

@@ -66,6 +66,7 @@ def test_wheel_runs_the_default_elsewhere(site, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_wheel_runs_the_default_for_another_user_without_a_home(site):
     """A site-packages that can't be written, an unknown uid, no HOME, an environment with nothing in it.
 
