@@ -70,7 +70,7 @@ class WandbTracker:
             for name, site in sites.items():
                 cost = costs.get(name, {})
                 table.add_data(name, site["sparsity"], site["weight"], cost.get("dense_macs"), cost.get("sparse_macs"))
-            self.run.config.update({"machine": machine(record)}, allow_val_change=True)
+            self.run.config.update({"machine": machine(record)}, allow_val_change=True)  # type: ignore[no-untyped-call]
             self.run.log({"per_site": table})
             self.run.summary.update(summary(record))
             if self.artifact is not None and record["status"] == "finished":
