@@ -1,17 +1,32 @@
-"""The program's own folder for what can be made again: digests of files, downloaded image sets, tuned kernels.
+"""The program's own folder for what can be made again: digests of files, downloaded image sets, compiled and tuned kernels.
 
 SPARSEBENCH_CACHE moves it; else it is `sparsebench` in $XDG_CACHE_HOME or ~/.cache. Where that can't be written (a
-read-only home, none at all, an unknown user) a folder of this user in the temporary directory takes its place.
+read-only home, none at all, an unknown user, a full disk) a folder of this user in the temporary directory takes its
+place. Compilers keep their code in it, too (numba, Triton, torch), unless their own variables say otherwise. A file of
+theirs that is not as a run left it, cut short or with one bit changed, is removed before it is read, and made again.
 """
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import functools
+import hashlib
+import json
+import logging
 import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "SPARSEBENCH_CACHE"
+ROOM_BYTES = 64 << 20  # a disk with less left is as good as full
+COMPILERS = {"NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+SEALS = "compiled.json"  # SHA-256 of every compiled file, by its path in the folder
 
 
 def folder() -> Path:
@@ -28,9 +43,10 @@ def writable(own: str | None, xdg: str | None, home: str | None) -> Path:
         if path.is_absolute() or path == wanted[0]:
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                room = shutil.disk_usage(path).free >= ROOM_BYTES
             except OSError:
                 continue
-            if os.access(path, os.W_OK | os.X_OK) and (path is not last or mine(path)):
+            if room and os.access(path, os.W_OK | os.X_OK) and (path is not last or mine(path)):
                 return path.absolute()
     return Path(tempfile.mkdtemp(prefix="sparsebench-"))
 
@@ -38,3 +54,100 @@ def writable(own: str | None, xdg: str | None, home: str | None) -> Path:
 def mine(path: Path) -> bool:
     """Whether a folder that anybody could have made in the temporary directory is this user's own."""
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+
+def provide_home() -> None:
+    """Give libraries a home folder where the user has none they may enter: HOME unset or wrong, an unknown user.
+
+    Without one they fail at import, or write into a folder called `~`. A home that can only be read stays: the models
+    of a hub's cache may lie there.
+    """
+    home = os.path.expanduser("~")
+    if not (os.path.isabs(home) and os.path.isdir(home) and os.access(home, os.R_OK | os.X_OK)):
+        os.environ.setdefault(VARIABLE, str(folder()))
+        own = folder() / "home"
+        own.mkdir(exist_ok=True)
+        os.environ["HOME"] = home = str(own)
+    if not os.access(home, os.W_OK):
+        os.environ.setdefault("MPLCONFIGDIR", str(folder() / "matplotlib"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled code
+
+
+def provide_compilers() -> None:
+    """Tell the compilers of this process where to keep their code; called before any of them is imported."""
+    for variable, name in COMPILERS.items():
+        os.environ.setdefault(variable, str(folder() / name))
+    if "numba" in sys.modules:  # imported by somebody else; it has read its variable
+        sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+
+class Users:
+    """The processes that use the compiled code now, told by a shared lock: only one that is alone may judge the files."""
+
+    lock: IO | None = None
+
+
+def check_compiled() -> None:
+    """Remove compiled files that are not as the last run left them; nothing where another process uses them now.
+
+    From here to the end of the process this one uses them; `seal_compiled` then says how it leaves them.
+    """
+    if Users.lock is not None:
+        return
+    try:
+        Users.lock = open(folder() / f"{SEALS}.lock", "a", encoding="utf-8")  # noqa: SIM115 - held to the end
+        fcntl.flock(Users.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        alone = False
+    else:
+        alone = True
+    try:
+        if alone:
+            heal(folder())
+        if Users.lock is not None:
+            fcntl.flock(Users.lock, fcntl.LOCK_SH)
+    except OSError as error:
+        log.warning("compiled code in %s: %s", folder(), error)
+    atexit.register(seal_compiled)
+
+
+def heal(where: Path) -> None:
+    """Remove what does not fit its seal, or has none: a process that was killed wrote it, or the disk was full."""
+    try:
+        sealed = json.loads((where / SEALS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sealed = {}
+    sealed = sealed if isinstance(sealed, dict) else {}
+    odd = [name for name, digest in digests(where).items() if sealed.get(name) != digest]
+    for name in odd:
+        (where / name).unlink(missing_ok=True)
+    if odd and sealed:
+        log.info("compiled code in %s: %d files were damaged or left unfinished; they are made again", where, len(odd))
+
+
+def seal_compiled() -> None:
+    """Note what the compiled files hold now; called at the end of a process that compiled."""
+    from sparsebench.records import files
+
+    if Users.lock is None:
+        return
+    try:
+        files.write_atomic(folder() / SEALS, json.dumps(digests(folder())).encode())
+    except OSError as error:  # they are compiled again next time
+        log.debug("compiled code was not sealed: %s", error)
+
+
+def digests(where: Path) -> dict[str, str]:
+    """SHA-256 of every compiled file, by its path in the folder."""
+    sums = {}
+    for name in COMPILERS.values():
+        for path in sorted((where / name).rglob("*")):
+            try:
+                if path.is_file():
+                    sums[path.relative_to(where).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError:  # another process took it away
+                continue
+    return sums

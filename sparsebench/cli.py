@@ -4,7 +4,7 @@ No torch here before it is needed, so that --help, --cfg, completion and the ans
 Each run is a forked child: whatever kills it, the parent still writes its record and goes on with the next.
 
 Exit codes: 0 finished; 1 a run failed (in a sweep: any run failed or was not reached); 2 the configuration is wrong;
-130 interrupted.
+130 interrupted by Ctrl-C; 143 by SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import hydra
@@ -26,19 +27,20 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from sparsebench import config, ranks, sweep
+from sparsebench import cache, config, ranks, stopping, sweep
 from sparsebench.config.arguments import read
 from sparsebench.config.compose import CONFIG_MODULE, Plan, plan, to_dict
 from sparsebench.config.identity import identity_of
 from sparsebench.records import files, machine, record
 
 log = logging.getLogger("sparsebench")
-OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG = 0, 1, 2
 FAILED_BESIDE = "result.failed.json"  # a forced run that failed, beside the finished record of before
 
 
 def main() -> None:
     """Entry point of the console script."""
+    files.speak_utf8()
     sys.exit(guarded(command))
 
 
@@ -47,6 +49,8 @@ def guarded(body: Callable[[], int]) -> int:
     if sys.stdout is None:
         complain("standard output is closed")
         return WRONG
+    stopping.listen()
+    cache.provide_home()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook took its place
             stream.reconfigure(errors="backslashreplace")
@@ -59,6 +63,9 @@ def guarded(body: Callable[[], int]) -> int:
             for line in error.problems:
                 complain(line)
             code = WRONG
+        except KeyboardInterrupt:
+            print(f"interrupted: {stopping.reason()}", file=sys.stderr, flush=True)
+            code = stopping.exit_code()
         sys.stdout.flush()
     except BrokenPipeError:  # its reader went away, as `| head` does
         code = FAILED
@@ -82,18 +89,15 @@ def command() -> int:
     if arguments.hydra_help or arguments.shell_completion:
         app(job)()
         return OK
-    try:
-        planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
-        if arguments.cfg or arguments.info:
-            printed = io.StringIO()
-            with redirect_stdout(printed):
-                app(job)()
-            sys.stdout.write(printed.getvalue())
-            return OK
-        for configuration in planned.configurations:
-            check(configuration)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
+    if arguments.cfg or arguments.info:
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            app(job)()
+        sys.stdout.write(printed.getvalue())
+        return OK
+    for configuration in planned.configurations:
+        check(configuration)
     if arguments.multirun:
         return many(app, planned, arguments.overrides)
     codes: list[int] = []
@@ -109,6 +113,7 @@ def complain(line: str) -> None:
 def set_up_logging() -> None:
     """Messages to stderr, without secrets; also called in the worker processes of a launcher."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # a log that can't be written is no reason for tracebacks
     logging.getLogger().handlers[0].addFilter(scrubbing)
     logging.getLogger("hydra").setLevel(logging.WARNING)
     for name in ("accelerate", "httpx", "huggingface_hub"):
@@ -136,11 +141,14 @@ def many(app, planned: Plan, overrides: list[str]) -> int:
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     sys.argv.append(f"hydra.sweep.dir='{quoted}'")
     log.info("sweep of %s runs in %s", len(paths) or "chosen", folder)
+    os.environ[sweep.MAIN] = str(os.getpid())
+    stopping.listen(before=lambda: sweep.end_workers(folder))
     try:
         app(job)()
     except KeyboardInterrupt:
+        log.info("interrupted: %s; what is finished stays, the same command goes on", stopping.reason())
         sweep.show(folder, paths)
-        return INTERRUPTED
+        return stopping.exit_code()
     return OK if sweep.show(folder, paths) else FAILED
 
 
@@ -156,7 +164,13 @@ def job(composed) -> float:
     if not ranks.first():
         task(configuration)
         return sweep.FAILED_OBJECTIVE
-    overrides = [o for o in hydra_config.overrides.task if not o.startswith("hydra.")]
+    with sweep.at_work(folder):
+        return one_of_many(configuration, folder, number, list(hydra_config.overrides.task))
+
+
+def one_of_many(configuration: dict, folder: Path, number: int, given: list[str]) -> float:
+    """Job `number` of the sweep in `folder`, with its overrides as given. Returns what a sweeper maximises."""
+    overrides = [o for o in given if not o.startswith("hydra.")]
     path = location(configuration)[0] / "result.json"
     if configuration["wandb"]["group"] is None:
         configuration["wandb"]["group"] = sweep.group_of(folder)
@@ -174,10 +188,9 @@ def job(composed) -> float:
     sweep.note(folder, number, overrides, path, outcome, sweep.BEFORE if before else outcome["status"])
     if outcome["status"] != "finished":
         error = outcome["error"] or {}
-        print(
-            f"{outcome['status']}: {error.get('message')}\n{error.get('traceback') or ''}", file=sys.stderr, flush=True
-        )
-    if outcome["status"] == "interrupted":
+        trace = error.get("traceback") if outcome["status"] == "failed" else None
+        print(f"{outcome['status']}: {error.get('message')}\n{trace or ''}".rstrip(), file=sys.stderr, flush=True)
+    if outcome["status"] == "interrupted" or stopping.name():
         raise KeyboardInterrupt
     return sweep.objective(outcome, configuration["sweep"]["budget"])
 
@@ -245,7 +258,7 @@ def task(configuration: dict) -> int:
     from sparsebench.records import terminal
 
     terminal.show(outcome, path)
-    return {"finished": OK, "interrupted": INTERRUPTED}.get(outcome["status"], FAILED)
+    return {"finished": OK, "interrupted": stopping.exit_code()}.get(outcome["status"], FAILED)
 
 
 def obtain(configuration: dict) -> tuple[dict | None, Path]:
@@ -256,7 +269,7 @@ def obtain(configuration: dict) -> tuple[dict | None, Path]:
     if outcome is None or configuration["force"]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock"):
+            with FileLock(folder / ".lock", mode=files.MODE):
                 outcome, problem = kept(folder, identity)  # another process may have made it meanwhile
                 if outcome is None or configuration["force"]:
                     if problem:
@@ -290,24 +303,22 @@ def file_for(folder: Path, status: str) -> Path:
 
 def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Path]:
     """Run in a forked child and return the record it left, or one made here if it died without, and its file."""
-    from sparsebench import runner  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
-
     (folder / FAILED_BESIDE).unlink(missing_ok=True)
     if file_for(folder, "failed").name == "result.json":  # no finished record stands there
         (folder / "result.json").unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=child_main, args=(configuration, folder, identity), name="sparsebench-run")
-    child.start()
     status = "failed"
     try:
+        from sparsebench import runner  # noqa: F401  (imported before the fork, so that every child of a sweep has it)
+
+        with stopping.blocked():
+            child.start()
         child.join()
     except KeyboardInterrupt:
         status = "interrupted"
-        child.join(timeout=20)
-        if child.is_alive():
-            child.kill()
-            child.join()
-    code = child.exitcode
+        end(child)
+    code = child.exitcode if child.pid else None
     path = folder / "result.json" if code == OK else file_for(folder, status)
     outcome, problem = record.read_any(path)
     if problem and outcome is not None:
@@ -316,6 +327,8 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         message = f"the run's process ended without a record: {signalled}{hint}"
+        if status == "interrupted":
+            message = stopping.reason()
         name = f"{configuration['model']['name']}/{configuration['method']['name']}"
         failed = record.Record(identity, name, configuration, status=status)
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}
@@ -326,12 +339,27 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
     return outcome, path
 
 
+def end(child: multiprocessing.context.ForkProcess) -> None:
+    """Tell a run's process to stop and wait for its record and its checkpoint; kill it where it does not get there."""
+    if child.pid is None:
+        return
+    child.terminate()
+    last = time.monotonic() + stopping.GRACE_SECONDS
+    while child.is_alive() and time.monotonic() < last:
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C, which the child heard, too
+            child.join(0.2)
+    if child.is_alive():
+        child.kill()
+    child.join()
+
+
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
     """The child's life: log file, tracker, run, record. Exits with the run's code."""
     from sparsebench import runner
     from sparsebench.records import tracking
 
     die_with_parent()
+    stopping.listen()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
     handler = logging.FileHandler(folder / "run.log", mode="w", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
@@ -342,21 +370,34 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     tracker = tracking.NullTracker()
     code = FAILED
     try:
-        tracker = tracking.start(configuration["wandb"], name, folder, configuration)
+        stopping.unblock()
+        tracker = tracking.start(configuration["wandb"], name, folder, configuration, identity[:16], alone=True)
         runner.timed_run(configuration, outcome, folder, tracker.log)
         outcome.status, code = "finished", OK
+        stopping.ignore()  # the rest is short: a run that got here is kept
     except BaseException as error:
-        outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-        outcome.error = {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
-        logging.getLogger("sparsebench.runner").debug("failed", exc_info=True)
-        with open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(files.scrub(traceback.format_exc()))
+        stopping.ignore()
+        if code != OK:
+            outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            outcome.error = explained(error)
+            with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(files.scrub(outcome.error["traceback"]))
     path = file_for(folder, outcome.status)
-    record.write(outcome, path)
-    tracker.finish(record.read_any(path)[0])
+    try:
+        record.write(outcome, path)
+    except OSError as error:  # a full disk, say: the parent tries a smaller one
+        log.error("%s can't be written: %s", path, error)
+        code = FAILED
+    else:
+        tracker.finish(record.read_any(path)[0])
+    cache.seal_compiled()
     logging.shutdown()
     os._exit(code)
+
+
+def explained(error: BaseException) -> dict[str, str]:
+    """The `error` section of a record."""
+    return {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
 
 
 def explain(error: BaseException) -> str:
@@ -364,7 +405,7 @@ def explain(error: BaseException) -> str:
     text = files.scrub(" ".join(str(error).split()))
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return text or "interrupted"
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"out of memory: {text or 'the process could not allocate more'}"
     if isinstance(error, (ValueError, FloatingPointError, ArithmeticError, OSError)) and text:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from sparsebench import kernels, ranks
+from sparsebench import cache, kernels, ranks
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
@@ -76,6 +76,7 @@ class Hardware:
 
     def prepare(self) -> None:
         """Set threads, device, dtype and kernel for this process."""
+        cache.check_compiled()
         self.torch_device = torch.device(self.present_device)
         if (
             self.torch_device.type == "cuda" and self.requires and ranks.count() == 1

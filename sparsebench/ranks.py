@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from filelock import FileLock
 
+from sparsebench.records.files import MODE
+
 T = TypeVar("T")
 
 
@@ -53,5 +55,5 @@ def locked(path: Path) -> Iterator[None]:
     if not first():
         yield
         return
-    with FileLock(path):
+    with FileLock(path, mode=MODE):
         yield

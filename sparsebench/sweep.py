@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
+from sparsebench import stopping
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records import files, terminal
 
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
 HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "ms [p10, p90]", "speed-up", "seconds")
+MAIN = "SPARSEBENCH_SWEEP"  # environment: the process of the sweep itself, for its workers
 FAILED_OBJECTIVE = -1e9  # finite: a sweeper's model of the objective must be able to use it
 
 
@@ -52,6 +60,54 @@ def new_folder(output_dir: str, overrides: list[str]) -> Path:
             continue
         return folder
     raise FileExistsError(f"{output_dir}/sweeps holds a thousand sweeps named {stamp}")
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """One job in this process. In a worker of a sweep (joblib): the sweep's end is the worker's, and it can be told so.
+
+    A worker is told through the sweep's own process, so Ctrl-C, which reaches both, is left to that one. Raises
+    stopping.Stopped where the worker was told to stop before.
+    """
+    main, marker = int(os.environ.get(MAIN, "0")), folder / f"worker-{os.getpid()}"
+    if main in (0, os.getpid()):
+        yield
+        return
+    if not Worker.ready:
+        Worker.ready = True
+        stopping.listen()
+        if os.getppid() == main:
+            stopping.ignore(signal.SIGINT)
+            stopping.die_with(main)
+    if stopping.name():
+        raise stopping.Stopped(stopping.reason())
+    marker.touch()
+    try:
+        yield
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+class Worker:
+    """What a worker process did once."""
+
+    ready = False
+
+
+def end_workers(folder: Path) -> None:
+    """Tell the workers of this process that have a job to stop, and wait for what they note and keep."""
+    last = time.monotonic() + stopping.GRACE_SECONDS + 2
+    told: set[int] = set()
+    while time.monotonic() < last:
+        own = {child.pid for child in psutil.Process().children(recursive=True)}
+        busy = {int(marker.name.partition("-")[2]) for marker in folder.glob("worker-*")} & own
+        if not busy:
+            return
+        for pid in busy - told:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        told |= busy
+        time.sleep(0.1)
 
 
 def note(folder: Path, number: int, overrides: list[str], path: Path, record: dict | None, outcome: str) -> None:
@@ -89,7 +145,7 @@ def main_metric(quality: dict) -> str | None:
 
 def outcomes(folder: Path) -> list[dict]:
     """What was noted so far, in the order of the jobs."""
-    notes = [json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")]
+    notes = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("[0-9]*.json")]
     return sorted(notes, key=lambda each: each["number"])
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsebench import cache
 from sparsebench.kernels import cuda_gather
 from tests.helpers import COMMAND, SHARED, TEXT, Rows, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("SPARSEBENCH_CACHE", str(Path(tempfile.gettempdir(), f"sparsebench-tests-{os.getuid()}")))
+for variable in cache.COMPILERS:  # set when the kernels were imported above
+    os.environ.pop(variable, None)
+cache.provide_compilers()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 Eight channels are read per pass over a run of outputs, with fp32 sums and each channel prefetched a kilobyte ahead.
 Vectors are spelled out in LLVM IR (VECTOR floats wide) because numba's own loops over slices did not reach the memory's
-speed. Compiled code is cached on disk beside this file (or in numba's user cache).
+speed. Compiled code is kept in the program's cache folder (sparsebench/cache.py).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Files that are whole or not there, free of secrets, and JSON-ready values."""
+"""Files that are whole or not there, in UTF-8 whatever the locale, free of secrets, and JSON-ready values."""
 
 from __future__ import annotations
 
 import json
+import locale
 import math
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,8 +91,19 @@ def scrubbed(value: Any, known: dict[str, str] | None = None) -> Any:
     return [scrubbed(v, known) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def speak_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode where the locale would have it read and write anything else.
+
+    Arguments, names of files, what libraries write and the processes of a sweep are then UTF-8, too.
+    """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 UMASK = os.umask(0)
 os.umask(UMASK)
+MODE = 0o666 & ~UMASK  # of what others may use, too: records, locks
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -102,7 +115,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp gives 0600; others may read records
+        os.chmod(temporary, MODE)  # mkstemp gives 0600; others may read records
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ def cpu_name() -> str:
     """The processor's own name, e.g. `AMD EPYC 9654 96-Core Processor`."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 """The command `sparsebench-report` (also `python -m sparsebench.report`).
 
-Exit codes: 0 written; 1 nothing to report or the folder can't be written; 2 wrong arguments, or a file that is no archive.
+Exit codes: 0 written; 1 nothing to report or the folder can't be written; 2 wrong arguments, or a file that is no archive;
+130 interrupted by Ctrl-C; 143 by SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ import json
 import sys
 from pathlib import Path
 
-from sparsebench import __version__
+from sparsebench import __version__, cache, stopping
+from sparsebench.records import files
 
 FAILED, WRONG = 1, 2
 
 
 def main() -> None:
     """Entry point of the console script."""
+    files.speak_utf8()
+    stopping.listen()
+    cache.provide_home()
+    try:
+        body()
+    except KeyboardInterrupt:
+        print(f"interrupted: {stopping.reason()}", file=sys.stderr, flush=True)
+        sys.exit(stopping.exit_code())
+
+
+def body() -> None:
+    """What the command does."""
     arguments, parser = parse()
     missing = [str(p) for p in arguments.paths if not p.exists()]
     if missing:
@@ -122,7 +136,7 @@ def archived(paths: list[Path], file: Path) -> dict:
 
 def extracted(paths: list[Path], prefix: str, folder: Path) -> dict:
     """Write records whose hash begins with `prefix` as files again; records of one hash are numbered."""
-    from sparsebench.records import archive, files
+    from sparsebench.records import archive
 
     records = [each for each in readable(paths) if archive.key(each).startswith(prefix)]
     if not records:

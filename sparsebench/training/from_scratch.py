@@ -60,6 +60,8 @@ def trained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ranks.locked(lock):
         if ranks.agreed((folder / "training.json").exists()):
+            if ranks.first():
+                shutil.rmtree(checkpoints, ignore_errors=True)  # of a process killed while it cleared up
             return folder
         log.info("training %s from scratch into %s", model.name, folder)
         module, rows = begin()

@@ -26,7 +26,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from sparsebench import ranks
+from sparsebench import ranks, stopping
 from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
@@ -181,7 +181,7 @@ def train(
 ) -> History:
     """Train `module` in place on `rows` (tokens [N, T], or a split of examples) and return the history.
 
-    Resumes by itself from `folder`.
+    Resumes by itself from `folder`. Told to stop, it ends the step, leaves a checkpoint and raises stopping.Stopped.
 
     loss(module, batch) is the task's mean loss; `penalty` is added with its own coefficient; `before_step(step)` and
     `after_step(step)` run around each optimiser step (e.g. to anneal a setting, to re-apply weight masks). Under FSDP
@@ -210,10 +210,11 @@ def train(
     begun, unit = time.perf_counter(), getattr(rows, "unit", "tokens")
     since, tokens = begun, 0
 
-    def gradients(step: int, scale: float) -> tuple[float, float]:
-        """Add up one step's gradients; (task loss, penalty), means over the global batch."""
+    def gradients(step: int, scale: float) -> tuple[float, float, float]:
+        """Add up one step's gradients; (task loss, penalty, share of processes told to stop), means over all of them."""
         nonlocal tokens
-        sums = torch.zeros(2, device=accelerator.device)
+        sums = torch.zeros(3, device=accelerator.device)
+        sums[2] = stopping.name() is not None
         indices = pick(step * settings.batch_size, settings.batch_size)
         mine = indices[accelerator.process_index :: accelerator.num_processes].split(settings.micro_batch)
         for i, part in enumerate(mine):
@@ -223,18 +224,18 @@ def train(
                     task = loss(wrapped, batch)
                 term = penalty.value() if penalty else task.new_zeros(())
                 accelerator.backward((task + scale * term if scale else task) / accumulate)
-            sums += torch.stack([task.detach().float(), term.detach().float()]) / accumulate
+            sums[:2] += torch.stack([task.detach().float(), term.detach().float()]) / accumulate
             tokens += batch.numel() * accelerator.num_processes
         return tuple(accelerator.reduce(sums, "mean").tolist())
 
-    with dropping(module, settings.dropout):
+    with dropping(module, settings.dropout), stopping.held():
         for step in range(start, settings.steps):
             if before_step is not None:
                 before_step(step)
             rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total, extra = gradients(step, scale)
+            total, extra, told = gradients(step, scale)
             if step == 0:
                 history.first_loss = total
             if not math.isfinite(total) or total > 3 * history.first_loss + 1:
@@ -262,8 +263,13 @@ def train(
                     track(history.rows[-1])
                     log.info("%s %s", label, progress(row, settings.steps, unit))
                 since, tokens = now, 0
-            if history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps:
+            if told or (history.steps % settings.checkpoint_every == 0 and history.steps < settings.steps):
                 checkpoint(accelerator, folder, history)
+            if told:
+                raise stopping.Stopped(
+                    f"{stopping.reason()}; the checkpoint of step {history.steps} of "
+                    f"{label} is kept, the same command goes on from it"
+                )
     history.seconds = time.perf_counter() - begun
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # or later passes would still run under autocast
@@ -290,12 +296,19 @@ def checkpoint(accelerator: Accelerator, folder: Path, history: History) -> None
     """
     partial, final = folder / f".step-{history.steps}.partial", folder / f"step-{history.steps}"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        for old in steps_kept(folder)[1:]:
-            shutil.rmtree(folder / f"step-{old}")
+        for old in steps_kept(folder)[1:]:  # it loses its name first: what has one is whole
+            (folder / f"step-{old}").rename(folder / f".step-{old}.old")
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=True)
+    try:
+        accelerator.save_state(str(partial), safe_serialization=True)
+    except Exception as error:  # each library has its own words for a full disk
+        left = shutil.disk_usage(folder).free
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only makes that worse
+        text = f"checkpoint {final} can't be written, {left / 1e6:.0f} MB are left on the disk: {error}"
+        raise OSError(" ".join(text.split())) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept = {"rows": history.rows, "first_loss": history.first_loss, "clipped": history.clipped}
@@ -357,7 +370,7 @@ def resume(accelerator: Accelerator, folder: Path, history: History) -> int:
     path = folder / f"step-{step}"
     try:
         accelerator.load_state(str(path))
-        kept = json.loads((path / PROGRESS).read_text())
+        kept = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         history.rows, history.first_loss, history.clipped = kept["rows"], kept["first_loss"], kept["clipped"]
     except Exception as error:
         if accelerator.is_main_process:

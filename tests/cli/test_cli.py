@@ -248,8 +248,16 @@ def test_output_folder_that_can_not_be_written(sparsebench, finished, tmp_path):
     )
 
 
-def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tmp_path):
-    """Ctrl-C while it works: exit code 130, a record that says interrupted, and a second start finishes."""
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tmp_path, number, code):
+    """A batch system's preemption or Ctrl-C while it works: its exit code, one line, a record that says interrupted."""
     given = [
         COMMAND,
         *arguments(
@@ -258,14 +266,17 @@ def test_interrupted_run_says_so_and_leaves_a_record(model_folder, text_file, tm
     ]
     process = subprocess.Popen(
         given, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs of a shell ignore it
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509 - background jobs of a shell ignore it
     )  # fmt: skip
     for line in process.stderr:
         if "evaluating" in line:
             break
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
+    assert [line for line in err.splitlines() if "told to stop" in line] == [
+        f"interrupted: told to stop by {number.name}"
+    ]
     record = json.loads((tmp_path / json.loads(out.strip().splitlines()[-1])["record"]).read_text())
     assert record["status"] == "interrupted" and not list(tmp_path.rglob("*.partial"))
 

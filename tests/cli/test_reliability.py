@@ -152,6 +152,8 @@ def test_ctrl_c_ends_a_sweep_with_its_table(start, arguments, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
+    said = [line for line in err.splitlines() if line.startswith("interrupted: told to stop by SIG")]
+    assert len(said) == 2 and "Traceback" not in err, err  # the run's line and the sweep's; 40 of traceback before
     outcomes = last_line(out)["outcomes"]
     assert outcomes["not run"] >= 2 and sum(outcomes.values()) == 3
     assert all(r["status"] == "interrupted" for r in check_whole(tmp_path / "o").values())
@@ -239,6 +241,28 @@ def test_the_clock_runs_backwards(start, arguments, tmp_path, monkeypatch):
         os.utime(file, (4e9, 4e9))
     out, err = start(*command).communicate(timeout=200)
     assert last_line(out)["outcomes"] == {"finished before": 2}, err
+
+
+OTHER_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_text_is_utf8_whatever_the_locale(sparsebench):
+    process = sparsebench("--cfg", "job", "output_dir='aüs'", env=OTHER_LOCALE, encoding="utf-8")
+    assert process.returncode == 0 and "output_dir: aüs" in process.stdout, process.stderr
+
+
+@pytest.mark.slow
+def test_a_failing_runs_own_message_in_another_locale(sparsebench, model_folder, tmp_path):
+    """Before: `the run's process ended without a record`."""
+    (tmp_path / "dätä").mkdir()
+    (tmp_path / "dätä" / "kürz.txt").write_text("a few words", encoding="utf-8")
+    process = sparsebench(
+        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", "dataset.path='dätä/kürz.txt'", *SMALL,
+        "output_dir='aüs'", env=OTHER_LOCALE, encoding="utf-8",
+    )  # fmt: skip
+    assert process.returncode == 1 and "ended without a record" not in process.stderr, process.stderr
+    (content,) = check_whole(tmp_path / "aüs").values()
+    assert content["error"]["traceback"] and content["config"]["output_dir"] == "aüs"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,13 @@
 """The W&B mirror: the offline file read back holds the config, the history, the figures and the per-site table."""
 
+import http.server
 import json
+import multiprocessing
+import os
 import struct
+import tempfile
+import threading
+import time
 
 import pytest
 import wandb
@@ -43,7 +49,7 @@ def read_back_file(file):
     for content in entries(file):
         entry = messages.Record()
         entry.ParseFromString(content)
-        for item in entry.run.config.update:
+        for item in (*entry.run.config.update, *entry.config.update):
             config[item.key] = json.loads(item.value_json)
         if entry.HasField("history"):
             history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in entry.history.item})
@@ -53,19 +59,29 @@ def read_back_file(file):
 
 
 def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_path):
+    """Before: the id of the environment for every run, three folders left in the temporary folder, times of no machine."""
+    (tmp_path / "temporary").mkdir()
     process = sparsebench(
-        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL
-    )
+        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL,
+        env={"WANDB_RUN_ID": "same", "WANDB_RESUME": "must", "TMPDIR": str(tmp_path / "temporary")},
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    record = record_of(process, tmp_path)
+    content = record_of(process, tmp_path)
     (folder,) = (tmp_path / "outputs" / "hf" / "teal").iterdir()
+    (offline,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert offline.name == f"run-{content['config_hash'][:16]}.wandb"
+    assert not list((tmp_path / "temporary").iterdir()) and not (folder / "wandb" / "tmp").exists()
+    assert list((folder / "wandb" / "artifacts" / "staging").iterdir())
     config, history, summary = read_back(folder)
+    machine = config["machine"]
+    assert machine["cpu"] == content["env"]["cpu"] and machine["versions"] == content["env"]["versions"]
+    assert machine["dtype"] == "float32" and machine["threads"] == content["env"]["threads"] and "argv" not in machine
     assert config["method"]["sparsity"] == 0.5 and config["model"]["name"] == "hf"
     assert any(key.startswith("per_site") for row in history for key in row)
-    assert summary["quality/perplexity/sparse"] == pytest.approx(record["quality"]["perplexity"]["sparse"])
-    assert summary["macs/sparse"] == pytest.approx(record["macs"]["sparse"])
-    assert summary["flops/sparse"] == pytest.approx(2 * record["macs"]["sparse"])
-    assert summary["latency/decode/speedup"] == pytest.approx(record["latency"]["decode"]["speedup"])
+    assert summary["quality/perplexity/sparse"] == pytest.approx(content["quality"]["perplexity"]["sparse"])
+    assert summary["macs/sparse"] == pytest.approx(content["macs"]["sparse"])
+    assert summary["flops/sparse"] == pytest.approx(2 * content["macs"]["sparse"])
+    assert summary["latency/decode/speedup"] == pytest.approx(content["latency"]["decode"]["speedup"])
 
 
 def test_disabled_writes_nothing(sparsebench, model_folder, text_file, tmp_path):
@@ -74,16 +90,104 @@ def test_disabled_writes_nothing(sparsebench, model_folder, text_file, tmp_path)
     assert not list(tmp_path.rglob("*wandb*"))
 
 
-def test_unreachable_server_does_not_lose_the_run(sparsebench, model_folder, text_file, tmp_path):
+SECRET = "0123456789" * 4
+
+
+class Fails(http.server.BaseHTTPRequestHandler):
+    """A server that answers 500 to everything."""
+
+    def answer(self):
+        self.send_error(500)
+
+    def __getattr__(self, name):
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Hangs(Fails):
+    """A server that takes every request and never answers."""
+
+    def answer(self):
+        time.sleep(600)
+
+
+@pytest.fixture
+def server(request):
+    """The address of a server on the loopback that behaves as the parameter says; None: nobody listens there."""
+    if request.param is None:
+        yield "http://127.0.0.1:9"
+        return
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), request.param) as listening:
+        listening.daemon_threads, listening.block_on_close = True, False
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+SERVERS = pytest.mark.parametrize("server", [None, Fails, Hangs], indirect=True, ids=["refuses", "fails", "hangs"])
+
+
+@SERVERS
+def test_a_server_that_can_not_be_used_costs_nothing_but_a_little_time(server, tmp_path, monkeypatch):
+    """The figures lie in the folder, for `wandb sync`."""
+    for name, value in {"WANDB_BASE_URL": server, "WANDB_API_KEY": SECRET, "WANDB_MODE": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tracking, "START_SECONDS", 1)
+    settings = {"mode": "online", "project": "p", "entity": None, "group": None, "artifacts": False}
+
+    def body():
+        tracker = tracking.start(settings, "name", tmp_path, {"seed": 1}, "a" * 16, alone=True)
+        tracker.log({"loss": 1.0})
+        tracker.finish(made())
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    kept = [read_back_file(file) for file in tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    assert [summary["quality/perplexity/sparse"] for _, _, summary in kept] == [12.0]
+    assert SECRET.encode() not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+@pytest.mark.slow
+@SERVERS
+def test_a_server_that_can_not_be_used_does_not_lose_the_run(server, sparsebench, model_folder, text_file, tmp_path):
     process = sparsebench(
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL,
         "wandb.mode=online", "measure.latency=false",
-        env={"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": ""},
+        env={"WANDB_BASE_URL": server, "WANDB_API_KEY": SECRET, "WANDB_MODE": ""},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert record_of(process, tmp_path)["status"] == "finished"
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert b"01234567890123456789" not in written
+
+
+def test_a_server_that_hangs_at_the_end_is_left_after_a_while(tmp_path, monkeypatch, caplog):
+    class Stuck:
+        config, summary = {}, {}
+
+        def log(self, row):
+            pass
+
+        def finish(self, exit_code):
+            threading.Event().wait()
+
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    start = time.perf_counter()
+    tracking.WandbTracker(Stuck()).finish({**made(), "env": None})
+    assert time.perf_counter() - start < 30 and "not everything was sent within" in caplog.text
+
+
+def test_temporary_files_go_where_they_are_told(tmp_path):
+    with tracking.temporary_files(tmp_path / "a"):
+        assert tempfile.mkdtemp().startswith(str(tmp_path / "a"))
+    assert not tempfile.mkdtemp(dir=tmp_path).startswith(str(tmp_path / "a"))
 
 
 def test_summary_has_flops_and_no_samples():

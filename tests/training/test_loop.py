@@ -1,14 +1,19 @@
 """The training loop: schedules, resuming bit for bit, divergence, the gradient it takes."""
 
+import errno
 import json
 import math
+import os
 import random
 import shutil
+import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from sparsebench import stopping
 from sparsebench.training import loop
 from sparsebench.training.loop import Diverged, Order, train
 from tests.helpers import EVIL_VALUES, tiny_model, training_settings, variants
@@ -93,6 +98,54 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, rows, killed_after
     history = train(again, rows, training_settings(), folder=tmp_path / "b", seed=0)
     assert history.resumed_at == (killed_after - 1) // 4 * 4  # killed before that step's own checkpoint
     assert torch.equal(weights(reference), weights(again))
+
+
+@pytest.fixture
+def heard():
+    """SIGTERM is heard as in a run; the tests' own handler comes back."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping.told = stopping.Told()
+
+
+@pytest.mark.parametrize("told_at", [3, 7, 12])
+def test_told_to_stop_it_ends_the_step_and_keeps_it(tmp_path, rows, heard, told_at):
+    """Before: SIGTERM ended training with nothing kept but the last periodic checkpoint, 12 being the very end."""
+    reference = trainable()
+    train(reference, rows, training_settings(), folder=tmp_path / "a", seed=0)
+
+    def tell(step):
+        if step + 1 == told_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(stopping.Stopped, match=rf"told to stop by SIGTERM; the checkpoint of step {told_at} of train"):
+        train(trainable(), rows, training_settings(), folder=tmp_path / "b", seed=0, before_step=tell)
+    stopping.told = stopping.Told()
+    again = trainable(seed=7)
+    assert train(again, rows, training_settings(), folder=tmp_path / "b", seed=0).resumed_at == told_at
+    assert torch.equal(weights(reference), weights(again))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint(tmp_path, rows, monkeypatch):
+    """One line says so, the checkpoint before is kept, the half of the new one is gone; with space it goes on."""
+    save = Accelerator.save_state
+
+    def full(self, folder, **options):
+        save(self, folder, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(step):
+        if step == 5:
+            monkeypatch.setattr(Accelerator, "save_state", full)
+
+    with pytest.raises(OSError, match=r"step-8 can't be written, \d+ MB are left on the disk: .*No space left"):
+        train(trainable(), rows, training_settings(), folder=tmp_path, seed=0, before_step=fill)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-4"]
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    assert train(trainable(), rows, training_settings(), folder=tmp_path, seed=0).resumed_at == 4
 
 
 def test_a_half_written_checkpoint_is_not_read(tmp_path, rows):
