@@ -27,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sparsebench import config, ranks, sweep
+from sparsebench.config import completion, early
 from sparsebench.config.arguments import read
 from sparsebench.config.compose import CONFIG_MODULE, Plan, plan, to_dict
 from sparsebench.config.identity import identity_of
@@ -77,16 +78,17 @@ def command() -> int:
     if arguments.info is None:  # which Hydra prints by logging
         set_up_logging()
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")
+    if arguments.shell_completion and arguments.overrides and arguments.overrides[0].startswith("query="):
+        shell = arguments.overrides[0].partition("=")[2]
+        print(completion.completed(shell, lambda: printed(app(job))))
+        return OK
     if arguments.hydra_help or arguments.shell_completion:
         app(job)()
         return OK
     try:
         planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
         if arguments.cfg or arguments.info:
-            printed = io.StringIO()
-            with redirect_stdout(printed):
-                app(job)()
-            sys.stdout.write(printed.getvalue())
+            sys.stdout.write(printed(app(job)))
             return OK
         for configuration in planned.configurations:
             check(configuration)
@@ -97,6 +99,14 @@ def command() -> int:
     codes: list[int] = []
     app(lambda composed: codes.append(task(to_dict(composed))))()
     return max(codes, default=OK)
+
+
+def printed(body: Callable[[], object]) -> str:
+    """What `body` prints to standard output."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        body()
+    return text.getvalue()
 
 
 def complain(line: str) -> None:
@@ -202,9 +212,23 @@ def without_foreign(configuration: dict, overrides: list[str]) -> dict:
 
 
 def check(configuration: dict) -> None:
-    """Raise ConfigError where the configuration can't run. One that has run before is known to be good."""
-    if finished(configuration) is None:
-        config.build_settings(configuration)
+    """Raise ConfigError where the configuration can't run. One that has run before is known to be good.
+
+    Everything that can be known before weights are read is said here, all of it at once.
+    """
+    problems = early.refused_paths(configuration)
+    if not problems and finished(configuration) is None:
+        problems += filter(None, [early.output_problem(configuration["output_dir"])])
+        try:
+            settings = config.build_settings(configuration)
+        except config.ConfigError as error:
+            problems += error.problems
+        else:
+            from sparsebench import tasks
+
+            problems += tasks.load(settings.model.kind).problems(settings)
+    if problems:
+        raise config.ConfigError(problems)
 
 
 def location(configuration: dict) -> tuple[Path, str]:
@@ -226,7 +250,7 @@ def kept(folder: Path, identity: str) -> tuple[dict | None, str | None]:
     if content is not None and problem is None and content["config_hash"] != identity:
         problem = f"it is the record of another run ({content['config_hash'][:10]})"
     if problem is not None:
-        return None, problem if path.exists() else None
+        return None, problem if os.path.lexists(path) else None
     return (content if content["status"] == "finished" else None), None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -69,7 +70,7 @@ def compose_all(
 
 def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = None, name: str = "config") -> Plan:
     """As `compose_all`, with what the command has to know about the overrides. name: the primary YAML of conf/."""
-    if config_dir and not Path(config_dir).is_dir():
+    if config_dir and not os.path.isdir(config_dir):
         raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
     problems: list[str] = []
     GlobalHydra.instance().clear()

@@ -9,10 +9,10 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -120,7 +120,7 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
         return True
     if meta.get("choices") is not None and value not in meta["choices"]:
         return False
-    if meta.get("exists") and not Path(value).exists():
+    if meta.get("exists") and not os.path.exists(value):
         return False
     if meta.get("pattern") is not None and not re.fullmatch(meta["pattern"], str(value)):
         return False

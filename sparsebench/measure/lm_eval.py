@@ -8,6 +8,8 @@ policy sees real lengths.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import logging
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +17,26 @@ from typing import Any
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+
+@functools.cache
+def known_tasks(task_path: str | None) -> Any:
+    """The harness's index of its tasks and those of a folder; making it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_path)
+
+
+def problem(settings: Any) -> str | None:
+    """The line about tasks that the harness does not know, or None. settings: config.settings.Harness."""
+    manager = known_tasks(settings.task_path)
+    unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
+    if not unknown:
+        return None
+    near = [match for name in unknown for match in difflib.get_close_matches(name, manager.all_tasks, n=1)]
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    own = "own tasks: eval.lm_eval.task_path=<folder>"
+    return f"eval.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)}{hint} ({own})"
 
 
 def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[str, dict]:
@@ -26,14 +48,11 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=settings.task_path)
-    unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"eval.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)} (own tasks: eval.lm_eval.task_path=<folder>)"
-        )
+    manager = known_tasks(settings.task_path)
+    line = problem(settings)
+    if line:
+        raise ValueError(line)
 
     class Unpadded(HFLM):
         """Batches of equal lengths."""

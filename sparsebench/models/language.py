@@ -14,7 +14,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded, positions
+from sparsebench.models import Loaded, positions, structure
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
@@ -53,18 +53,26 @@ class CausalLM:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
-        if from_architecture:
-            depth = self.architecture.get("num_hidden_layers")
-            if self.num_layers and depth and self.num_layers > depth:
-                return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
-        elif self.path is None:
-            return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
-        else:
+        if not from_architecture:
+            if self.path is None:
+                return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
             problem = hub.model_problem(self.location, "model.path") or tokenizer_problem(self.location)
+            if problem is None and Path(self.location).is_dir() and not self.trust_remote_code:
+                problem = structure.config_problem(self.location, "model.path")
             if problem:
                 return [problem]
         config = positions.known_config("" if from_architecture else self.location, self.architecture)
-        return positions.problems(self.name, config, lengths_of(settings))
+        if config is None:
+            return []
+        problem = structure.depth_problem(self.name, config, self.num_layers)
+        problem = problem or structure.causal_problem(self.name, config)
+        return [problem] if problem else positions.problems(self.name, config, lengths_of(settings))
+
+    @property
+    def tokens_from(self) -> str:
+        """Folder or Hub id of the tokenizer: random weights without one borrow it, since timing needs ids, not meaning."""
+        borrowed = self.weights == "random" and hub.model_problem(self.location, "") is not None
+        return str(ASSETS / "llama-tiny") if borrowed else self.location
 
     def config(self) -> transformers.PretrainedConfig:
         """The architecture, cut to `num_layers` blocks where asked."""
@@ -74,10 +82,9 @@ class CausalLM:
         else:
             config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
         if self.num_layers:
-            if self.num_layers > config.num_hidden_layers:
-                raise ValueError(
-                    f"model.num_layers must be at most {config.num_hidden_layers} for {self.name}, got {self.num_layers}"
-                )
+            problem = structure.depth_problem(self.name, config, self.num_layers)
+            if problem:
+                raise ValueError(problem)
             config.num_hidden_layers = self.num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: self.num_layers]
@@ -114,9 +121,7 @@ class CausalLM:
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
             location = str(self.trained(config, work, data))
-        tokens_from = location
-        if self.weights == "random" and hub.model_problem(location, "") is not None:
-            tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
+        tokens_from = location if self.weights == "scratch" else self.tokens_from
         tokenizer = self.tokenizer(tokens_from, config, data)
         if self.weights == "random":
             torch.manual_seed(work.seed)
