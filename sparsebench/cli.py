@@ -219,6 +219,9 @@ def check(configuration: dict) -> None:
     problems = early.refused_paths(configuration)
     if not problems and finished(configuration) is None:
         problems += filter(None, [early.output_problem(configuration["output_dir"])])
+        if "torch" not in sys.modules and not problems and not early.plainly_wrong(configuration):
+            names = (configuration[group].get("name") for group in ("model", "dataset", "method"))
+            log.info("loading model %s, data %s, method %s", *names)  # the imports alone take seconds
         try:
             settings = config.build_settings(configuration)
         except config.ConfigError as error:

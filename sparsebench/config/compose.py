@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -44,7 +45,20 @@ def to_dict(config: DictConfig) -> dict[str, Any]:
         config = config.copy()
         config.pop("hydra", None)
         config.pop("experiment", None)
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("name", "") is None:
+        model["name"] = name_of(str(model.get("path") or ""))
+    return plain
+
+
+def name_of(path: str) -> str:
+    """A model's name from its folder, file or Hub id: the last part, of a Hub's cache the repository's, as a name may be."""
+    parts = [part for part in os.path.abspath(path).split(os.sep) if part and path]
+    if "snapshots" in parts[-2:-1] and parts[-3].startswith("models--"):
+        parts = parts[-3].split("--")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "").lstrip("._-")
+    return name.removesuffix(".gguf") or "model"
 
 
 @dataclass(frozen=True)

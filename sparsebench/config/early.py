@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparsebench.config import inputs
+from sparsebench.config import inputs, static
+from sparsebench.config.fields import convert, in_bounds
 
 ABSENT = (
     errno.ENOENT,
@@ -44,6 +45,33 @@ def shortened(value: str) -> str:
 
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def plainly_wrong(configuration: dict[str, Any]) -> bool:
+    """Whether a value is of a wrong type or out of its bounds, as far as the source of the classes tells."""
+    parts = [(configuration, "sparsebench.config.settings.Settings")]
+    parts += [(node, str(node["_target_"])) for node in configuration.values() if is_group(node)]
+    return any(wrong_in(node, target) for node, target in parts)
+
+
+def is_group(node: Any) -> bool:
+    return isinstance(node, dict) and "_target_" in node
+
+
+def wrong_in(node: dict[str, Any], target: str) -> bool:
+    for key, (hint, meta) in static.fields_of(target).items():
+        *sections, leaf = key.split(".")
+        inner: Any = node
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or leaf not in inner:
+            continue
+        try:
+            if not in_bounds(convert(inner[leaf], hint), meta):
+                return True
+        except (ValueError, TypeError):
+            return True
+    return False
 
 
 def output_problem(output_dir: str) -> str | None:

@@ -130,6 +130,14 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
 
 
+def near_choice(value: Any, meta: Mapping[str, Any]) -> str:
+    """` (did you mean ...?)` where a choice is spelt nearly so, else nothing."""
+    choices = [str(choice) for choice in meta.get("choices") or ()]
+    wrong = [each for each in (value if isinstance(value, list) else [value]) if str(each) not in choices]
+    near = [match for each in wrong for match in difflib.get_close_matches(str(each).lower(), choices, n=1)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
 def build(
     node: dict[str, Any],
     key: str,
@@ -178,7 +186,9 @@ def build(
             problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
             continue
         if not in_bounds(values[name], meta):
-            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+            problems.append(
+                f"{full} must be {expected(hint, meta)}{near_choice(values[name], meta)}, got {node[name]!r}"
+            )
     if len(problems) > before:
         return None
     try:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsebench import progress
 from sparsebench.data.text import batches
 from sparsebench.measure import sparsity, uncertainty
 
@@ -135,7 +136,8 @@ def classification_quality(module: nn.Module, split, limit: int | None, batch_si
     """(metrics, counters) of a classifier on a split, with sparsity counted at every sparse module in the same pass."""
     counts, device = ClassCounts(split.classes), next(module.parameters()).device
     with torch.no_grad(), sparsity.counting(module) as counters:
-        for batch in split.batches(limit, batch_size, device):
+        count = len(split) if limit is None else min(limit, len(split))
+        for batch in progress.shown(split.batches(limit, batch_size, device), -(-count // batch_size)):
             if isinstance(batch.inputs, dict):
                 sparsity.set_token_mask(module, batch.inputs["attention_mask"].bool())
             counts.add(logits(module, batch.inputs), batch.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +23,8 @@ from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training
 from sparsebench.training.work import Work
 
-transformers.utils.logging.disable_progress_bar()
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
 
 log = logging.getLogger(__name__)
 ASSETS = Path(str(files("sparsebench") / "assets"))
@@ -55,7 +57,7 @@ class CausalLM:
         from_architecture = self.weights != "pretrained" and self.architecture is not None
         if not from_architecture:
             if self.path is None:
-                return [f"model.path must be a folder or a Hub id for model={self.name}, got null"]
+                return ["model.path must be a folder or a Hub id, got null"]
             problem = hub.model_problem(self.location, "model.path") or tokenizer_problem(self.location)
             if problem is None and Path(self.location).is_dir() and not self.trust_remote_code:
                 problem = structure.config_problem(self.location, "model.path")

@@ -29,6 +29,7 @@ from sparsebench import ranks
 from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
+from sparsebench.progress import shown
 from sparsebench.records import files
 
 log = logging.getLogger(__name__)
@@ -227,7 +228,7 @@ def train(
         return tuple(accelerator.reduce(sums, "mean").tolist())
 
     with dropping(module, settings.dropout):
-        for step in range(start, settings.steps):
+        for step in shown(range(start, settings.steps), settings.steps - start, label):
             if before_step is not None:
                 before_step(step)
             rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0
