@@ -22,7 +22,6 @@ from pathlib import Path
 
 import hydra
 from filelock import FileLock
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -157,7 +156,7 @@ def job(composed) -> float:
     set_up_logging()
     hydra_config = HydraConfig.get()
     os.chdir(hydra_config.runtime.cwd)  # hydra.job.chdir would move what relative paths mean
-    configuration = without_foreign(to_dict(composed), list(hydra_config.overrides.task))
+    configuration = sweep.without_foreign(to_dict(composed), list(hydra_config.overrides.task))
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
@@ -188,27 +187,6 @@ def job(composed) -> float:
     if outcome["status"] == "interrupted":
         raise KeyboardInterrupt
     return sweep.objective(outcome, configuration["sweep"]["budget"])
-
-
-def without_foreign(configuration: dict, overrides: list[str]) -> dict:
-    """A job's configuration without the keys that `many` added and its options don't have; says so.
-
-    Planning has refused keys that no combination knows, so what is taken away here applies elsewhere in the sweep.
-    """
-    added = [override for override in overrides if override.startswith("++")]
-    if not added:
-        return configuration
-    base = to_dict(compose("config", overrides=[o for o in overrides if not o.startswith(("++", "hydra."))]))
-    for override in added:
-        *sections, leaf = override[2:].partition("=")[0].split(".")
-        known, node = base, configuration
-        for section in sections:
-            known, node = (known.get(section) or {}), node[section]
-        if leaf not in known:
-            node.pop(leaf, None)
-            name = base[sections[0]].get("name") if sections and isinstance(base.get(sections[0]), dict) else None
-            log.info("%s=%s has no %s: %s does not apply", sections[0] if sections else "", name, leaf, override[2:])
-    return configuration
 
 
 def check(configuration: dict) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from sparsebench import config, progress, ranks, tasks
+from sparsebench import config, ranks, tasks
 from sparsebench.data.base import Data
 from sparsebench.measure import estimate, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
-from sparsebench.records import machine, state
+from sparsebench.records import machine, progress, state
 from sparsebench.records.record import Record
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsebench.calibration.block_error import BlockError, block_inputs, run_block
 from sparsebench.config import setting
-from sparsebench.progress import shown
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State, read, write
 from sparsebench.sites import Block
 

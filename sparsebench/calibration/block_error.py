@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsebench.data.text import batches
 from sparsebench.kernels.masked_dense import kept
+from sparsebench.records.progress import shown
 from sparsebench.sites import Block
 
 # Roles whose output for a token touches the block's output for that token alone. (Keys and values reach later tokens.)
@@ -55,7 +56,7 @@ def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor,
     hooks = [model.get_submodule(blocks[0].path).register_forward_pre_hook(first, with_kwargs=True)]
     hooks += [model.get_submodule(b.path).register_forward_pre_hook(keep(b.index), with_kwargs=True) for b in blocks]
     try:
-        for batch in batches(sequences, batch_size, model):
+        for batch in shown(batches(sequences, batch_size, model), -(-len(sequences) // batch_size), "a pass over text"):
             model.base_model(input_ids=batch, use_cache=False)
     finally:
         for hook in hooks:

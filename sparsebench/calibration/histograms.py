@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sparsebench.data.text import batches
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site
 
@@ -140,7 +141,9 @@ def observe(
         for path, see in observers.items()
     ]
     try:
-        for batch in batches(sequences, batch_size, module):
+        for batch in shown(
+            batches(sequences, batch_size, module), -(-len(sequences) // batch_size), "a pass over text"
+        ):
             module.base_model(input_ids=batch, use_cache=False)
     finally:
         for hook in hooks:

@@ -42,9 +42,9 @@ def allowed(key: str, before: list[str]) -> list[str]:
         configuration = compose_all(before)[0]
     group, _, rest = key.partition(".")
     node = configuration.get(group)
-    own = isinstance(node, dict) and "_target_" in node
-    fields = static.fields_of(str(node["_target_"]) if own else explain.CLASSES[""])
-    hint, meta = fields.get(rest if own else key, (None, {}))
+    target = str(node["_target_"]) if isinstance(node, dict) and "_target_" in node else None
+    fields = static.fields_of(target or explain.CLASSES[""])
+    hint, meta = fields.get(rest if target else key, (None, {}))
     if hint is bool:
         return ["false", "true"]
     return ["null" if choice is None else str(choice) for choice in meta.get("choices") or ()]

@@ -155,9 +155,10 @@ def assigned(target: str) -> Any:
     module, _, name = target.rpartition(".")
     tree = tree_at(module)
     for node in tree.body if tree else ():
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(t, ast.Name) and t.id == name for t in targets) and getattr(node, "value", None) is not None:
-            return valued(node.value, module)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return valued(node.value, module)
     whole = qualified(name, module)
     if tree and whole != target:
         return assigned(whole)

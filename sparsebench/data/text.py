@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebench import progress
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 
@@ -330,5 +329,5 @@ def batches(sequences: torch.Tensor, batch_size: int, module: nn.Module) -> Iter
     """`sequences` in pieces of `batch_size` rows on the module's device, under no_grad while the caller iterates."""
     device = next(module.parameters()).device
     with torch.no_grad():
-        for start in progress.shown(range(0, len(sequences), batch_size), -(-len(sequences) // batch_size)):
+        for start in range(0, len(sequences), batch_size):
             yield sequences[start : start + batch_size].to(device)

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 
 from sparsebench.config import setting
 from sparsebench.modules.expert_ffn import ExpertFFN
-from sparsebench.progress import shown
+from sparsebench.records.progress import shown
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from sparsebench import progress
+from sparsebench.records import progress
 
 NOISY_SPREAD = 0.25  # (p90 - p10) / median above which a median says little [choice]
 RESAMPLES = 200  # of the rounds, for the spread of a break-even sparsity

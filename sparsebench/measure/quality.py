@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebench import progress
 from sparsebench.data.text import batches
 from sparsebench.measure import sparsity, uncertainty
+from sparsebench.records import progress
 
 ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 
@@ -27,7 +27,7 @@ def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> d
     array [N, T - 1]. Raises FloatingPointError where the NLL is not finite.
     """
     total, count, losses = 0.0, 0, []
-    for batch in batches(sequences, batch_size, module):
+    for batch in progress.shown(batches(sequences, batch_size, module), -(-len(sequences) // batch_size)):
         logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += float(nll.double().sum())

@@ -48,5 +48,5 @@ def causal_problem(name: str, config: Any) -> str | None:
     try:
         find_blocks(module)
     except ValueError as error:
-        return f"model={name}: {error}"
+        return f"model={name}: {str(error).removeprefix('model: ')}"
     return None

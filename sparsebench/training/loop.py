@@ -29,8 +29,8 @@ from sparsebench import ranks
 from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
-from sparsebench.progress import shown
 from sparsebench.records import files
+from sparsebench.records.progress import shown
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.duogpt import pruning
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap, top_k_kept
-from sparsebench.progress import shown
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, find_blocks, weight_of
 

@@ -21,7 +21,7 @@ from sparsebench.methods.rsparse import evolution
 from sparsebench.methods.rsparse.low_rank import cached
 from sparsebench.methods.wina import column_norms
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, InputSparseLinear, replace, swap
-from sparsebench.progress import shown
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site, find_blocks, weight_of
 
