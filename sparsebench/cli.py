@@ -89,8 +89,9 @@ def command() -> int:
         if arguments.cfg or arguments.info:
             sys.stdout.write(printed(app(job)))
             return OK
+        sound = not any(map(early.plainly_wrong, planned.configurations))
         for configuration in planned.configurations:
-            check(configuration)
+            check(configuration, announce=sound)
     except KeyboardInterrupt:
         return INTERRUPTED
     if arguments.multirun:
@@ -189,17 +190,18 @@ def job(composed) -> float:
     return sweep.objective(outcome, configuration["sweep"]["budget"])
 
 
-def check(configuration: dict) -> None:
+def check(configuration: dict, announce: bool = False) -> None:
     """Raise ConfigError where the configuration can't run. One that has run before is known to be good.
 
-    Everything that can be known before weights are read is said here, all of it at once.
+    Everything that can be known before weights are read is said here, all of it at once. announce: say what is loaded,
+    since the imports alone take seconds.
     """
     problems = early.refused_paths(configuration)
     if not problems and finished(configuration) is None:
         problems += filter(None, [early.output_problem(configuration["output_dir"])])
-        if "torch" not in sys.modules and not problems and not early.plainly_wrong(configuration):
+        if announce and "torch" not in sys.modules and not problems:
             names = (configuration[group].get("name") for group in ("model", "dataset", "method"))
-            log.info("loading model %s, data %s, method %s", *names)  # the imports alone take seconds
+            log.info("loading model %s, data %s, method %s", *names)
         try:
             settings = config.build_settings(configuration)
         except config.ConfigError as error:

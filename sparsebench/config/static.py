@@ -7,6 +7,7 @@ code is left out of `fields_of`.
 from __future__ import annotations
 
 import ast
+import functools
 from typing import Any
 
 from sparsebench.config.inputs import module_file, tree_of
@@ -19,6 +20,7 @@ class Untold(ValueError):
     """An expression that means nothing without running code."""
 
 
+@functools.cache
 def fields_of(target: str, prefix: str = "") -> dict[str, Field]:
     """key -> (type, what `setting` says) of the fields of the dataclass at a dotted path and of the dataclasses in it."""
     located = class_statement(target)

@@ -19,17 +19,25 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 
+def known_tasks(settings: Any) -> Any:
+    """The index of a folder's tasks where it holds all that are asked for, else with the harness's own."""
+    own = settings.task_path and index(settings.task_path, False)
+    if own and all(own.match_tasks([name]) for name in settings.tasks):
+        return own
+    return index(settings.task_path, True)
+
+
 @functools.cache
-def known_tasks(task_path: str | None) -> Any:
-    """The harness's index of its tasks and those of a folder; making it reads thousands of files."""
+def index(task_path: str | None, defaults: bool) -> Any:
+    """An index of tasks; that of the harness's own (`defaults`) reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=task_path)
+    return TaskManager(include_path=task_path, include_defaults=defaults)
 
 
 def problem(settings: Any) -> str | None:
     """The line about tasks that the harness does not know, or None. settings: config.settings.Harness."""
-    manager = known_tasks(settings.task_path)
+    manager = known_tasks(settings)
     unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
     if not unknown:
         return None
@@ -49,7 +57,7 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = known_tasks(settings.task_path)
+    manager = known_tasks(settings)
     line = problem(settings)
     if line:
         raise ValueError(line)
