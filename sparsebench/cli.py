@@ -17,7 +17,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import hydra
@@ -64,7 +63,7 @@ def guarded(body: Callable[[], int]) -> int:
         code = FAILED
     except OSError as error:
         complain(f"standard output: {error}")
-        code = FAILED
+        code = FAILED if "torch" in sys.modules else WRONG  # a run was made, or there was only an answer to print
     else:
         return code
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said about it at exit
@@ -79,7 +78,7 @@ def command() -> int:
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")
     if arguments.shell_completion and arguments.overrides and arguments.overrides[0].startswith("query="):
         shell = arguments.overrides[0].partition("=")[2]
-        print(completion.completed(shell, lambda: printed(app(job))))
+        print(completion.completed(shell, app(job)))
         return OK
     if arguments.hydra_help or arguments.shell_completion:
         app(job)()
@@ -87,11 +86,9 @@ def command() -> int:
     try:
         planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
         if arguments.cfg or arguments.info:
-            sys.stdout.write(printed(app(job)))
+            sys.stdout.write(completion.printed(app(job)))
             return OK
-        sound = not any(map(early.plainly_wrong, planned.configurations))
-        for configuration in planned.configurations:
-            check(configuration, announce=sound)
+        check_all(planned.configurations)
     except KeyboardInterrupt:
         return INTERRUPTED
     if arguments.multirun:
@@ -99,14 +96,6 @@ def command() -> int:
     codes: list[int] = []
     app(lambda composed: codes.append(task(to_dict(composed))))()
     return max(codes, default=OK)
-
-
-def printed(body: Callable[[], object]) -> str:
-    """What `body` prints to standard output."""
-    text = io.StringIO()
-    with redirect_stdout(text):
-        body()
-    return text.getvalue()
 
 
 def complain(line: str) -> None:
@@ -188,6 +177,19 @@ def job(composed) -> float:
     if outcome["status"] == "interrupted":
         raise KeyboardInterrupt
     return sweep.objective(outcome, configuration["sweep"]["budget"])
+
+
+def check_all(configurations: list[dict]) -> None:
+    """As `check`, of every run of a sweep; all their problems together."""
+    problems: list[str] = []
+    sound = not any(map(early.plainly_wrong, configurations))
+    for configuration in configurations:
+        try:
+            check(configuration, announce=sound)
+        except config.ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise config.ConfigError(problems)
 
 
 def check(configuration: dict, announce: bool = False) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from hydra.errors import HydraException
@@ -15,11 +16,19 @@ from sparsebench.config.compose import GROUPS, compose_all
 from sparsebench.config.fields import ConfigError
 
 
-def completed(shell: str, hydras: Callable[[], str]) -> str:
-    """The words for the shell's COMP_LINE: those of Hydra (what it would print) and ours, as that shell wants them."""
+def printed(body: Callable[[], object]) -> str:
+    """What `body` prints to standard output."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        body()
+    return text.getvalue()
+
+
+def completed(shell: str, hydras: Callable[[], object]) -> str:
+    """The words for the shell's COMP_LINE: those that `hydras` prints and ours, as that shell wants them."""
     words = os.environ.get("COMP_LINE", "").split(" ")[1:]
     own = values(words[-1], [w for w in words[:-1] if w and not w.startswith("-")]) if words else []
-    return ("\n" if shell == "fish" else " ").join(sorted({*hydras().split(), *own}))
+    return ("\n" if shell == "fish" else " ").join(sorted({*printed(hydras).split(), *own}))
 
 
 def values(word: str, before: list[str]) -> list[str]:

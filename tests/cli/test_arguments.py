@@ -104,7 +104,7 @@ def test_full_and_closed_standard_output(tmp_path):
         process = subprocess.run(
             [COMMAND, "--cfg", "job"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
         )
-    assert process.returncode == 1 and process.stderr == "error: standard output: [Errno 28] No space left on device\n"
+    assert process.returncode == 2 and process.stderr == "error: standard output: [Errno 28] No space left on device\n"
     process = subprocess.run(
         ["sh", "-c", f"{COMMAND} --cfg job >&-"], stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
     )

@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jsonschema
@@ -20,6 +20,12 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 def arguments(model_folder, text_file, *more):
     return ("model=hf", f"model.path={model_folder}", f"dataset.path={text_file}", *QUICK_RUN, *more)
+
+
+def processor_seconds() -> float:
+    """Of all processes that ended so far: what a busy machine does not stretch."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def kill_at_work(process):
@@ -44,11 +50,10 @@ def test_all_problems_at_once(sparsebench):
 def test_answers_at_once(given, sparsebench):
     if given == ["--version"]:
         given = ["--info", "defaults"]
-    start = time.perf_counter()
+    start = processor_seconds()
     environment = {"COMP_LINE": "sparsebench method=", "COMP_POINT": "19"}
     process = sparsebench(*given, env=environment)
-    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # other tests have the processor, too
-    assert time.perf_counter() - start < 1.0 * max(3.0, busy * 2)
+    assert processor_seconds() - start < 2.0  # torch alone takes more
     assert process.returncode == 0, process.stderr
 
 
@@ -91,10 +96,9 @@ def finished(tmp_path_factory, model_folder, text_file):
 
 def test_the_second_answer_comes_from_the_record(finished):
     folder, given, actual = finished
-    start = time.perf_counter()
+    start = processor_seconds()
     process = subprocess.run([COMMAND, *given], cwd=folder, capture_output=True, text=True)
-    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    assert time.perf_counter() - start < 3.0 * busy
+    assert processor_seconds() - start < 2.5
     assert process.returncode == 0 and "finished before" in process.stderr
     assert record_of(process, folder) == actual
 

@@ -27,5 +27,5 @@ def test_values_behind_the_equals_sign(line, expected):
 
 def test_words_of_hydra_and_of_the_shell(monkeypatch):
     monkeypatch.setenv("COMP_LINE", "sparsebench wandb.mode=on")
-    assert completion.completed("bash", lambda: "wandb.mode=offline\n") == "wandb.mode=offline wandb.mode=online"
-    assert completion.completed("fish", lambda: "a\nb") == "a\nb\nwandb.mode=online"
+    assert completion.completed("bash", lambda: print("wandb.mode=offline")) == "wandb.mode=offline wandb.mode=online"
+    assert completion.completed("fish", lambda: print("a\nb")) == "a\nb\nwandb.mode=online"
