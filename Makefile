@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow mutants lint hooks docs docs-serve wheel bench-cpu bench-gpu train-llama-tiny clean
+.PHONY: help run test test-slow test-oldest mutants lint hooks docs docs-serve wheel bench-cpu bench-gpu train-llama-tiny clean
 
 help:  ## list the targets
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -41,6 +41,12 @@ test: $(VENV)/.test  ## install the extras test and docs and run the default tes
 
 test-slow: $(VENV)/.test  ## the tests that take minutes (wheel in an environment of its own, kill and resume)
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+test-oldest:  ## the default test suite with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt -e '.[test,docs]'
+	.venv-oldest/bin/python -m pytest -n 2 $(ARGS)
 
 mutants: $(VENV)/.test  ## break one line at a time in a copy and see the named test fail (ARGS='--only lte --jobs 1')
 	$(BIN)/python scripts/mutants.py $(ARGS)

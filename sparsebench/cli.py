@@ -18,16 +18,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from filelock import FileLock
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sparsebench import cache, config, ranks, stopping, sweep
+from sparsebench.config import completion, early
 from sparsebench.config.arguments import read
 from sparsebench.config.compose import CONFIG_MODULE, Plan, plan, to_dict
 from sparsebench.config.identity import identity_of
@@ -71,7 +71,7 @@ def guarded(body: Callable[[], int]) -> int:
         code = FAILED
     except OSError as error:
         complain(f"standard output: {error}")
-        code = FAILED
+        code = FAILED if "torch" in sys.modules else WRONG  # a run was made, or there was only an answer to print
     else:
         return code
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said about it at exit
@@ -86,18 +86,18 @@ def command() -> int:
     if arguments.info is None:  # which Hydra prints by logging
         set_up_logging()
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config")
+    if arguments.shell_completion and arguments.overrides and arguments.overrides[0].startswith("query="):
+        shell = arguments.overrides[0].partition("=")[2]
+        print(completion.completed(shell, app(job)))
+        return OK
     if arguments.hydra_help or arguments.shell_completion:
         app(job)()
         return OK
     planned = plan(arguments.overrides, arguments.multirun, arguments.config_dir)
     if arguments.cfg or arguments.info:
-        printed = io.StringIO()
-        with redirect_stdout(printed):
-            app(job)()
-        sys.stdout.write(printed.getvalue())
+        sys.stdout.write(completion.printed(app(job)))
         return OK
-    for configuration in planned.configurations:
-        check(configuration)
+    check_all(planned.configurations)
     if arguments.multirun:
         return many(app, planned, arguments.overrides)
     codes: list[int] = []
@@ -157,7 +157,7 @@ def job(composed) -> float:
     set_up_logging()
     hydra_config = HydraConfig.get()
     os.chdir(hydra_config.runtime.cwd)  # hydra.job.chdir would move what relative paths mean
-    configuration = without_foreign(to_dict(composed), list(hydra_config.overrides.task))
+    configuration = sweep.without_foreign(to_dict(composed), list(hydra_config.overrides.task))
     assert hydra_config.mode == RunMode.MULTIRUN
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the command line, secrets and all
@@ -195,31 +195,41 @@ def one_of_many(configuration: dict, folder: Path, number: int, given: list[str]
     return sweep.objective(outcome, configuration["sweep"]["budget"])
 
 
-def without_foreign(configuration: dict, overrides: list[str]) -> dict:
-    """A job's configuration without the keys that `many` added and its options don't have; says so.
+def check_all(configurations: list[dict]) -> None:
+    """As `check`, of every run of a sweep; all their problems together."""
+    problems: list[str] = []
+    sound = not any(map(early.plainly_wrong, configurations))
+    for configuration in configurations:
+        try:
+            check(configuration, announce=sound)
+        except config.ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise config.ConfigError(problems)
 
-    Planning has refused keys that no combination knows, so what is taken away here applies elsewhere in the sweep.
+
+def check(configuration: dict, announce: bool = False) -> None:
+    """Raise ConfigError where the configuration can't run. One that has run before is known to be good.
+
+    Everything that can be known before weights are read is said here, all of it at once. announce: say what is loaded,
+    since the imports alone take seconds.
     """
-    added = [override for override in overrides if override.startswith("++")]
-    if not added:
-        return configuration
-    base = to_dict(compose("config", overrides=[o for o in overrides if not o.startswith(("++", "hydra."))]))
-    for override in added:
-        *sections, leaf = override[2:].partition("=")[0].split(".")
-        known, node = base, configuration
-        for section in sections:
-            known, node = (known.get(section) or {}), node[section]
-        if leaf not in known:
-            node.pop(leaf, None)
-            name = base[sections[0]].get("name") if sections and isinstance(base.get(sections[0]), dict) else None
-            log.info("%s=%s has no %s: %s does not apply", sections[0] if sections else "", name, leaf, override[2:])
-    return configuration
+    problems = early.refused_paths(configuration)
+    if not problems and finished(configuration) is None:
+        problems += filter(None, [early.output_problem(configuration["output_dir"])])
+        if announce and "torch" not in sys.modules and not problems:
+            names = (configuration[group].get("name") for group in ("model", "dataset", "method"))
+            log.info("loading model %s, data %s, method %s", *names)
+        try:
+            settings = config.build_settings(configuration)
+        except config.ConfigError as error:
+            problems += error.problems
+        else:
+            from sparsebench import tasks
 
-
-def check(configuration: dict) -> None:
-    """Raise ConfigError where the configuration can't run. One that has run before is known to be good."""
-    if finished(configuration) is None:
-        config.build_settings(configuration)
+            problems += tasks.load(settings.model.kind).problems(settings)
+    if problems:
+        raise config.ConfigError(problems)
 
 
 def location(configuration: dict) -> tuple[Path, str]:
@@ -241,7 +251,7 @@ def kept(folder: Path, identity: str) -> tuple[dict | None, str | None]:
     if content is not None and problem is None and content["config_hash"] != identity:
         problem = f"it is the record of another run ({content['config_hash'][:10]})"
     if problem is not None:
-        return None, problem if path.exists() else None
+        return None, problem if os.path.lexists(path) else None
     return (content if content["status"] == "finished" else None), None
 
 

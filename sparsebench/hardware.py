@@ -17,6 +17,7 @@ from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
 ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/engines
+OPTIONS = "hardware=auto, hardware=cpu"  # targets that every machine has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,12 +59,17 @@ class Hardware:
                     "hardware.estimate=true needs a run with measure.latency=true: it starts from measured times"
                 )
         elif self.device == "cuda" and not gpus:
+            overridden = self.name in ("auto", "cpu")  # options that fit every machine: the device was given by itself
+            given = "hardware.device=cuda" if overridden else f"hardware={self.name}"
+            here = f"hardware.estimate=true, {OPTIONS}" if self.peak_tflops and not overridden else OPTIONS
             hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-            why = "no NVIDIA GPU found" if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r} leaves no GPU"
-            problems.append(f"hardware.device must be a device of this machine (auto, cpu), got 'cuda': {why}")
+            why = "this machine has none that torch can use"
+            why = why if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r} leaves none"
+            problems.append(f"{given} needs an NVIDIA GPU, {why}; here: {here}")
         elif self.requires and not any(self.requires in gpu for gpu in gpus):
             problems.append(
-                f"hardware={self.name} needs a device named {self.requires!r}, found {', '.join(gpus) or 'none'}"
+                f"hardware={self.name} needs a device named {self.requires!r}, this machine has "
+                f"{', '.join(gpus) or 'no GPU'}; here: {'hardware=cuda, ' if gpus else ''}{OPTIONS}"
             )
         if self.kernel != "auto":
             device = kernels.device_of(self.kernel)

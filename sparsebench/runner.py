@@ -8,7 +8,6 @@ config -> model + dataset -> dense = task.assess -> method.fit (train or calibra
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -23,10 +22,8 @@ from sparsebench.data.base import Data
 from sparsebench.measure import estimate, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
-from sparsebench.records import machine, state
+from sparsebench.records import machine, progress, state
 from sparsebench.records.record import Record
-
-log = logging.getLogger(__name__)
 
 
 def run(configuration: dict[str, Any], record: Record, folder: Path, track: Callable[[dict[str, Any]], None]) -> Record:
@@ -43,17 +40,19 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     record.env = machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
     work = Work(settings.seed, hardware, Path(settings.output_dir), folder, task.batch_size(settings.eval), track)
 
+    progress.begin(f"loading data {settings.dataset.name}")
     data: Data = settings.dataset.load(settings.seed)
     data.check_disjoint()
+    progress.begin(f"loading model {settings.model.name}")
     loaded: Loaded = settings.model.load(work, data)
     record.model = loaded.info
 
-    log.info("dense model: evaluating")
+    progress.begin("dense model: evaluating")
     dense = task.assess(loaded, loaded.module, data, settings)
     untouched = copy.deepcopy(loaded.module) if settings.measure.latency or task.keeps_dense else None
 
     inputs, expected = neutral.probe(loaded.module, data)
-    log.info("%s: fitting", method.name)
+    progress.begin(f"{method.name}: fitting")
     peak_before = memory.restart_peak(hardware.torch_device)
     fitted, record.fit = fit(method, loaded, data, work, settings, configuration)
     record.fit |= {"peak_bytes": memory.peak_bytes(hardware.torch_device), "model_bytes": dense.weight_bytes}
@@ -63,7 +62,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     module = method.apply(loaded.module, fitted, work)
     record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
 
-    log.info("sparse model: evaluating")
+    progress.begin("sparse model: evaluating")
     sparse = task.assess(loaded, module, data, settings)
     compared = task.compare(dense, sparse, data, settings)
     record.quality, record.sparsity, record.macs, record.bytes = (
@@ -74,7 +73,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     record.memory = {"weight_bytes": sparse.weight_bytes, "dense_weight_bytes": dense.weight_bytes}
 
     if settings.measure.latency:
-        log.info("timing dense against sparse")
+        progress.begin("timing dense against sparse")
         peak_before = max(peak_before, memory.restart_peak(hardware.torch_device))
         timing = task.time(untouched, module, data, settings)
         record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)

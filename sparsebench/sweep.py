@@ -8,6 +8,7 @@ is resumed by giving its command again, since finished runs answer from their re
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -20,13 +21,16 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
+from hydra import compose
 from rich.console import Console
 from rich.table import Table
 
 from sparsebench import stopping
+from sparsebench.config.compose import to_dict
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records import files, terminal
 
+log = logging.getLogger("sparsebench")
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
 HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "ms [p10, p90]", "speed-up", "seconds")
 MAIN = "SPARSEBENCH_SWEEP"  # environment: the process of the sweep itself, for its workers
@@ -47,6 +51,27 @@ def matters(override: str) -> bool:
     """Whether an override says what is computed, not where to or through which launcher."""
     key = override.lstrip("+~").partition("=")[0].split(".")[0].split("/")[0]
     return key != "hydra" and key not in NOT_IDENTITY
+
+
+def without_foreign(configuration: dict, overrides: list[str]) -> dict:
+    """A job's configuration without the keys that `many` added and its options don't have; says so.
+
+    Planning has refused keys that no combination knows, so what is taken away here applies elsewhere in the sweep.
+    """
+    added = [override for override in overrides if override.startswith("++")]
+    if not added:
+        return configuration
+    base = to_dict(compose("config", overrides=[o for o in overrides if not o.startswith(("++", "hydra."))]))
+    for override in added:
+        *sections, leaf = override[2:].partition("=")[0].split(".")
+        known, node = base, configuration
+        for section in sections:
+            known, node = (known.get(section) or {}), node[section]
+        if leaf not in known:
+            node.pop(leaf, None)
+            name = base[sections[0]].get("name") if sections and isinstance(base.get(sections[0]), dict) else None
+            log.info("%s=%s has no %s: %s does not apply", sections[0] if sections else "", name, leaf, override[2:])
+    return configuration
 
 
 def new_folder(output_dir: str, overrides: list[str]) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import os
 import shutil
 import socket
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from sparsebench import cache
 from sparsebench.kernels import cuda_gather
@@ -38,27 +41,47 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU."""
+def emulated():
+    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU.
+
+    A library lies in the tests' cache under the digest of everything it is made of: other processes and later sessions
+    take it from there.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to build the CUDA kernels for the CPU")
-    folder, built = tmp_path_factory.mktemp("cuda"), {}
+    folder = Path(os.environ["SPARSEBENCH_CACHE"], "cuda-on-cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).with_name("kernels") / "cuda_on_cpu.cpp"
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    made_of = [version, *(Path(p).read_bytes() for p in (source, source.with_suffix(".h"), cuda_gather.SOURCE))]
 
-    def build(**defines):
-        key = tuple(sorted(defines.items()))
-        if key not in built:
-            target = folder / f"{len(built)}.so"
-            source = Path(__file__).with_name("kernels") / "cuda_on_cpu.cpp"
-            flags = [f"-D{k}={v}" for k, v in defines.items()] + [f'-DDECODE_CU="{cuda_gather.SOURCE}"']
-            subprocess.run(
-                [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *flags, source, "-o", target],
-                check=True,
-            )
-            built[key] = ctypes.CDLL(str(target))
-        return built[key]
+    @functools.cache
+    def library(flags: tuple[str, ...]) -> ctypes.CDLL:
+        content = hashlib.sha256(b"\0".join([*made_of, *(flag.encode() for flag in flags)])).hexdigest()
+        target = folder / f"{content}.so"
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                partial = target.with_suffix(".partial")
+                path = f'-DDECODE_CU="{cuda_gather.SOURCE}"'
+                command = [
+                    compiler,
+                    "-std=c++20",
+                    "-O1",
+                    "-shared",
+                    "-fPIC",
+                    "-pthread",
+                    *flags,
+                    path,
+                    source,
+                    "-o",
+                    partial,
+                ]
+                subprocess.run(command, check=True)
+                partial.rename(target)
+        return ctypes.CDLL(str(target))
 
-    return build
+    return lambda **defines: library(tuple(f"-D{k}={v}" for k, v in sorted(defines.items())))
 
 
 @pytest.fixture(scope="session", autouse=True)

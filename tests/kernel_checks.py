@@ -17,6 +17,8 @@ RANDOM = random.Random(0)
 KERNEL_SHAPES = [(1, 1, 1), (33, 8, 2), (4096, 17, 1)] + [
     (RANDOM.randrange(1, 700), RANDOM.randrange(1, 700), RANDOM.randrange(1, 9)) for _ in range(50)
 ]
+# just past one tile of each kernel in one direction at a time (128 outputs, 512 inputs, 8 rows), none of which divides them
+TILED = [(1, 1, 1), (133, 29, 1), (9, 523, 2), (37, 30, 8)]
 
 
 def inputs(m, n, rows, dtype):

@@ -18,6 +18,7 @@ from torch import nn
 
 from sparsebench.calibration.block_error import BlockError, block_inputs, run_block
 from sparsebench.config import setting
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State, read, write
 from sparsebench.sites import Block
 
@@ -91,7 +92,7 @@ def greedy(
         hidden, arguments = block_inputs(model, blocks, sequences, batch_size)
         tokens = hidden[0].shape[1] - int(hidden[0].shape[1] * (1 - settings.error_tokens))
         tables = []
-        for block in blocks:
+        for block in shown(blocks, len(blocks), "greedy search by block"):
             module, layer, named = model.get_submodule(block.path), block.index, arguments[block.index]
             outputs = [run_block(module, h, named) for h in hidden]
             by_role = {r: scales[layer, r] for r in block.sites if (layer, r) in (scales or {})}

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsebench.data.text import batches
 from sparsebench.kernels.masked_dense import kept
+from sparsebench.records.progress import shown
 from sparsebench.sites import Block
 
 # Roles whose output for a token touches the block's output for that token alone. (Keys and values reach later tokens.)
@@ -53,7 +54,7 @@ def block_inputs(model: nn.Module, blocks: list[Block], sequences: torch.Tensor,
     with ExitStack() as hooks:
         for block, hook in hooked:
             hooks.enter_context(model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
-        for batch in batches(sequences, batch_size, model):
+        for batch in shown(batches(sequences, batch_size, model), -(-len(sequences) // batch_size), "a pass over text"):
             model.base_model(input_ids=batch, use_cache=False)
     return hidden, arguments
 

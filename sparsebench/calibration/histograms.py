@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsebench.data.text import batches
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site
 
@@ -141,5 +142,7 @@ def observe(
             hooks.enter_context(
                 module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
             )
-        for batch in batches(sequences, batch_size, module):
+        for batch in shown(
+            batches(sequences, batch_size, module), -(-len(sequences) // batch_size), "a pass over text"
+        ):
             module.base_model(input_ids=batch, use_cache=False)

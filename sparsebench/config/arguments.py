@@ -1,7 +1,6 @@
 """The options of the commands beside overrides: --help, --version, --explain, and what is wrong with them in one line.
 
-No torch: each of these answers at once. Only `--explain` of a group's key reads the class that checks it, for its
-allowed values, and not before the rest is printed.
+No torch: each of these answers at once.
 """
 
 from __future__ import annotations

@@ -6,8 +6,12 @@ or to say what else is wrong (config.py).
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import itertools
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -48,7 +53,20 @@ def to_dict(config: DictConfig) -> dict[str, Any]:
         config = config.copy()
         for key in ("hydra", "experiment", "claim"):
             config.pop(key, None)
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("name", "") is None:
+        model["name"] = name_of(str(model.get("path") or ""))
+    return plain
+
+
+def name_of(path: str) -> str:
+    """A model's name from its folder, file or Hub id: the last part, of a Hub's cache the repository's, as a name may be."""
+    parts = [part for part in os.path.abspath(path).split(os.sep) if part and path]
+    if "snapshots" in parts[-2:-1] and parts[-3].startswith("models--"):
+        parts = parts[-3].split("--")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "").lstrip("._-")
+    return name.removesuffix(".gguf") or "model"
 
 
 @dataclass(frozen=True)
@@ -74,9 +92,10 @@ def compose_all(
 
 def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = None, name: str = "config") -> Plan:
     """As `compose_all`, with what the command has to know about the overrides. name: the primary YAML of conf/."""
-    if config_dir and not Path(config_dir).is_dir():
+    if config_dir and not os.path.isdir(config_dir):
         raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
     problems: list[str] = []
+    composed.cache_clear()
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         if config_dir:
@@ -121,10 +140,24 @@ def combinations(
     """
     groups = [i for i, override in enumerate(parsed) if is_group(override)]
     absent = dict(zip(itertools.product(*(choices[i] for i in groups)), unknown, strict=True))
+    parser = OverridesParser.create()
     for combination in itertools.product(*choices):
         dropped = absent[tuple(combination[i] for i in groups)]
-        used = [c for o, c in zip(parsed, combination, strict=True) if o.input_line not in dropped]
-        yield to_dict(compose(name, overrides=used))
+        used = [(o, c) for o, c in zip(parsed, combination, strict=True) if o.input_line not in dropped]
+        config = copy.deepcopy(composed(name, tuple(c for o, c in used if is_group(o) or is_hydras(o))))
+        values = parser.parse_overrides([c for o, c in used if not is_group(o) and not is_hydras(o)])
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)  # as Hydra's own composition ends
+        yield to_dict(config)
+
+
+@functools.lru_cache(maxsize=64)
+def composed(name: str, groups: tuple[str, ...]) -> DictConfig:
+    """The configuration of some options, before any value is overridden; `plan` forgets them when it begins."""
+    return compose(name, overrides=list(groups))
+
+
+def is_hydras(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def parse(overrides: list[str], problems: list[str]) -> list[Override]:
@@ -249,13 +282,13 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
 def unknown_keys(groups: list[str], values: list[Override], name: str = "config") -> dict[str, str]:
     """override -> the line about its key, for keys that the configuration chosen by `groups` does not have."""
     try:
-        config = to_dict(compose(name, overrides=groups))
+        config = to_dict(composed(name, tuple(groups)))
     except (HydraException, OmegaConfBaseException) as error:
         return {"": " ".join(str(error).split())}
     problems = {}
     for override in values:
         key = override.key_or_group
-        if override.is_add() or override.is_delete() or key.split(".")[0].split("/")[0] == "hydra":
+        if override.is_add() or override.is_delete() or is_hydras(override):
             continue
         node: Any = config
         parts = key.split(".")

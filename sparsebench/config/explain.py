@@ -1,22 +1,21 @@
 """What every key of the configuration means, read from the comments of the YAML files: one `Entry` per key and option.
 
 Options of one class share the meaning of their keys: it stands in the file that comments most of them. What another
-file says behind a key is a note on its own value. Keys of training blocks come from conf/train/. Nothing here imports
-torch, except for what is allowed: bounds stand in the classes, which are imported only when asked for.
+file says behind a key is a note on its own value. Keys of training blocks come from conf/train/. What is allowed is read
+from the source of the classes. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sparsebench.config import static
 from sparsebench.config.fields import expected
 
 if TYPE_CHECKING:
@@ -28,6 +27,9 @@ CLASSES = {  # of files that name none by `_target_`
     "bench": "sparsebench.bench.Bench",
     "train": "sparsebench.training.loop.Training",
 }
+LOADER: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # libyaml, where PyYAML was built with it, is ten times faster
 NOT_KEYS = ("defaults", "hydra", "_target_")  # Hydra's own
 NAME = "the option's name in records, tables and the run's folder"  # of every group
 
@@ -74,7 +76,7 @@ def conf() -> Traversable:
 
 def lines_of(text: str) -> list[Line]:
     """Every key of a YAML document in order, nested ones dotted, with the comment that stands behind it on its line."""
-    rows = text.splitlines()
+    rows, values = text.splitlines(), yaml.SafeLoader("")
 
     def walk(node: yaml.Node | None, prefix: str) -> Iterator[Line]:
         for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -82,11 +84,11 @@ def lines_of(text: str) -> list[Line]:
                 continue
             mark = value.end_mark if value.end_mark.line == name.end_mark.line else name.end_mark
             comment = rows[mark.line][mark.column :].partition("#")[2].strip()
-            yield Line(prefix + name.value, yaml.safe_load(yaml.serialize(value)), comment)
+            yield Line(prefix + name.value, values.construct_object(value, deep=True), comment)
             if not (isinstance(value, yaml.MappingNode) and value.flow_style):
                 yield from walk(value, f"{prefix}{name.value}.")
 
-    return list(walk(yaml.compose(text), ""))
+    return list(walk(yaml.compose(text, LOADER), ""))
 
 
 def options(group: str) -> list[Option]:
@@ -104,7 +106,7 @@ def options(group: str) -> list[Option]:
 
 def option(group: str, name: str, text: str) -> Option:
     """What one YAML file says."""
-    content = yaml.safe_load(text)
+    content = yaml.load(text, LOADER)
     about = first_comment(text)
     blocks = {
         str(key).partition("@")[2]: str(value)
@@ -130,7 +132,7 @@ def first_comment(text: str) -> str:
 def entries(allowed: bool = False) -> list[Entry]:
     """Every key of config.yaml, of bench.yaml and of every option of every group but `experiment`.
 
-    allowed: also say what each key accepts, which imports the classes (and torch).
+    allowed: also say what each key accepts, which reads the source of their classes.
     """
     training = {o.name: o for o in options("train")}
     listed: list[Entry] = []
@@ -150,7 +152,7 @@ def canonical(same: list[Option]) -> Option:
 
 def of_class(same: list[Option], training: dict[str, Option], allowed: bool) -> list[Entry]:
     """The entries of all options of one class."""
-    words = bounds(class_of(same[0].target)) if allowed else {}
+    words = bounds(same[0].target) if allowed else {}
     meanings = {line.key: line.comment for line in canonical(same).lines}
     listed = []
     for each in same:
@@ -181,25 +183,10 @@ def parent(key: str, comments: dict[str, str]) -> str:
     return comments.get(key.rpartition(".")[0], "")
 
 
-def class_of(target: str) -> type:
-    """The class at a dotted path."""
-    module, _, name = target.rpartition(".")
-    cls: type = getattr(importlib.import_module(module), name)
-    return cls
-
-
-def bounds(cls: type, prefix: str = "") -> dict[str, str]:
-    """key -> what it accepts, in words, for the fields of a dataclass and of the dataclasses in it."""
-    limits: dict[str, str] = {}
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        nested = [h for h in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
-        if nested and isinstance(nested[0], type):
-            limits |= bounds(nested[0], f"{prefix}{field.name}.")
-        elif field.init and hint is not Any:
-            limits[prefix + field.name] = expected(hint, dict(field.metadata))
-    return limits
+def bounds(target: str) -> dict[str, str]:
+    """key -> what it accepts, in words, for the fields of the dataclass at a dotted path and of the dataclasses in it."""
+    words = {key: expected(hint, meta) for key, (hint, meta) in static.fields_of(target).items()}
+    return {key: text for key, text in words.items() if text != "a value"}
 
 
 def find(key: str, allowed: bool = True) -> list[Entry]:
@@ -216,17 +203,31 @@ def chosen(primary: str) -> dict[str, str]:
 
 def matching(query: str) -> list[Entry]:
     """The entries that a user means by `query`: a whole key, a leaf or the end of one, or an option (`method=teal`)."""
-    known = entries()
-    if "=" in query:
-        group, _, name = query.partition("=")
+    group, given, name = query.partition("=")
+    if given:
+        known = entries() if group in GROUPS else of_experiments() if group == "experiment" else []
         return [e for e in known if (e.group, e.option) == (group, name)]
+    known = entries()
     return [e for e in known if e.key == query] or [e for e in known if e.key.endswith(f".{query}")]
+
+
+def of_experiments() -> list[Entry]:
+    """What every experiment sets, each key with the comment that stands behind it."""
+    return [
+        Entry(line.key, line.value, line.comment, "", "experiment", option.name)
+        for option in options("experiment")
+        for line in option.lines
+    ]
 
 
 def nearest(query: str) -> str | None:
     """The key or option nearest to one that does not exist."""
-    known = entries()
-    names = {f"{e.group}={e.option}" for e in known if e.option} if "=" in query else {e.key for e in known}
+    if "=" in query:
+        group = query.partition("=")[0]
+        near = difflib.get_close_matches(group, (*GROUPS, "experiment"), n=1)
+        names = {f"{near[0]}={o.name}" for o in options(near[0])} if near else set()
+    else:
+        names = {e.key for e in entries()}
     leaves = {} if "=" in query else {key.rpartition(".")[2]: key for key in sorted(names, reverse=True)}
     near = difflib.get_close_matches(query, sorted(names), n=1)
     near = near or [leaves[leaf] for leaf in difflib.get_close_matches(query, sorted(leaves), n=1)]
@@ -234,7 +235,7 @@ def nearest(query: str) -> str | None:
 
 
 def allowed(entry: Entry) -> str:
-    """What a key accepts, in words. Imports the class that checks it, and torch with most."""
+    """What a key accepts, in words."""
     name = entry.key.removeprefix(f"{entry.group}.") if entry.group in GROUPS else entry.key
     target = CLASSES.get(entry.group) or next(o.target for o in options(entry.group) if o.name == entry.option)
-    return bounds(class_of(target)).get(name, "")
+    return bounds(target).get(name, "")

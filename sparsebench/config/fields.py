@@ -9,12 +9,12 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field
 from inspect import signature
-from pathlib import Path
 from types import FunctionType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -122,7 +122,7 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
         return True
     if meta.get("choices") is not None and value not in meta["choices"]:
         return False
-    if meta.get("exists") and not Path(value).exists():
+    if meta.get("exists") and not os.path.exists(value):
         return False
     if meta.get("pattern") is not None and not re.fullmatch(meta["pattern"], str(value)):
         return False
@@ -130,6 +130,14 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
         "ge": lambda a, b: a >= b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b, "lt": lambda a, b: a < b,
     }  # fmt: skip
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
+
+
+def near_choice(value: Any, meta: Mapping[str, Any]) -> str:
+    """` (did you mean ...?)` where a choice is spelt nearly so, else nothing."""
+    choices = [str(choice) for choice in meta.get("choices") or ()]
+    wrong = [each for each in (value if isinstance(value, list) else [value]) if str(each) not in choices]
+    near = [match for each in wrong for match in difflib.get_close_matches(str(each).lower(), choices, n=1)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def build(
@@ -181,7 +189,9 @@ def build(
             problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
             continue
         if not in_bounds(values[name], meta):
-            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
+            problems.append(
+                f"{full} must be {expected(hint, meta)}{near_choice(values[name], meta)}, got {node[name]!r}"
+            )
     if len(problems) > before:
         return None
     try:

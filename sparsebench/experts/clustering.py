@@ -17,6 +17,7 @@ from sklearn.cluster import KMeans
 
 from sparsebench.config import setting
 from sparsebench.modules.expert_ffn import ExpertFFN
+from sparsebench.records.progress import shown
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,7 @@ def order_of(label: torch.Tensor) -> torch.Tensor:
 def group(expert_ffns: list[ExpertFFN], grouping: Grouping, seed: int, track: Callable[[dict], None]) -> dict:
     """Cluster and reorder every module's neurons; the orders by site (`order.<site>`)."""
     orders = {}
-    for i, ffn in enumerate(expert_ffns):
+    for i, ffn in enumerate(shown(expert_ffns, len(expert_ffns), "clustering neurons by block")):
         orders[f"order.{ffn.site}"] = order = order_of(labels(ffn.first, ffn.num_experts, grouping, seed + i))
         ffn.reorder(order)
         track({"fit/clustered": i + 1, "fit/to_cluster": len(expert_ffns)})

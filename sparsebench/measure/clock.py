@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sparsebench.records import progress
+
 NOISY_SPREAD = 0.25  # (p90 - p10) / median above which a median says little [choice]
 RESAMPLES = 200  # of the rounds, for the spread of a break-even sparsity
 
@@ -67,7 +69,7 @@ def interleaved(contenders: list[Contender], warmup: int, samples: int, device: 
             contender.reset()
             timed(lambda c=contender, i=i: c.call(i), device)
     warmup_seconds = time.perf_counter() - start
-    for number in range(samples):
+    for number in progress.shown(range(samples), samples):
         turns = [(number + place) % len(contenders) for place in range(len(contenders))]
         for turn in turns[:: -1 if number % 2 else 1]:
             samples_ms[turn].append(sample(contenders[turn], warmup, number, device))

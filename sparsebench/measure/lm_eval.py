@@ -8,6 +8,8 @@ policy sees real lengths.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import logging
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +17,34 @@ from typing import Any
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+
+def known_tasks(settings: Any) -> Any:
+    """The index of a folder's tasks where it holds all that are asked for, else with the harness's own."""
+    own = settings.task_path and index(settings.task_path, False)
+    if own and all(own.match_tasks([name]) for name in settings.tasks):
+        return own
+    return index(settings.task_path, True)
+
+
+@functools.cache
+def index(task_path: str | None, defaults: bool) -> Any:
+    """An index of tasks; that of the harness's own (`defaults`) reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_path, include_defaults=defaults)
+
+
+def problem(settings: Any) -> str | None:
+    """The line about tasks that the harness does not know, or None. settings: config.settings.Harness."""
+    manager = known_tasks(settings)
+    unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
+    if not unknown:
+        return None
+    near = [match for name in unknown for match in difflib.get_close_matches(name, manager.all_tasks, n=1)]
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    own = "own tasks: eval.lm_eval.task_path=<folder>"
+    return f"eval.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)}{hint} ({own})"
 
 
 def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[str, dict]:
@@ -26,14 +56,11 @@ def score(module: Any, tokenizer: Any, settings: Any, batch_size: int) -> dict[s
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=settings.task_path)
-    unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"eval.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)} (own tasks: eval.lm_eval.task_path=<folder>)"
-        )
+    manager = known_tasks(settings)
+    line = problem(settings)
+    if line:
+        raise ValueError(line)
 
     class Unpadded(HFLM):
         """Batches of equal lengths."""

@@ -23,6 +23,7 @@ from sparsebench.data.text import batches
 from sparsebench.measure import quality
 from sparsebench.modules.neuron_sparse import last_map, neuron_norms, product
 from sparsebench.modules.x1 import watching
+from sparsebench.records.progress import shown
 from sparsebench.sites import find_blocks
 
 CANDIDATES = 1 << 20  # thresholds tried per layer at most: more distinct norms than these are thinned evenly
@@ -47,7 +48,7 @@ def zeros(module: nn.Module, sequences: torch.Tensor, batch_size: int, spans: li
             groups[t] += whole.numel() if layer == 0 else 0
 
     with watching(module, see):
-        for batch in batches(sequences, batch_size, module):
+        for batch in shown(batches(sequences, batch_size, module), -(-len(sequences) // batch_size), "neurons"):
             module.base_model(input_ids=batch, use_cache=False)
     per_layer = {layer: zero[layer] / seen[layer] for layer in sorted(seen)}
     aggregate = {

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsebench.data.text import batches
 from sparsebench.measure import sparsity, uncertainty
+from sparsebench.records import progress
 
 ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 
@@ -26,7 +27,7 @@ def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> d
     array [N, T - 1]. Raises FloatingPointError where the NLL is not finite.
     """
     total, count, losses = 0.0, 0, []
-    for batch in batches(sequences, batch_size, module):
+    for batch in progress.shown(batches(sequences, batch_size, module), -(-len(sequences) // batch_size)):
         logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += float(nll.double().sum())
@@ -147,7 +148,8 @@ def classification_quality(module: nn.Module, split, limit: int | None, batch_si
     """(metrics, counters) of a classifier on a split, with sparsity counted at every sparse module in the same pass."""
     counts, device = ClassCounts(split.classes), next(module.parameters()).device
     with torch.no_grad(), sparsity.counting(module) as counters:
-        for batch in split.batches(limit, batch_size, device):
+        count = len(split) if limit is None else min(limit, len(split))
+        for batch in progress.shown(split.batches(limit, batch_size, device), -(-count // batch_size)):
             if isinstance(batch.inputs, dict):
                 sparsity.set_token_mask(module, batch.inputs["attention_mask"].bool())
             counts.add(logits(module, batch.inputs), batch.labels)

@@ -4,6 +4,7 @@ trained here."""
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded, gguf, positions
+from sparsebench.models import Loaded, gguf, positions, structure
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
@@ -23,7 +24,8 @@ from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training
 from sparsebench.training.work import Work
 
-transformers.utils.logging.disable_progress_bar()
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
 
 log = logging.getLogger(__name__)
 ASSETS = Path(str(files("sparsebench") / "assets"))
@@ -54,21 +56,29 @@ class CausalLM:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
-        if from_architecture:
-            depth = self.architecture.get("num_hidden_layers")
-            if self.num_layers and depth and self.num_layers > depth:
-                return [f"model.num_layers must be at most {depth} for {self.name}, got {self.num_layers}"]
-        elif self.path is None:
-            return [f"model.path must be a folder, a Hub id or a GGUF file for model={self.name}, got null"]
-        else:
+        if not from_architecture:
+            if self.path is None:
+                return ["model.path must be a folder, a Hub id or a GGUF file, got null"]
             problem = location_problem(self.location, self.revision)
+            if problem is None and Path(self.location).is_dir() and not self.trust_remote_code:
+                problem = structure.config_problem(self.location, "model.path")
             if problem:
                 return [problem]
         if is_gguf(self.location) and not from_architecture:
             config = gguf.config(self.location)
         else:
             config = positions.known_config("" if from_architecture else self.location, self.architecture)
-        return positions.problems(self.name, config, lengths_of(settings))
+        if config is None:
+            return []
+        problem = structure.depth_problem(self.name, config, self.num_layers)
+        problem = problem or structure.causal_problem(self.name, config)
+        return [problem] if problem else positions.problems(self.name, config, lengths_of(settings))
+
+    @property
+    def tokens_from(self) -> str:
+        """Folder or Hub id of the tokenizer: random weights without one borrow it, since timing needs ids, not meaning."""
+        borrowed = self.weights == "random" and location_problem(self.location) is not None
+        return str(ASSETS / "llama-tiny") if borrowed else self.location
 
     def config(self) -> transformers.PretrainedConfig:
         """The architecture, cut to `num_layers` blocks where asked."""
@@ -81,10 +91,9 @@ class CausalLM:
             with hub.answering("model.path", self.location, self.revision):
                 config = transformers.AutoConfig.from_pretrained(self.location, **self.source())
         if self.num_layers:
-            if self.num_layers > config.num_hidden_layers:
-                raise ValueError(
-                    f"model.num_layers must be at most {config.num_hidden_layers} for {self.name}, got {self.num_layers}"
-                )
+            problem = structure.depth_problem(self.name, config, self.num_layers)
+            if problem:
+                raise ValueError(problem)
             config.num_hidden_layers = self.num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: self.num_layers]
@@ -125,9 +134,7 @@ class CausalLM:
         hardware, config, location = work.hardware, self.config(), self.location
         if self.weights == "scratch":
             location = str(self.trained(config, work, data))
-        tokens_from = location
-        if self.weights == "random" and location_problem(location) is not None:
-            tokens_from = str(ASSETS / "llama-tiny")  # timing needs ids, not meaning
+        tokens_from = location if self.weights == "scratch" else self.tokens_from
         tokenizer = self.tokenizer(tokens_from, config, data)
         if self.weights == "random":
             torch.manual_seed(work.seed)

@@ -43,13 +43,28 @@ def learned(config: Any) -> bool:
 
 
 def problems(name: str, config: Any | None, lengths: dict[str, int]) -> list[str]:
-    """A line for each key whose length the model's learned positions can't hold."""
-    count = None if config is None or not learned(config) else limit(config)
-    return [
-        f"{key} must be at most {count}, the learned positions of model={name}, got {length}"
-        for key, length in lengths.items()
-        if count is not None and length > count
-    ]
+    """A line for each key whose length the model can't hold, or, of what is only timed, was never made for.
+
+    A window of text may be longer than a model without learned positions was made for: the record warns.
+    """
+    count = None if config is None else limit(config)
+    if config is None or count is None:
+        return []
+    table, reach = learned(config), int(count * stretch(config))
+    lines = []
+    for key, length in lengths.items():
+        if table and length > count:
+            lines.append(f"{key} must be at most {count}, the learned positions of model={name}, got {length}")
+        elif key.startswith("measure.") and length > reach:
+            lines.append(f"{key} must be at most {reach}, the positions that model={name} was made for, got {length}")
+    return lines
+
+
+def stretch(config: Any) -> float:
+    """The factor by which a scaling of its rotary positions may extend what the configuration counts; 1 without one."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    factor = rotary.get("factor")
+    return max(1.0, factor) if isinstance(factor, (int, float)) else 1.0
 
 
 def cautions(config: Any, length: int) -> list[str]:

@@ -128,7 +128,30 @@ def collect(paths: Iterable[Path]) -> Collection:
             collection.finished.append(make_row(where, content))
         except (KeyError, TypeError, AttributeError) as error:
             collection.unreadable.append((where, f"not a whole record ({type(error).__name__}: {error})"))
+    tell_models_apart(collection.finished)
     return collection
+
+
+def tell_models_apart(rows: list[Row]) -> None:
+    """Add where its weights came from to the name of a model that others share; nothing for random or trained ones."""
+    models = [row.record["config"]["model"] for row in rows]
+    sources = [str((row.record.get("model") or {}).get("source")) for row in rows]
+    pretrained = [model.get("weights") == "pretrained" for model in models]
+    named: dict[str, set[str]] = {}
+    for model, source, own in zip(models, sources, pretrained, strict=True):
+        if own:
+            named.setdefault(model["name"], set()).add(source)
+    shared = {name: several for name, several in named.items() if len(several) > 1}
+    for model, source, own in zip(models, sources, pretrained, strict=True):
+        if own and model["name"] in shared:
+            model["name"] += f" ({ending(source, shared[model['name']])})"
+
+
+def ending(source: str, others: set[str]) -> str:
+    """The last parts of a path, as few as no other one ends with."""
+    parts = source.strip("/").split("/")
+    endings = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next((e for e in endings if sum(f"/{o}".endswith(f"/{e}") for o in others) == 1), source)
 
 
 def rank(content: dict) -> tuple[bool, str]:

@@ -18,6 +18,7 @@ from sparsebench.data.base import Data
 from sparsebench.measure.latency import Timing
 from sparsebench.models import Loaded
 from sparsebench.modules.base import Cost, SiteSparsity
+from sparsebench.tasks import trial
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,10 @@ class Task(ABC, Generic[A]):
     @abstractmethod
     def batch_size(self, evaluation: Evaluation) -> int:
         """Rows per forward pass, for evaluation and for methods."""
+
+    def problems(self, settings: Settings) -> list[str]:
+        """Lines about a model and its data that would stop the run later, as far as they show before weights are read."""
+        return trial.read(settings.dataset, settings.seed)[1]
 
     @abstractmethod
     def assess(self, loaded: Loaded, module: nn.Module, data: Data, settings: Settings) -> A:

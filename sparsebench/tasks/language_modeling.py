@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, quality, sparsity
 from sparsebench.modules.base import Cost, SiteSparsity
+from sparsebench.tasks import trial
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
 
 
@@ -25,6 +26,9 @@ class LanguageModeling(Task[LanguageAssessment]):
 
     def batch_size(self, evaluation):
         return evaluation.text.batch_size
+
+    def problems(self, settings):
+        return trial.language(settings)
 
     def assess(self, loaded, module, data, settings):
         text, harness = settings.eval.text, settings.eval.lm_eval

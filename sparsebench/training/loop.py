@@ -31,6 +31,7 @@ from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
 from sparsebench.records import files
+from sparsebench.records.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def train(
         return tuple(accelerator.reduce(sums, "mean").tolist())
 
     with dropping(module, settings.dropout), stopping.held():
-        for step in range(start, settings.steps):
+        for step in shown(range(start, settings.steps), settings.steps - start, label):
             if before_step is not None:
                 before_step(step)
             rate, scale = settings.rate(step), penalty.coefficient(step) if penalty else 0.0

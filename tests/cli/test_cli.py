@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jsonschema
@@ -22,6 +22,12 @@ def arguments(model_folder, text_file, *more):
     return ("model=hf", f"model.path={model_folder}", f"dataset.path={text_file}", *QUICK_RUN, *more)
 
 
+def processor_seconds() -> float:
+    """Of all processes that ended so far: what a busy machine does not stretch."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def kill_at_work(process):
     """(stdout, stderr) of a command whose working process is killed while it evaluates."""
     for line in process.stderr:
@@ -31,50 +37,6 @@ def kill_at_work(process):
     os.kill(int(children[-1]), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     return out, err
-
-
-# arguments -> pieces of the one line expected
-WRONG = {
-    "out of range": (["method.sparsity=1.5"], "method.sparsity must be a number in [0, 1), got 1.5"),
-    "wrong type": (["method.sparsity=most"], "method.sparsity must be a number in [0, 1), got 'most'"),
-    "unknown option": (["method=teel"], "method must be one of", "(did you mean teal?), got 'teel'"),
-    "unknown group": (["modle=gpt2"], "modle", "did you mean model?"),
-    "unknown key": (["method.sparsty=0.5"], "method.sparsty is not a known key (did you mean sparsity?)"),
-    "unknown choice": (["method.prompt=most"], "method.prompt must be one of none, half, last10, p99, all, got 'most'"),
-    "unknown dtype": (["hardware.dtype=fp8"], "hardware.dtype must be one of", "got 'fp8'"),
-    "no such device": (["hardware=h100"], "hardware"),
-    "kernel of another device": (["hardware=cpu", "hardware.kernel=cuda_gather"], "hardware.kernel=cuda_gather runs on cuda"),
-    "no path": (["model=hf", "dataset=pystdlib"], "model.path must be a folder, a Hub id or a GGUF file"),
-    "no such model folder": (
-        ["model=hf", "dataset=pystdlib", "model.path=/nowhere/model"],
-        "model.path must be an existing folder or a Hub id, got '/nowhere/model'",
-    ),
-    "no such data": (["dataset=text", "dataset.path=/nowhere/text"], "dataset.path", "/nowhere/text"),
-    "too deep": (["model.weights=random", "model.num_layers=99"], "model.num_layers must be at most 4", "got 99"),
-    "not positive": (["model.num_layers=0"], "model.num_layers must be a whole number > 0 or null, got 0"),
-    "too few samples": (["measure.samples=5"], "measure.samples must be a whole number >= 30, got 5"),
-    "unknown mode": (["wandb.mode=maybe"], "wandb.mode must be one of offline, online, disabled, got 'maybe'"),
-    "negative seed": (["seed=-1"], "seed must be a whole number in [0, 4294967296), got -1"),
-    "no histograms": (["method.histograms=/nowhere"], "method.histograms must be a folder", "/nowhere"),
-    "beyond the search": (
-        ["method.allocation=greedy", "method.sparsity=0.95"], "method.sparsity must be at most method.greedy.stop=0.9",
-    ),
-    "rule without histograms": (["method.threshold_rule=signed-hist"], "needs method.histograms=<folder>"),
-    "a list without -m": (["method.sparsity=0.25,0.5"], "lists several values: add -m"),
-    "offline": (["model=llama2-7b", "dataset=pystdlib"], "model.path", "meta-llama/Llama-2-7b-hf", "folder"),
-    "no scratch": (["model=gpt2", "dataset=pystdlib", "model.weights=scratch"], "model.weights=scratch needs model.train"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_bad_configuration_is_one_clear_line(name, sparsebench, tmp_path):
-    given, *pieces = WRONG[name]
-    process = sparsebench(*given)
-    assert process.returncode == 2, process.stderr
-    lines = process.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
-    assert all(piece in lines[0] for piece in pieces), lines[0]
-    assert "Traceback" not in process.stderr and not list(tmp_path.rglob("result.json"))
 
 
 def test_all_problems_at_once(sparsebench):
@@ -88,11 +50,10 @@ def test_all_problems_at_once(sparsebench):
 def test_answers_at_once(given, sparsebench):
     if given == ["--version"]:
         given = ["--info", "defaults"]
-    start = time.perf_counter()
+    start = processor_seconds()
     environment = {"COMP_LINE": "sparsebench method=", "COMP_POINT": "19"}
     process = sparsebench(*given, env=environment)
-    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # other tests have the processor, too
-    assert time.perf_counter() - start < 1.0 * max(3.0, busy * 2)
+    assert processor_seconds() - start < 2.0  # torch alone takes more
     assert process.returncode == 0, process.stderr
 
 
@@ -135,10 +96,9 @@ def finished(tmp_path_factory, model_folder, text_file):
 
 def test_the_second_answer_comes_from_the_record(finished):
     folder, given, actual = finished
-    start = time.perf_counter()
+    start = processor_seconds()
     process = subprocess.run([COMMAND, *given], cwd=folder, capture_output=True, text=True)
-    busy = float(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    assert time.perf_counter() - start < 3.0 * busy
+    assert processor_seconds() - start < 2.5
     assert process.returncode == 0 and "finished before" in process.stderr
     assert record_of(process, folder) == actual
 
@@ -232,20 +192,6 @@ def test_truncated_weights_fail_clearly(sparsebench, model_folder, text_file, tm
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     failing(sparsebench, tmp_path, *arguments(tmp_path / "m", text_file))
-
-
-def test_text_too_short_fails_clearly(sparsebench, model_folder, tmp_path):
-    (tmp_path / "short.txt").write_text("a few words only")
-    message, _ = failing(sparsebench, tmp_path, *arguments(model_folder("llama"), tmp_path / "short.txt"))
-    assert "dataset" in message
-
-
-def test_output_folder_that_can_not_be_written(sparsebench, finished, tmp_path):
-    (tmp_path / "file").write_text("")
-    process = sparsebench(*finished[1], "output_dir=file/outputs")
-    assert process.returncode == 1 and process.stderr.strip().splitlines()[-1].startswith(
-        "error: output_dir=file/outputs"
-    )
 
 
 @pytest.mark.parametrize(

@@ -195,9 +195,12 @@ def test_read_only_output(sparsebench, arguments, small_disk):
     small_disk("remount,ro", ())
     for command in ((), ("-m",)):
         process = sparsebench(*command, *arguments, f"output_dir={disk}/outputs")
-        assert process.returncode == 1
+        assert process.returncode == 2
         (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-        assert "Read-only file system" in line and f"output_dir={disk}/outputs" in line
+        assert (
+            "Read-only file system" in line
+            and f"output_dir must be a folder that can be written, got '{disk}/outputs'" in line
+        )
         assert "Traceback" not in process.stderr
 
 
@@ -286,8 +289,8 @@ def test_out_of_memory_says_so(sparsebench, text_file, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bad_inputs(tmp_path_factory, text_file):
-    """Model folders with NaN weights and with a cut-off file; an empty and a binary text file."""
+def bad_inputs(tmp_path_factory):
+    """Model folders with NaN weights and with a cut-off file."""
     root = tmp_path_factory.mktemp("bad")
     broken = tiny_model("llama")
     with torch.no_grad():
@@ -297,25 +300,14 @@ def bad_inputs(tmp_path_factory, text_file):
         tiny_tokenizer().save_pretrained(root / name)
     weights = root / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    (root / "empty.txt").write_text(" \n")
-    (root / "binary.txt").write_bytes(bytes(range(256)) * 100)
     return root
 
 
-def test_bad_inputs_are_one_line_each_and_a_failed_record(sparsebench, arguments, bad_inputs, tmp_path):
-    rest = [a for a in arguments if not a.startswith(("model.path", "dataset.path"))]
-    good_model = next(a for a in arguments if a.startswith("model.path"))
-    good_text = next(a for a in arguments if a.startswith("dataset.path"))
-    models = sparsebench("-m", *rest, good_text, f"model.path={bad_inputs}/nan,{bad_inputs}/cut")
-    texts = sparsebench("-m", *rest, good_model, f"dataset.path={bad_inputs}/empty.txt,{bad_inputs}/binary.txt")
-    assert (models.returncode, texts.returncode) == (1, 1)
-    expected = (
-        "not finite (NaN or infinite weights?)",
-        "safetensor",
-        "empty.txt holds no text",
-        "is a binary file, not text",
-    )
+def test_bad_weights_are_one_line_each_and_a_failed_record(sparsebench, arguments, bad_inputs, tmp_path):
+    rest = [a for a in arguments if not a.startswith("model.path")]
+    models = sparsebench("-m", *rest, f"model.path={bad_inputs}/nan,{bad_inputs}/cut")
+    assert models.returncode == 1
     values = [r["error"]["message"] for r in check_whole(tmp_path / "outputs").values()]
-    assert len(values) == 4 and all("\n" not in message for message in values)
-    for text in expected:
+    assert len(values) == 2 and all("\n" not in message for message in values)
+    for text in ("not finite (NaN or infinite weights?)", "safetensor"):
         assert sum(text.lower() in message.lower() for message in values) == 1, (text, values)

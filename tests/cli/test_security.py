@@ -69,7 +69,7 @@ def test_pickle_in_place_of_a_data_set(sparsebench, arguments, evil, tmp_path):
         (tmp_path / name).write_bytes(content)
     names = ",".join(str(tmp_path / n) for n in ("data.txt", "data.parquet", "data.jsonl"))
     process = sparsebench("-m", *but(arguments, dataset__path=names))
-    assert process.returncode == 1 and '"failed": 3' in process.stdout
+    assert process.returncode == 2 and process.stderr.count("error: dataset.path: ") == 3, process.stderr
     assert not mark.exists()
 
 
@@ -108,18 +108,20 @@ def test_code_in_a_model_folder_is_not_run(sparsebench, arguments, model_folder,
     (folder / "config.json").write_text(text.replace("{", "{" + extra, 1))
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\nclass Config: pass\nclass Model: pass\n")
     tiny_tokenizer().save_pretrained(folder)
-    assert sparsebench(*but(arguments, model__path=folder)).returncode == 1
+    assert sparsebench(*but(arguments, model__path=folder)).returncode == 2
     assert not mark.exists()
 
 
-def test_secrets_reach_nothing_that_is_written(sparsebench, arguments, tmp_path):
+def test_secrets_reach_nothing_that_is_written(sparsebench, arguments, model_folder, tmp_path):
     """In a finished run with W&B offline, and in a failing sweep whose very path holds the secret."""
     secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET[::-1]}
     good = sparsebench(*arguments, env=secrets)
     assert good.returncode == 0, good.stderr
-    (tmp_path / SECRET).write_text(" ")
+    cut = tmp_path / SECRET / "cut"
+    shutil.copytree(model_folder("llama"), cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
     rest = [a for a in arguments if not a.startswith("dataset.path")]
-    bad = sparsebench("-m", *rest, f"dataset.path={tmp_path / SECRET}", "method.sparsity=0.1", env=secrets)
+    bad = sparsebench("-m", *arguments, f"model.path={cut}", "method.sparsity=0.1", env=secrets)
     wrong = sparsebench(*rest, f"dataset.path=/nowhere/{SECRET}", env=secrets)
     assert bad.returncode == 1 and wrong.returncode == 2
     shown = good.stdout + good.stderr + bad.stdout + bad.stderr + wrong.stdout + wrong.stderr

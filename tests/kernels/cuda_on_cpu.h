@@ -1,16 +1,18 @@
-// CUDA built for a CPU, for tests: a CTA is a group of threads, __syncthreads a barrier, a warp shuffle an exchange
-// through memory between two barriers of the warp. CTAs run one after the other, so kernels that wait for other CTAs
-// would hang; those here only ever let the last one finish the work. Slow, small shapes only.
+// CUDA built for a CPU, for tests: a CTA's threads are fibers of one thread, __syncthreads a barrier, a warp shuffle an
+// exchange through memory between two barriers of the warp. A fiber runs from barrier to barrier, in rising order of threads
+// in even CTAs and in falling order in odd ones: what lacks a barrier is wrong in one of them. CTAs run one after the other,
+// so kernels that wait for other CTAs would hang (and abort here); those only ever let the last one finish the work.
 #pragma once
 #define EMULATE
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <ucontext.h>
 #include <vector>
 
 typedef uint32_t u32;
@@ -21,18 +23,41 @@ struct float4 { float x, y, z, w; };
 static inline uint4 make_uint4(u32 a, u32 b, u32 c, u32 d) { return {a, b, c, d}; }
 static inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
 
-static thread_local Dim threadIdx, blockIdx;
+static Dim threadIdx, blockIdx;
 static Dim gridDim;
 static const unsigned char GUARD = 0xa5;  // behind the shared memory that was asked for
 static int overruns = 0;
+static ucontext_t scheduler;
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(1 << 18);
+    bool done = false;
+};
+static std::vector<Fiber> fibers;  // one per thread of a CTA, kept from CTA to CTA
+static std::function<void()> body;
+static bool moved;  // whether any fiber passed a barrier or ended in this round
+static inline void yield() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+struct Barrier {
+    int size, count = 0, round = 0;
+    void wait() {
+        int mine = round;
+        if (++count == size) count = 0, round++;
+        do yield();
+        while (round == mine);
+        moved = true;
+    }
+};
+static void fiber() {
+    body();
+    fibers[threadIdx.x].done = moved = true;
+    yield();
+}
 struct Cta {
-    std::barrier<> all;
-    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    Barrier all;
+    std::vector<Barrier> warps;
     std::vector<u32> exchange;
     std::vector<unsigned char> memory;
-    Cta(int threads, int bytes) : all(threads), exchange(threads), memory(bytes + 128, GUARD) {
-        for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
-    }
+    Cta(int threads, int bytes) : all{threads}, warps(threads / 32, Barrier{32}), exchange(threads), memory(bytes + 128, GUARD) {}
 };
 static Cta* cta;
 
@@ -40,11 +65,11 @@ static Cta* cta;
 #define __forceinline__ inline
 #define ENTRY static void
 #define SHARED unsigned char* shared = (unsigned char*)(((uintptr_t)cta->memory.data() + 63) & ~(uintptr_t)63);
-static inline void __syncthreads() { cta->all.arrive_and_wait(); }
+static inline void __syncthreads() { cta->all.wait(); }
 static inline void __threadfence() {}
 static inline void wait_for_previous() {}
 static inline void let_next_start() {}
-static inline void warp_wait() { cta->warps[threadIdx.x / 32]->arrive_and_wait(); }
+static inline void warp_wait() { cta->warps[threadIdx.x / 32].wait(); }
 template <class T> static T __shfl_xor_sync(u32, T v, int mask) {
     std::memcpy(&cta->exchange[threadIdx.x], &v, 4);
     warp_wait();
@@ -93,18 +118,32 @@ using std::min;
 // Run `kernel(args...)` on a grid of CTAs with `threads` threads and `bytes` of shared memory each.
 template <class F> static void launch(int gx, int gy, int threads, int bytes, F kernel) {
     gridDim = {gx, gy, 1};
+    if ((int)fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+    body = kernel;
+    int idle = 0;
     for (int by = 0; by < gy; by++)
         for (int bx = 0; bx < gx; bx++) {
             Cta group(threads, bytes);
             cta = &group;
-            std::vector<std::thread> all;
-            for (int t = 0; t < threads; t++)
-                all.emplace_back([=] {
-                    threadIdx.x = t, threadIdx.y = threadIdx.z = 0;
-                    blockIdx.x = bx, blockIdx.y = by, blockIdx.z = 0;
-                    kernel();
-                });
-            for (auto& thread : all) thread.join();
+            blockIdx = {bx, by, 0};
+            for (auto& each : fibers) {
+                getcontext(&each.context);
+                each.context.uc_stack.ss_sp = each.stack.data(), each.context.uc_stack.ss_size = each.stack.size();
+                each.done = false;
+                makecontext(&each.context, fiber, 0);
+            }
+            for (int left = threads; left;) {
+                moved = false;
+                for (int i = 0; i < threads; i++) {
+                    threadIdx = {(by * gx + bx) % 2 ? threads - 1 - i : i, 0, 0};
+                    Fiber& each = fibers[threadIdx.x];
+                    if (each.done) continue;
+                    swapcontext(&scheduler, &each.context);
+                    left -= each.done;
+                }
+                if (!moved && left && ++idle > 1) std::fprintf(stderr, "threads wait for a barrier that others never reach\n"), std::abort();
+                idle = moved ? 0 : idle;
+            }
             SHARED
             for (int i = bytes; i < bytes + 32; i++) overruns += shared[i] != GUARD;
         }

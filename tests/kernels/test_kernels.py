@@ -122,16 +122,21 @@ def test_cpu_neuron_sparse_ffn_reads_only_active_neurons():
 
 TRITON_ON_CPU = """
 import torch
-from tests.kernel_checks import KERNEL_SHAPES, check_triton
-check_triton("cpu", KERNEL_SHAPES[:1] + KERNEL_SHAPES[3:6], (torch.float32, torch.bfloat16))
+from tests.kernel_checks import KERNEL_SHAPES, TILED, check_triton
+check_triton("cpu", {shapes}, (torch.float32, torch.bfloat16))
 print("checked")
 """
 
 
-def test_triton_kernels_through_the_interpreter():
+@pytest.mark.parametrize("shapes", ["TILED", pytest.param("KERNEL_SHAPES[3:6]", marks=pytest.mark.slow)])
+def test_triton_kernels_through_the_interpreter(shapes):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment, cwd=root
+        [sys.executable, "-c", TRITON_ON_CPU.format(shapes=shapes)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
     )
     assert done.stdout.strip() == "checked", done.stderr

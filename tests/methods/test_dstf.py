@@ -125,7 +125,7 @@ def test_squared_hoyer():
     assert float(squared_hoyer(torch.full((12,), 0.3))) == pytest.approx(12, rel=1e-5)
     zero = torch.zeros(4, requires_grad=True)
     squared_hoyer(zero).backward()
-    assert float(squared_hoyer(zero)) == 0 and torch.isfinite(zero.grad).all()
+    assert float(squared_hoyer(zero.detach())) == 0 and torch.isfinite(zero.grad).all()
 
 
 def test_weights_of_maps_and_per_layer_balance(trained, tmp_path):

@@ -29,7 +29,7 @@ def gpt2(tmp_path_factory):
 
 
 def test_learned_positions_end_the_run_with_both_numbers(gpt2):
-    line = "dataset.sequence_length must be at most 64, the learned positions of model=hf, got 65"
+    line = f"dataset.sequence_length must be at most 64, the learned positions of model={gpt2.name}, got 65"
     given = ["model=hf", f"model.path={gpt2}", "measure.context=16", "measure.prompt=16"]
     assert line in problems(*given, "dataset.sequence_length=65")
     assert "positions" not in problems(*given, "dataset.sequence_length=64")

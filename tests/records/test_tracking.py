@@ -67,7 +67,7 @@ def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_pa
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     content = record_of(process, tmp_path)
-    (folder,) = (tmp_path / "outputs" / "hf" / "teal").iterdir()
+    (folder,) = (tmp_path / "outputs").glob("*/teal/*")
     (offline,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert offline.name == f"run-{content['config_hash'][:16]}.wandb"
     assert not list((tmp_path / "temporary").iterdir()) and not (folder / "wandb" / "tmp").exists()
@@ -76,7 +76,7 @@ def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_pa
     machine = config["machine"]
     assert machine["cpu"] == content["env"]["cpu"] and machine["versions"] == content["env"]["versions"]
     assert machine["dtype"] == "float32" and machine["threads"] == content["env"]["threads"] and "argv" not in machine
-    assert config["method"]["sparsity"] == 0.5 and config["model"]["name"] == "hf"
+    assert config["method"]["sparsity"] == 0.5 and config["model"]["name"] == model_folder("llama").name
     assert any(key.startswith("per_site") for row in history for key in row)
     assert summary["quality/perplexity/sparse"] == pytest.approx(content["quality"]["perplexity"]["sparse"])
     assert summary["macs/sparse"] == pytest.approx(content["macs"]["sparse"])

@@ -20,6 +20,7 @@ from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.duogpt import pruning
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap, top_k_kept
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, find_blocks, weight_of
 
@@ -105,7 +106,7 @@ class DuoGPT(Method):
         """Prune all blocks in place, in order; the number of calibration tokens."""
         dense, arguments = block_inputs(module, blocks, sequences, work.batch_size)
         sparse = [h.clone() for h in dense]
-        for block in blocks:
+        for block in shown(blocks, len(blocks), "pruning by block"):
             layer = module.get_submodule(block.path)
             original, named = copy.deepcopy(layer), arguments[block.index]
             rules = dict.fromkeys(block.sites, self.pruned_input) if self.statistics == "sparse" else {}

@@ -21,6 +21,7 @@ from sparsebench.methods.rsparse import evolution
 from sparsebench.methods.rsparse.low_rank import cached
 from sparsebench.methods.wina import column_norms
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, InputSparseLinear, replace, swap
+from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site, find_blocks, weight_of
 
@@ -97,7 +98,7 @@ class RSparse(Method):
         else:
             rho = torch.full((len(sites),), self.rho, dtype=torch.float64)
         state.tensors["rho"], state.info["sites"] = rho, names
-        for site, share in zip(sites, rho.tolist(), strict=True):
+        for site, share in shown(zip(sites, rho.tolist(), strict=True), len(sites), "decomposing maps"):
             rank = split(*weights[site.name].shape, self.sparsity, share).rank
             if rank:
                 a, b = cached(weights[site.name], folder)

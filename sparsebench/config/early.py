@@ -1,0 +1,95 @@
+"""What shows of paths before anything is loaded: those that no system takes, a folder for results that can't be written.
+
+No torch here. (What shows of models and data is in models/structure.py and tasks/trial.py.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sparsebench.config import inputs, static
+from sparsebench.config.fields import convert, in_bounds
+
+ABSENT = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EACCES,
+)  # a path that may be a name of something else, or be said better later
+
+
+def refused_paths(configuration: dict[str, Any]) -> list[str]:
+    """A line for each setting whose path the system can't even look for: too long, a circle of links, a null byte."""
+    places = [(key, value) for key, value, _, _ in inputs.named(configuration)]
+    if isinstance(configuration.get("output_dir"), str):
+        places.append(("output_dir", configuration["output_dir"]))
+    lines = []
+    for key, value in places:
+        try:
+            os.stat(value)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) not in ABSENT:
+                lines.append(f"{key} must be a path that can be opened, got {shortened(value)} ({reason(error)})")
+    return lines
+
+
+def shortened(value: str) -> str:
+    """A value as it is shown: of a very long one both ends."""
+    return repr(value) if len(value) <= 120 else f"{value[:60]!r}...{value[-30:]!r} of {len(value)} characters"
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def plainly_wrong(configuration: dict[str, Any]) -> bool:
+    """Whether a value is of a wrong type or out of its bounds, as far as the source of the classes tells."""
+    parts = [(configuration, "sparsebench.config.settings.Settings")]
+    parts += [(node, str(node["_target_"])) for node in configuration.values() if is_group(node)]
+    return any(wrong_in(node, target) for node, target in parts)
+
+
+def is_group(node: Any) -> bool:
+    return isinstance(node, dict) and "_target_" in node
+
+
+def wrong_in(node: dict[str, Any], target: str) -> bool:
+    for key, (hint, meta) in static.fields_of(target).items():
+        *sections, leaf = key.split(".")
+        inner: Any = node
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or leaf not in inner:
+            continue
+        try:
+            if not in_bounds(convert(inner[leaf], hint), meta):
+                return True
+        except (ValueError, TypeError):
+            return True
+    return False
+
+
+def output_problem(output_dir: str) -> str | None:
+    """The line about a folder for results that can't be made or written, or None. Leaves nothing behind.
+
+    Tried in its nearest existing folder: rights, a full or read-only disk and too long names all show there.
+    """
+    wanted = Path(output_dir).absolute()
+    home = next(p for p in (wanted, *wanted.parents) if os.path.lexists(p))
+    try:
+        trial = Path(tempfile.mkdtemp(prefix=".sparsebench-", dir=home))
+    except OSError as error:
+        return f"output_dir must be a folder that can be written, got {shortened(output_dir)} ({home}: {reason(error)})"
+    try:
+        (trial / wanted.relative_to(home)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"output_dir must be a folder that can be made, got {shortened(output_dir)} ({reason(error)})"
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(trial)
+    return None

@@ -1,0 +1,52 @@
+"""What a model's configuration says before its weights are read: whether it is one that can be made sparse, and its depth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+
+from sparsebench.sites import find_blocks
+
+
+def config_problem(location: str, key: str) -> str | None:
+    """The line about a folder whose config.json transformers does not know, or None."""
+    try:
+        transformers.AutoConfig.from_pretrained(location, local_files_only=True)
+    except (OSError, ValueError) as error:
+        first = " ".join(str(error).split()).partition(". ")[0]
+        return f"{key} must hold a config.json that transformers {transformers.__version__} knows, got {location!r} ({first})"
+    return None
+
+
+def depth_problem(name: str, config: Any, num_layers: int | None) -> str | None:
+    """The line about more blocks than the model has, or None."""
+    depth = getattr(config, "num_hidden_layers", None)
+    if num_layers is None or depth is None or num_layers <= depth:
+        return None
+    return f"model.num_layers must be at most {depth} for {name}, got {num_layers}"
+
+
+def causal_problem(name: str, config: Any) -> str | None:
+    """The line about a model that is no causal language model, or whose blocks have an unknown structure, or None.
+
+    One block is built without memory for its weights.
+    """
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"model={name} must be a causal language model of transformers, got one of type {config.model_type}"
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    try:
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(one)
+    except Exception:  # a class that can't be built this way: loading it says what is wrong
+        return None
+    try:
+        find_blocks(module)
+    except ValueError as error:
+        return f"model={name}: {str(error).removeprefix('model: ')}"
+    return None

@@ -1,0 +1,217 @@
+"""What a user gets wrong, and the one line that is the answer: key, value given, what is allowed; exit code 2, no record.
+
+Every row goes through the command's main function in this process; a few, and all of them in the slow suite, through
+the installed command.
+"""
+
+import json
+import logging
+import re
+import shutil
+import sys
+
+import pytest
+
+from sparsebench import cli
+from tests.helpers import TEXT, tiny_model, tiny_tokenizer
+
+# `...` in an expected line stands for anything; {name} is the folder or file of that name in `inputs`
+LONG = "/usr/" + "a" * 300
+HF = "model=hf model.path={llama} dataset=text"
+SHORT = "dataset.sequence_length=32 measure.context=16 measure.prompt=16"
+TABLE = {
+    # values
+    "method.sparsity=1.5": "method.sparsity must be a number in [0, 1), got 1.5",
+    "method.sparsity=most": "method.sparsity must be a number in [0, 1), got 'most'",
+    "method.sparsity=50%": "method.sparsity must be a number in [0, 1), got '50%'",
+    "method.sparsity=null": "method.sparsity must be a number in [0, 1), got None",
+    "method.prompt=most": "method.prompt must be one of none, half, last10, p99, all, got 'most'",
+    "method.allocation=gredy": "method.allocation must be one of uniform, greedy (did you mean greedy?), got 'gredy'",
+    "method.calibration_tokens=0": "method.calibration_tokens must be a whole number > 0, got 0",
+    "hardware.dtype=fp8": "hardware.dtype must be one of auto, float32, bfloat16, float16, got 'fp8'",
+    "hardware.dtype=bf16": "hardware.dtype must be one of ... (did you mean bfloat16?), got 'bf16'",
+    "hardware.threads=0": "hardware.threads must be a whole number > 0 or null, got 0",
+    "hardware.threads=100000": "hardware.threads must be at most the ... cores of this machine, got 100000",
+    "hardware.engine=fussed":
+        "hardware.engine must be one of auto, eager, compiled, fused (did you mean fused?), got 'fussed'",
+    "hardware.kernel=numba":
+        "hardware.kernel must be one of auto, cpu_numba, cuda_gather, cuda_triton, masked_dense ..., got 'numba'",
+    "hardware=cpu hardware.kernel=cuda_gather": "hardware.kernel=cuda_gather runs on cuda, got device cpu",
+    "model.num_layers=0": "model.num_layers must be a whole number > 0 or null, got 0",
+    "model.weights=pretraned":
+        "model.weights must be one of pretrained, random, scratch (did you mean pretrained?), got 'pretraned'",
+    "model.name=a/b": "model.name must be a name of letters, digits, '.', '_' and '-', got 'a/b'",
+    "measure.samples=5": "measure.samples must be a whole number >= 30, got 5",
+    "measure.latency=fast": "measure.latency must be true or false, got 'fast'",
+    "wandb.mode=maybe": "wandb.mode must be one of offline, online, disabled, got 'maybe'",
+    "wandb.mode=off": "wandb.mode must be one of offline, online, disabled (did you mean offline?), got 'off'",
+    "seed=-1": "seed must be a whole number in [0, 4294967296), got -1",
+    "seed=1.5": "seed must be a whole number in [0, 4294967296), got 1.5",
+    "eval.text.batch_size=0.5": "eval.text.batch_size must be a whole number > 0, got 0.5",
+    "eval.neurons.aggregate=4": "eval.neurons.aggregate must be a list, each element a whole number > 0, got 4",
+    "dataset.sequence_length=4": "dataset.sequence_length must be a whole number >= 8, got 4",
+    # keys and options
+    "method.sparsty=0.5": "method.sparsty is not a known key (did you mean sparsity?); allowed: ...",
+    "sparsity=0.5": "sparsity is not a known key (did you mean method.sparsity?); allowed: ...",
+    "eval.test_sequences=4":
+        "eval.test_sequences is not a known key (did you mean eval.text.test_sequences?); allowed: ...",
+    "eval.tasks=[piqa]": "eval.tasks is not a known key (did you mean eval.lm_eval.tasks?); allowed: ...",
+    "modle=gpt2": "modle is not a known key (did you mean model?); allowed: ...",
+    "method=teel": "method must be one of cats, ..., wina_plain (did you mean teal?), got 'teel'",
+    "method=null model=llama7b": "model must be one of ... (did you mean llama2-7b?), got 'llama7b'",
+    "experiment=tael":
+        "experiment must be one of ... paper/teal, paper/teal_speed, ... (did you mean paper/teal?), got 'tael'",
+    "dataset=wikitext": "dataset must be one of ... (did you mean wikitext2?), got 'wikitext'",
+    "hardware=gpu": "hardware must be one of a100, ..., rtx4090..., got 'gpu'",
+    "+experiment=prosparse": "'+experiment=prosparse': a group is chosen without '+': experiment=prosparse",
+    "--method=teal": "'--method=teal' is no option: keys are given without dashes: method=teal",
+    "--dry-run": "'--dry-run' is no option: see sparsebench --help",
+    "method.sparsity=0.25,0.5": "'method.sparsity=0.25,0.5' lists several values: add -m to sweep over them",
+    "-m method=glob(zz*)": "'method=glob(zz*)' matches nothing: method must be one of cats, ...",
+    "-m hydra/launcher=jobllib": "hydra/launcher must be one of ..., got 'jobllib'",
+    "dataset.path=/a=b":
+        """'dataset.path=/a=b' can't be read: quote the value, for Hydra and for the shell: 'dataset.path="/a=b"'""",
+    "dataset.path=/a#b": """'dataset.path=/a#b' can't be read: quote the value, ...: 'dataset.path="/a#b"'""",
+    "dataset.path=/a(b)[c]":
+        """'dataset.path=/a(b)[c]' can't be read: quote the value, ...: 'dataset.path="/a(b)[c]"'""",
+    "dataset.path=/a,b":
+        """'dataset.path=/a,b' lists several values: add -m ..., or quote what is one value: 'dataset.path="/a,b"'""",
+    "method": "'method' can't be read: overrides look like key=value or key=value1,value2 with -m",
+    "--explain method.sparsty":
+        "method.sparsty is not a known key or option (did you mean method.sparsity?); sparsebench --help lists them",
+    "--explain experiment=tael":
+        "experiment=tael is not a known key or option (did you mean experiment=paper/teal?); ...",
+    "--config-dir nowhere": "--config-dir must be an existing folder, got 'nowhere'",
+    # what does not go together
+    "hardware=h200":
+        "hardware=h200 needs an NVIDIA GPU, this machine has none that torch can use; here: ...hardware=cpu",
+    "hardware.device=cuda":
+        "hardware.device=cuda needs an NVIDIA GPU, this machine has none that torch can use; here: hardware=auto, ...",
+    "model=lenet5": "method=teal takes models of kind language, got model=lenet5 (vision)",
+    "dataset=digits": "dataset must hold language data for model=llama-tiny, got digits (vision data)",
+    "model=lenet5 method=fatrelu eval.lm_eval.tasks=[piqa]":
+        "eval.lm_eval.tasks must be [] for model=lenet5 (vision), got ['piqa']",
+    "method.allocation=greedy method.sparsity=0.95":
+        "method.sparsity must be at most method.greedy.stop=0.9, ...got 0.95...",
+    "method.threshold_rule=signed-hist": "method.threshold_rule=signed-hist needs method.histograms=<folder>...",
+    # models
+    "model=hf dataset=pystdlib": "model.path must be a folder or a Hub id, got null",
+    "model=hf dataset=pystdlib model.path=/nowhere/model":
+        "model.path must be an existing folder or a Hub id, got '/nowhere/model'",
+    "model=hf dataset=pystdlib model.path={empty}":
+        "model.path must be a folder with config.json and *.safetensors, got '{empty}' without config.json",
+    "model=hf dataset=pystdlib model.path={no_tokenizer}":
+        "model.path must be a folder with a tokenizer (e.g. tokenizer.json), got '{no_tokenizer}' without one",
+    "model=hf dataset=pystdlib model.path={broken_config}":
+        "model.path must hold a config.json that transformers ... knows, got '{broken_config}' (...)",
+    "model=hf dataset=pystdlib model.path={encoder}":
+        "model=encoder must be a causal language model of transformers, got one of type vit",
+    "model=hf dataset=pystdlib model.path={bloom}":
+        "model=bloom: transformer.h.0 is a block of an unknown structure; ...",
+    f"{HF} dataset.path={{corpus.txt}} {SHORT} model.num_layers=9":
+        "model.num_layers must be at most 2 for llama, got 9",
+    "model.num_layers=99": "model.num_layers must be at most 4 for llama-tiny, got 99",
+    "model.weights=random model.num_layers=99": "model.num_layers must be at most 4 for llama-tiny, got 99",
+    "model=gpt2 dataset=pystdlib model.weights=scratch": "model.weights=scratch needs model.train...",
+    "model=llama2-7b dataset=pystdlib":
+        "model.path=meta-llama/Llama-2-7b-hf is neither a folder nor in the local Hub cache, ...",
+    # data
+    "dataset=text": "dataset.path must name a text, jsonl or parquet file for dataset=text, got null",
+    "dataset=text dataset.path=/nowhere/text": "dataset.path must be an existing file or folder, got '/nowhere/text'",
+    f"{HF} {SHORT} dataset.path={{empty.txt}}": "dataset.path: {empty.txt} holds no text",
+    f"{HF} {SHORT} dataset.path={{binary.txt}}": "dataset.path: {binary.txt} is a binary file, not text",
+    f"{HF} {SHORT} dataset.path={{latin.txt}}": "dataset.path: {latin.txt} is not UTF-8 text (byte 3)",
+    f"{HF} {SHORT} dataset.path={{short.txt}}":
+        "dataset: 1 document(s) can't be split into fit, dev and test; at least 3 are needed",
+    f"{HF} {SHORT} dataset.path={{lines.txt}}":
+        "dataset: the test split holds ... tokens, fewer than one sequence of dataset.sequence_length=32",
+    f"{HF} {SHORT} dataset.path={{rows.jsonl}}": "dataset.text_field must be one of body, n, got 'text'",
+    f"{HF} {SHORT} dataset.path={{corpus.txt}} dataset.sequence_length=1000000":
+        "dataset: the test split holds ... tokens, fewer than one sequence of dataset.sequence_length=1000000",
+    "dataset=labelled-text model=bert-tiny method=moefication dataset.path={rows.jsonl}":
+        "dataset.text_field must be one of body, n, got 'text'",
+    # the clock
+    f"{HF} dataset.path={{corpus.txt}} dataset.sequence_length=32 measure.context=1500 measure.prompt=16":
+        "measure.context must fit the test split of dataset=text, which holds ... tokens in whole windows, got 1500",
+    "measure.context=100000":
+        "measure.context plus the 8 steps after it must be at most 2048, the positions that model=llama-tiny was "
+        "made for, got 100008",
+    "measure.prompt=100000":
+        "measure.prompt must be at most 2048, the positions that model=llama-tiny was made for, got 100000",
+    # paths
+    "output_dir={corpus.txt}/outputs":
+        "output_dir must be a folder that can be written, got '{corpus.txt}/outputs' ({corpus.txt}: Not a directory)",
+    "output_dir=/proc/here": "output_dir must be a folder that can be written, got '/proc/here' (/proc: ...)",
+    f"output_dir={LONG}":
+        "output_dir must be a path that can be opened, got '/usr/aaa...aaa' of 305 characters (File name too long)",
+    f"dataset=text dataset.path={LONG}":
+        "dataset.path must be a path that can be opened, got ... of 305 characters (File name too long)",
+    f"model=hf dataset=pystdlib model.path={LONG}":
+        "model.path must be a path that can be opened, got ... of 305 characters (File name too long)",
+    f"method.histograms={LONG}":
+        "method.histograms must be a path that can be opened, got ... of 305 characters (File name too long)",
+    "method.histograms=/nowhere": "method.histograms must be a folder with ..., got '/nowhere'",
+}  # fmt: skip
+INSTALLED = list(TABLE)[:: len(TABLE) // 4]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """name -> path of the files and folders that the table names."""
+    root = tmp_path_factory.mktemp("mistakes")
+    tiny_model("llama").save_pretrained(root / "llama")
+    for name in ("llama", "broken_config", "encoder", "bloom"):
+        if name != "llama":
+            shutil.copytree(root / "llama", root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    tiny_model("llama").save_pretrained(root / "no_tokenizer")
+    (root / "empty").mkdir()
+    (root / "broken_config" / "config.json").write_text('{"model_type": "lama"}')
+    (root / "encoder" / "config.json").write_text('{"model_type": "vit"}')
+    (root / "bloom" / "config.json").write_text(
+        '{"model_type": "bloom", "hidden_size": 64, "n_head": 4, "vocab_size": 320}'
+    )
+    (root / "corpus.txt").write_text(TEXT)
+    (root / "empty.txt").write_text(" \n")
+    (root / "short.txt").write_text("a few words only")
+    (root / "lines.txt").write_text("one\ntwo\nthree\nfour\n")
+    (root / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    (root / "latin.txt").write_bytes("\n".join(f"café à la crème {i}" for i in range(500)).encode("latin-1"))
+    (root / "rows.jsonl").write_text("\n".join(json.dumps({"body": f"hello {i}", "n": i}) for i in range(50)))
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def filled(text: str, inputs: dict[str, str]) -> str:
+    for name, path in inputs.items():
+        text = text.replace(f"{{{name}}}", path)
+    return text
+
+
+def check(command: str, errors: str, code: int, inputs: dict[str, str]) -> None:
+    """Exactly one line of error, the expected one, and the exit code of a wrong configuration."""
+    expected = re.escape(filled(TABLE[command], inputs)).replace(re.escape("..."), ".*")
+    lines = [line for line in errors.splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1 and re.fullmatch(f"error: {expected}", lines[0]), errors
+    assert code == cli.WRONG
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_a_mistake_is_one_line(command, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sparsebench", *filled(command, inputs).split(" ")])
+    monkeypatch.setattr(cli, "isolated", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
+    code = cli.guarded(cli.command)
+    check(command, capsys.readouterr().err, code, inputs)
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=() if c in INSTALLED else pytest.mark.slow) for c in TABLE])
+def test_through_the_installed_command(command, inputs, sparsebench, tmp_path):
+    process = sparsebench(*filled(command, inputs).split(" "))
+    check(command, process.stderr, process.returncode, inputs)
+    assert not process.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 60
