@@ -50,10 +50,12 @@ def to_dict(config: DictConfig) -> dict[str, Any]:
 class Plan:
     """What a command line asks for.
 
+    overrides: what each configuration was made by, one choice of every swept key.
     partial: overrides (as typed) of keys that only some of the swept options have; they apply where the key exists.
     """
 
     configurations: list[dict[str, Any]]
+    overrides: list[list[str]]
     partial: frozenset[str]
 
 
@@ -96,7 +98,8 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
                 build(to_dict(compose(name, overrides=known)), "", problems, Settings if name == "config" else None)
             raise ConfigError(problems)
         try:
-            return Plan(list(combinations(parsed, choices, unknown, name)), frozenset(merged(unknown)))
+            made = list(combinations(parsed, choices, unknown, name))
+            return Plan([each for each, _ in made], [used for _, used in made], frozenset(merged(unknown)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from error
 
@@ -108,8 +111,8 @@ def merged(unknown: list[dict[str, str]]) -> dict[str, str]:
 
 def combinations(
     parsed: list[Override], choices: list[list[str]], unknown: list[dict[str, str]], name: str
-) -> Iterator[dict[str, Any]]:
-    """The configuration of every combination, each without the overrides of keys that it does not have.
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The configuration and overrides of every combination, each without those of keys that it does not have.
 
     unknown: of each combination of the groups alone, in the order of their product.
     """
@@ -118,7 +121,7 @@ def combinations(
     for combination in itertools.product(*choices):
         dropped = absent[tuple(combination[i] for i in groups)]
         used = [c for o, c in zip(parsed, combination, strict=True) if o.input_line not in dropped]
-        yield to_dict(compose(name, overrides=used))
+        yield to_dict(compose(name, overrides=used)), used
 
 
 def parse(overrides: list[str], problems: list[str]) -> list[Override]:
