@@ -169,11 +169,16 @@ def differences(groups: list[Group]) -> dict[str, list]:
 
 
 def repeats(rows: list[Row], everywhere: bool = False) -> list[list[Row]]:
-    """Rows that differ in nothing but the seed, together; `everywhere`: on whatever machine, one row of each seed."""
+    """Rows that differ in nothing but the seed, together.
+
+    everywhere: on whatever machine, timed or not, but in one number format; one row of each seed.
+    """
     sets: dict[str, list[Row]] = {}
+    left_out = (*NOT_IDENTITY, "seed", *(("hardware", "measure") if everywhere else ()))
     for row in rows:
-        settings = {k: v for k, v in row.record["config"].items() if k not in (*NOT_IDENTITY, "seed")}
-        sets.setdefault(digest([settings, None if everywhere else row.machine]), []).append(row)
+        settings = {k: v for k, v in row.record["config"].items() if k not in left_out}
+        dtype = ((row.record.get("env") or {}).get("hardware") or {}).get("dtype")
+        sets.setdefault(digest([settings, dtype if everywhere else row.machine]), []).append(row)
     if everywhere:
         return [list({r.record["config"].get("seed"): r for r in same}.values()) for same in sets.values()]
     return list(sets.values())

@@ -71,7 +71,7 @@ class Page:
     def answer(self, title: str, anchor: str, lead: str, lines: list[str], refused: list[str]) -> None:
         """What can be concluded about one protocol, and which curves nothing can be concluded about."""
         items, others = ("".join(f"<li>{escape(line)}</li>" for line in part) for part in (lines, refused))
-        folded = f"<details><summary>Not compared there</summary><ul>{others}</ul></details>" if refused else ""
+        folded = f"<details class=fold><summary>Not compared there</summary><ul>{others}</ul></details>" if refused else ""
         self.html.append(f'<div class="answer"><h3><a href="#{anchor}">{escape(title)}</a></h3>'
                          f'<p class="lead">{escape(lead)}</p><ul>{items}</ul>{folded}</div>')  # fmt: skip
         every = [*lines, *(f"not compared: {line}" for line in refused)]
@@ -90,7 +90,7 @@ class Page:
         if table is None:
             return
         kinds = [
-            " ".join(filter(None, ("n" * (i in table.numeric), "f" * (i == 0), "pick" * (name in PICK))))
+            " ".join(filter(None, ("n" * (i in table.numeric), "f" * (i == int(order_first)), "pick" * (name in PICK))))
             for i, name in enumerate(table.head)
         ]
         head = "".join(f'<th class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.head, strict=True))
@@ -146,7 +146,7 @@ class Page:
     def folded(self, summary: str, table: Table | None) -> None:
         """A table behind a line that opens it; open in print."""
         if table is not None:
-            self.html.append(f"<details><summary>{escape(summary)}</summary>")
+            self.html.append(f"<details class=fold><summary>{escape(summary)}</summary>")
             self.table(table)
             self.html.append("</details>")
 
