@@ -219,6 +219,26 @@ def break_even(rows: list[Row], look: dict, machine: str) -> Spec | None:
     return spec
 
 
+def engines(rows: list[Row], machine: str) -> Spec | None:
+    """What a step takes in every engine that was timed, dense and sparse, for each curve's setting nearest to half."""
+    rows = [r for r in rows if r.machine == machine and r.sparsity is not None and not r.noisy]
+    nearest = {r.series: r for r in sorted(rows, key=lambda r: -abs(r.sparsity - 0.5))}  # type: ignore[operator]
+    cells = [
+        {"series": series, "engine": name, "ms": t["median_ms"], "low": t.get("p10_ms"), "high": t.get("p90_ms")}
+        for series, row in sorted(nearest.items())[:MOST_MAPS]
+        for name, t in (((row.record.get("latency") or {}).get("decode") or {}).get("engines") or {}).items()
+    ]  # fmt: skip
+    if not cells:
+        return None
+    base = alt.Chart(alt.InlineData(cells)).encode(y=alt.Y("series:N", title=None), yOffset="engine:N")
+    colour = alt.Color("engine:N", scale=alt.Scale(scheme="tableau10"))
+    tips = [alt.Tooltip("series:N"), alt.Tooltip("engine:N"), alt.Tooltip("ms:Q", format=".3f")]
+    bars = base.mark_bar().encode(x=alt.X("ms:Q", title="ms of a step, median"), color=colour, tooltip=tips)
+    spread = base.mark_rule().encode(x="low:Q", x2="high:Q")
+    title = f"Time of a step by engine, {machine.partition(',')[0]}"
+    return finished(alt.layer(bars, spread), title, height=max(60, 14 * len(cells)))
+
+
 def batches(rows: list[Row], look: dict, machine: str) -> Spec | None:
     """Time per example over the batch size, dense and sparse."""
     cells = [
@@ -298,6 +318,7 @@ def of_group(
         ]
         charts[f"time-{number}"] = timed(group, look, here, machine, statistics.median(dense) if dense else None)
         charts[f"roofline-{number}"] = roofline(look, drawn, machine)
+        charts[f"engines-{number}"] = engines(group.rows, machine)
         charts[f"break-even-{number}"] = break_even(group.rows, look, machine)
         charts[f"batches-{number}"] = batches(group.rows, look, machine)
     charts |= {"maps": heat_map(group), "training": training(group.rows, look), "estimates": estimates(group, look)}

@@ -130,23 +130,33 @@ def error(evidence: Evidence | None, seed_variance: float, seeds: int = 1) -> fl
 
 
 def evidence(row: Row, side: str = "sparse") -> Evidence | None:
-    """From the losses that a record keeps, on the scale of NLL or of the share of right answers; None without them."""
+    """From the losses that a record keeps, on the scale of NLL or of the share of right answers; None without them.
+
+    Losses that can't be read, or that don't fit each other, count as none.
+    """
     metric = row.record["quality"][row.metric]
     losses = metric.get("losses")
     if not losses:
         return None
-    if row.metric == "perplexity":
-        pieces = decoded(*(losses[name] for name in ("window", "document", "tokens", side)))
-        return Evidence(pieces, pieces.influence, losses["window"] + losses["document"] + losses["tokens"])
-    examples = metric["protocol"]["examples"]
-    pieces = Pieces.of(unpacked(losses[f"{side}_right"], "bits")[:examples, None], np.arange(examples)[:, None])
+    try:
+        if row.metric == "perplexity":
+            pieces = decoded(*(losses[name] for name in ("window", "document", "tokens", side)))
+            return Evidence(pieces, pieces.influence, losses["window"] + losses["document"] + losses["tokens"])
+        examples = metric["protocol"]["examples"]
+        right = unpacked(losses[f"{side}_right"], "bits")[:examples]
+        pieces = Pieces.of(right[:, None], np.arange(examples)[:, None])
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
     return Evidence(pieces, pieces.influence, f"{examples} examples")
 
 
 @functools.cache
 def decoded(window: str, document: str, tokens: str, loss: str) -> Pieces:
-    counts = unpacked(tokens, "i4")
-    return Pieces(unpacked(window, "i4"), unpacked(document, "i4"), counts, unpacked(loss, "f4") * counts.astype(float))
+    counts, values = unpacked(tokens, "i4"), unpacked(loss, "f4").astype(float)
+    places = unpacked(window, "i4"), unpacked(document, "i4")
+    if not len(counts) == len(values) == len(places[0]) == len(places[1]) or not counts.size or counts.min() <= 0:
+        raise ValueError("losses of pieces don't fit each other")
+    return Pieces(*places, counts, values * counts)
 
 
 def summed(weights: list[float], parts: list[Evidence | None]) -> Evidence | None:

@@ -71,7 +71,9 @@ class Page:
     def answer(self, title: str, anchor: str, lead: str, lines: list[str], refused: list[str]) -> None:
         """What can be concluded about one protocol, and which curves nothing can be concluded about."""
         items, others = ("".join(f"<li>{escape(line)}</li>" for line in part) for part in (lines, refused))
-        folded = f"<details class=fold><summary>Not compared there</summary><ul>{others}</ul></details>" if refused else ""
+        folded = (
+            f"<details class=fold><summary>Not compared there</summary><ul>{others}</ul></details>" if refused else ""
+        )
         self.html.append(f'<div class="answer"><h3><a href="#{anchor}">{escape(title)}</a></h3>'
                          f'<p class="lead">{escape(lead)}</p><ul>{items}</ul>{folded}</div>')  # fmt: skip
         every = [*lines, *(f"not compared: {line}" for line in refused)]

@@ -122,6 +122,14 @@ def test_a_difference_over_other_text_is_not_paired(tmp_path):
     assert comparison.stderr == pytest.approx(math.hypot(comparison.better.stderr, comparison.worse.stderr))
 
 
+@pytest.mark.parametrize("broken", [{"tokens": "AAAA"}, {"sparse": "not base64!"}, {"window": None}, {"tokens": ""}])
+def test_losses_that_cannot_be_read_count_as_none(tmp_path, broken):
+    record = run("teal", 0.5, TEXT + 0.1)
+    record["quality"]["perplexity"]["losses"] |= broken
+    (point,) = standing(group_of(tmp_path, record), WORK, 0.5).ranked
+    assert point.evidence is None and point.stderr is None and point.value > 10
+
+
 def test_a_group_that_must_refuse_says_why(tmp_path):
     """Disjoint ranges, one setting alone, two settings at one place, nothing counted: no ranking, and the reasons."""
     uncounted = made("cats", 0.5)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ from sparsebench.config.identity import digest
 from sparsebench.records import archive, record
 from sparsebench.report import charts, document, export, page, published, rows, tables, vega
 from sparsebench.report import groups as grouping
-from tests.helpers import failed, laid, made, made_bench, vision
+from tests.helpers import failed, laid, made, made_bench, vision, with_losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,57 @@ def test_the_dense_method_stands_beside_every_prompt_policy(tmp_path):
     plain = made("dense", sparsity=0.0, perplexity=10.0, speedup=None)
     _, groups, _, _ = reported(laid(tmp_path, made(), made(policy="half"), plain))
     assert [sum(r.method == "dense" for r in g.rows) for g in groups] == [1, 1]
+
+
+def scratch(seed, accuracy, channels=32) -> dict:
+    """A run on a model that its seed trained from scratch, kept in a file of its own."""
+    record = vision(accuracy)
+    record["config"] |= {"seed": seed, "model": {"name": "lenet5", "weights": "scratch", "channels": channels}}
+    record["model"] = {"source": f"outputs-{seed}/models/lenet5-{seed}f00"}
+    record["config_hash"] = digest(record)
+    return record
+
+
+def test_seeds_of_models_trained_apart_stand_in_one_group(tmp_path):
+    records = [scratch(seed, 0.9 + seed / 100) for seed in range(3)]
+    _, groups, html, _ = reported(laid(tmp_path, *records, scratch(0, 0.8, channels=64)))
+    assert sorted(len(g.rows) for g in groups) == [1, 3]  # another recipe is another model
+    (same,) = grouping.over_seeds(max(groups, key=lambda g: len(g.rows)).rows)
+    assert (same["seeds"], round(same["mean"], 3)) == (3, 0.91) and "Over seeds" in html
+
+
+def test_torch_tells_machines_apart(tmp_path):
+    old, new = made(), made(sparsity=0.25)
+    for each, version in ((old, "2.9"), (new, "2.10")):
+        each["env"] |= {"versions": {"torch": version}}
+    _, groups, html, _ = reported(laid(tmp_path, old, new))
+    assert len(tables.machines(groups[0])) == 2 and "can&#x27;t be compared across them" in html
+
+
+def test_a_further_metric_of_another_protocol_is_another_column(tmp_path):
+    records = [made(sparsity=s) for s in (0.25, 0.5)]
+    for each, limit in zip(records, (100, None), strict=True):
+        stated = {"harness": "lm-eval 0.4.9", "limit": limit, "shots": 0}
+        task = {"dense": 0.7, "sparse": 0.6, "sparse_stderr": 0.02, "higher_is_better": True, "protocol": stated}
+        each["quality"]["piqa/acc"] = task
+    _, groups, _, _ = reported(laid(tmp_path, *records))
+    table = tables.metrics(groups[0])
+    assert table.head == ["run", "piqa/acc (limit 100)", "piqa/acc (limit –)"]
+    assert [row[1:] for row in table.rows] == [["0.7 → 0.60 ± 0.02", "–"], ["–", "0.7 → 0.60 ± 0.02"]]
+
+
+def test_the_answer_stands_first_and_says_whether_it_is_sure(tmp_path):
+    losses = np.random.default_rng(0).normal(2.3, 0.4, 40)
+    runs = [
+        with_losses(made(m, s), losses, losses + bias + s)
+        for m, bias in (("teal", 0.1), ("wina", 0.2))
+        for s in (0.4, 0.6)
+    ]
+    _, _, html, markdown = reported(laid(tmp_path, *runs, made("cats", 0.3)))
+    lead = "At 50 % of the MACs teal has the best perplexity: "
+    assert html.index(lead) < html.index("All runs</h2>") and "a real difference." in html
+    assert markdown.count(lead) == 1 and "not compared: cats: one setting, at 70.0% of the MACs" in markdown
+    assert "wina is worse than teal by" in markdown and "paired over 40 windows, one seed" in markdown
 
 
 def test_pareto_front_by_hand():
@@ -409,6 +461,16 @@ def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs
     exact.record["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
     mine = [b for b in published.beside([exact]) if b.metric == "perplexity" and "2408.14690" in b.source]
     assert len(mine) == 1 and [d.split()[0] for d in mine[0].differs] == ["data"]
+
+
+def test_same_setting_is_said_only_where_it_holds(tmp_path):
+    (row,) = rows.collect([laid(tmp_path, made())]).finished
+    row.label = "teal"
+    lines = published.beside([row])
+    same, other = (tables.beside_other_models(lines, same_setting=flag) for flag in (True, False))
+    settings = [line[-1] for line in (same.rows if same else [])]
+    assert not any("instead of half" in text for text in settings)
+    assert any("method.prompt=all instead of half" in line[-1] for line in other.rows)
 
 
 @pytest.mark.parametrize("changes", [{"method": "dense", "sparsity": 0.0}, {"sparsity": 0.55}])
