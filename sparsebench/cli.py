@@ -137,19 +137,20 @@ def many(app, planned: Plan, overrides: list[str]) -> int:
         complain(f"output_dir={output_dir}: {error}")
         return FAILED
     chosen_later = any(o.startswith("hydra/sweeper=") for o in overrides)  # by a sweeper other than Hydra's own
-    paths = [] if chosen_later else [location(each)[0] / "result.json" for each in planned.configurations]
+    places = [] if chosen_later else [location(each)[0] / "result.json" for each in planned.configurations]
+    runs = dict(zip(places, planned.overrides, strict=False))
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     sys.argv.append(f"hydra.sweep.dir='{quoted}'")
-    log.info("sweep of %s runs in %s", len(paths) or "chosen", folder)
+    log.info("sweep of %s runs in %s", len(places) or "chosen", folder)
     os.environ[sweep.MAIN] = str(os.getpid())
     stopping.listen(before=lambda: sweep.end_workers(folder))
     try:
         app(job)()
     except KeyboardInterrupt:
         log.info("interrupted: %s; what is finished stays, the same command goes on", stopping.reason())
-        sweep.show(folder, paths)
+        sweep.show(folder, runs)
         return stopping.exit_code()
-    return OK if sweep.show(folder, paths) else FAILED
+    return OK if sweep.show(folder, runs) else FAILED
 
 
 def job(composed) -> float:

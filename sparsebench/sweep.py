@@ -155,6 +155,9 @@ def figures(record: dict | None) -> dict:
         "metric": name,
         "dense": quality[name]["dense"] if name else None,
         "sparse": quality[name]["sparse"] if name else None,
+        "change": terminal.change(name, quality[name])
+        if name and None not in (quality[name]["dense"], quality[name]["sparse"])
+        else None,
         "sparsity": (record.get("sparsity") or {}).get("model_wide"),
         "speedup": times.get("speedup"),
         "times": {side: terminal.quantiles(times[side]) for side in ("dense", "sparse") if side in times},
@@ -179,27 +182,30 @@ def first_failure(folder: Path) -> str | None:
     return next((each["name"] or each["record"] for each in outcomes(folder) if each["outcome"] == "failed"), None)
 
 
-def show(folder: Path, planned: list[Path]) -> bool:
+def show(folder: Path, planned: dict[Path, list[str]]) -> bool:
     """Print the table of outcomes and, as the last line, one line of JSON; True where every run finished.
 
-    planned: the records that the sweep was to make (empty where a sweeper chooses them as it goes); those that no job
-    reported are listed as not run.
+    planned: the records that the sweep was to make with the overrides of each (empty where a sweeper chooses them as it
+    goes); those that no job reported are listed as not run, with what tells them from the others.
     """
     notes = outcomes(folder)
     reported = Counter(each["record"] for each in notes)
-    missing = [path for path in (files.scrub(str(each)) for each in planned) if not reported[path]]
+    missing = {files.scrub(str(path)): overrides for path, overrides in planned.items()}
+    missing = {path: overrides for path, overrides in missing.items() if not reported[path]}
     grid = Table(title=files.scrub(f"sweep {folder}"), title_justify="left")
     for name in HEADINGS:
         grid.add_column(name, justify="left" if name in HEADINGS[:3] else "right", overflow="fold")
-    common = set.intersection(*(set(each["overrides"]) for each in notes)) if len(notes) > 1 else set()
+    given = [set(overrides) for overrides in (*(each["overrides"] for each in notes), *missing.values())]
+    common = set.intersection(*given) if len(given) > 1 else set()
     for each in notes:
         grid.add_row(*row(each, common), style="red" if each["outcome"] not in (FINISHED, BEFORE) else None)
-    for path in missing:
-        grid.add_row(Path(path).parent.name, "", NOT_RUN, "", "", "", "", style="red")
+    for path, overrides in missing.items():
+        grid.add_row(Path(path).parent.name, files.scrub(settings(overrides, common)), NOT_RUN, *[""] * 5, style="red")
     console = Console(**terminal.PLAIN)
     if not console.is_terminal:
         console.width = 140
     console.print(grid)
+    console.print(terminal.next_step(folder.parent.parent))
     counts = Counter(each["outcome"] for each in notes)
     counts[NOT_RUN] += len(missing)
     done = not any(n for outcome, n in counts.items() if outcome not in (FINISHED, BEFORE))
@@ -213,15 +219,21 @@ def show(folder: Path, planned: list[Path]) -> bool:
     return done
 
 
+def settings(overrides: list[str], common: set[str]) -> str:
+    """What tells a run from the others of its sweep."""
+    return " ".join(o for o in overrides if o not in common and matters(o))
+
+
 def row(each: dict, common: set[str]) -> list[str]:
     """The cells of one run; of its overrides those that are not `common` to all."""
     known = each["dense"] is not None and each["sparse"] is not None
-    quality = "" if not known else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']})"
+    change = f", {each['change']}" if each.get("change") else ""
+    quality = "" if not known else f"{each['dense']:.4g} -> {each['sparse']:.4g} ({each['metric']}{change})"
     problem = f": {each['error']}" if each["error"] else ""
     times = {side: terminal.spread(quantiles) for side, quantiles in each["times"].items()}
     return [
         each["name"] or Path(each["record"]).parent.name,
-        " ".join(o for o in each["overrides"] if o not in common and matters(o)),
+        settings(each["overrides"], common),
         each["outcome"] + problem,
         quality,
         "" if each["sparsity"] is None else f"{each['sparsity']:.1%}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import subprocess
@@ -25,7 +26,7 @@ from sparsebench.data.images import Images, ImageSplit
 from sparsebench.data.labelled import LabelledData
 from sparsebench.data.text import Document, Split, TextData
 from sparsebench.hardware import Hardware
-from sparsebench.measure import macs, quality, sparsity
+from sparsebench.measure import macs, quality, sparsity, uncertainty
 from sparsebench.methods.base import Work
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate
@@ -353,6 +354,40 @@ def made(method="teal", sparsity=0.5, perplexity=12.0, speedup=1.3, seed=0, poli
         decode["speedup"] = speedup
     content.update(changes)
     content["config_hash"] = digest([settings, content["env"], content["quality"], content["status"]])
+    return content
+
+
+def vision(accuracy=0.95, method="dstf") -> dict:
+    """A record without perplexity and without a decode step."""
+    record = made(method, speedup=None)
+    record["config"]["model"] = {"name": "lenet5"}
+    record["config"]["dataset"] = {"name": "digits"}
+    quality = {
+        "dense": 0.96,
+        "sparse": accuracy,
+        "higher_is_better": True,
+        "protocol": {"split": "test", "images": 360},
+    }
+    ece = {"dense": 0.01, "sparse": 0.02, "higher_is_better": False, "protocol": "as accuracy"}
+    record["quality"] = {"accuracy": quality, "ece": ece}
+    pair = {"dense": {"median_ms": 2.0}, "sparse": {"median_ms": 2.1}}
+    record["latency"] = {"kernel": None, "device": "cpu", "forward": {"batch 1": pair, "batch 64": pair}}
+    record["sparsity"]["per_site"] = {"conv1": {"sparsity": 0.3, "weight": 5}, "conv2": {"sparsity": 0.6, "weight": 5}}
+    record["bytes"] = record["macs"] = None
+    record["config_hash"] = digest(record)
+    return record
+
+
+def with_losses(content: dict, dense, sparse, tokens: int = 100) -> dict:
+    """A record of `made` whose perplexities are those of these losses [P]: NLL of pieces, one document to a window."""
+    place = np.arange(len(dense))
+    both = [
+        uncertainty.Pieces(place, place, np.full(len(place), tokens), np.asarray(nll) * tokens)
+        for nll in (dense, sparse)
+    ]
+    sides = dict(zip(("dense", "sparse"), (math.exp(each.mean) for each in both), strict=True))
+    content["quality"]["perplexity"] |= sides | uncertainty.perplexities(*both) | {"losses": uncertainty.kept(*both)}
+    content["config_hash"] = digest([content["config_hash"], content["quality"]["perplexity"]["losses"]])
     return content
 
 

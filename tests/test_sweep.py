@@ -92,12 +92,19 @@ def test_objective_is_sparsity_within_the_budget():
     assert sweep.objective(finished(0.9, 0.0, 0.7, higher=True), 1.05) == sweep.FAILED_OBJECTIVE
 
 
-def test_the_table_names_what_no_job_reported(tmp_path, capsys):
-    sweep.note(tmp_path, 0, ["seed=1"], tmp_path / "a" / "result.json", finished(10, 11, 0.5), sweep.FINISHED)
-    assert sweep.show(tmp_path, [tmp_path / "a" / "result.json"])
-    assert not sweep.show(tmp_path, [tmp_path / "a" / "result.json", tmp_path / "b" / "result.json"])
-    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert last["outcomes"] == {"finished": 1, "not run": 1}
+def test_the_table_names_what_no_job_reported_and_what_varies_in_it(tmp_path, capsys):
+    common, (a, b) = ["method=teal", "wandb.mode=disabled"], (tmp_path / name / "result.json" for name in "ab")
+    outcome = finished(10, 11, 0.5)
+    outcome["quality"]["m"] |= {"ratio": 1.1, "ratio_stderr": 0.02}
+    sweep.note(tmp_path, 0, [*common, "seed=1"], a, outcome, sweep.FINISHED)
+    assert sweep.show(tmp_path, {a: [*common, "seed=1"]})
+    assert not sweep.show(tmp_path, {a: [*common, "seed=1"], b: [*common, "seed=2"]})
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert json.loads(shown[-1])["outcomes"] == {"finished": 1, "not run": 1}
+    (line,) = (each for each in shown if "not run" in each and "{" not in each)
+    assert "seed=2" in line and "method" not in line
+    assert any("1.10 ± 0.02x" in each and "seed=1" in each for each in shown)
+    assert sum(each.startswith("next: sparsebench-report ") for each in shown) == 2
     assert files.plain(sweep.outcomes(tmp_path))[0]["sparsity"] == 0.5
 
 

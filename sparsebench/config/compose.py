@@ -73,10 +73,12 @@ def name_of(path: str) -> str:
 class Plan:
     """What a command line asks for.
 
+    overrides: what each configuration was made by, one choice of every swept key.
     partial: overrides (as typed) of keys that only some of the swept options have; they apply where the key exists.
     """
 
     configurations: list[dict[str, Any]]
+    overrides: list[list[str]]
     partial: frozenset[str]
 
 
@@ -120,7 +122,8 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
                 build(to_dict(compose(name, overrides=known)), "", problems, Settings if name == "config" else None)
             raise ConfigError(problems)
         try:
-            return Plan(list(combinations(parsed, choices, unknown, name)), frozenset(merged(unknown)))
+            made = list(combinations(parsed, choices, unknown, name))
+            return Plan([each for each, _ in made], [used for _, used in made], frozenset(merged(unknown)))
         except (HydraException, OmegaConfBaseException) as error:
             reason = f" ({error.__cause__})".splitlines()[0] if error.__cause__ else ""
             raise ConfigError([" ".join(f"{error}{reason}".split())]) from error
@@ -133,8 +136,8 @@ def merged(unknown: list[dict[str, str]]) -> dict[str, str]:
 
 def combinations(
     parsed: list[Override], choices: list[list[str]], unknown: list[dict[str, str]], name: str
-) -> Iterator[dict[str, Any]]:
-    """The configuration of every combination, each without the overrides of keys that it does not have.
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The configuration and overrides of every combination, each without those of keys that it does not have.
 
     unknown: of each combination of the groups alone, in the order of their product.
     """
@@ -147,7 +150,7 @@ def combinations(
         config = copy.deepcopy(composed(name, tuple(c for o, c in used if is_group(o) or is_hydras(o))))
         values = parser.parse_overrides([c for o, c in used if not is_group(o) and not is_hydras(o)])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)  # as Hydra's own composition ends
-        yield to_dict(config)
+        yield to_dict(config), [c for _, c in used]
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,19 @@ def uncertain(value: float | None, stderr: float | None, unit: str = "", sign: s
 
 def change(name: str, metric: dict[str, Any]) -> str:
     """From dense to sparse, with its paired standard error: a ratio, of shares a difference in points."""
-    if name == "accuracy" and None not in (metric["dense"], metric["sparse"]):
+    if is_share(name, metric):
         stderr = metric.get("difference_stderr")
         points = 100 * (metric["sparse"] - metric["dense"])
         return uncertain(points, 100 * stderr, " points", "+") if stderr else f"{points:+.2f} points"
     if metric.get("ratio") is not None:
         return uncertain(metric["ratio"], metric.get("ratio_stderr"), "x")
     return ratio(metric["dense"], metric["sparse"])
+
+
+def is_share(name: str, metric: dict[str, Any]) -> bool:
+    """Whether a metric is a share of right answers, whose change is said in points: accuracy, also that of a task."""
+    sides = (metric["dense"], metric["sparse"])
+    return metric.get("higher_is_better", name == "accuracy") and all(v is not None and 0 <= v <= 1 for v in sides)
 
 
 def in_words(name: str, metric: dict[str, Any]) -> str:
@@ -132,7 +139,14 @@ def show(record: dict[str, Any], path: Path) -> None:
         for line in notes(record):
             console.print(line, style="yellow")
     console.print(f"record: {path}")
+    if record["status"] == "finished":
+        console.print(next_step(path.parents[3] if len(path.parents) > 3 else path.parent))
     print(headline(record, path), flush=True)
+
+
+def next_step(folder: Path) -> str:
+    """What to do with records below `folder`."""
+    return f"next: sparsebench-report {shlex.quote(str(folder))}  # all runs on one page, compared at equal terms"
 
 
 def said(content: dict[str, Any]) -> list[str]:
@@ -259,19 +273,20 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
             label, kernel = f"decode, context {times['context']} (ms), {times['sparse_engine']}", latency["kernel"]
         else:
             label, kernel = f"prefill, {times['tokens']} tokens (ms)", times["kernel"]
-        add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-")
+        add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-", latency.get("noisy"))
         if part == "decode":
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
     if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():
         label = f"forward, batch {times['batch']} (ms), {times['kernel'] or 'dense'}"
-        add_times(grid, label, times, "no speed-up claimed")
+        add_times(grid, label, times, "no speed-up claimed", latency.get("noisy"))
 
 
-def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str) -> None:
-    """Medians, and the speed-up where one may be claimed; p10 and p90 of each in the row below."""
+def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str, noisy: bool | None) -> None:
+    """Medians, and the speed-up where one may be claimed; p10 and p90 of each in the row below; noise is marked."""
     claim = f"speed-up {times['speedup']:.2f}x" if "speedup" in times else unclaimed
+    claim += " NOISY" * bool(noisy)
     grid.add_row(label, *(f"{times[side]['median_ms']:.3f}" for side in ("dense", "sparse")), claim)
     cells = (f"{times[side]['p10_ms']:.3f} - {times[side]['p90_ms']:.3f}" for side in ("dense", "sparse"))
     within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if "speedup_p10" in times else ""

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparsebench.records import archive
 from sparsebench.records.files import plain, scrubbed
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class WandbTracker:
                 cost = costs.get(name, {})
                 table.add_data(name, site["sparsity"], site["weight"], cost.get("dense_macs"), cost.get("sparse_macs"))
             self.run.config.update({"machine": machine(record)}, allow_val_change=True)  # type: ignore[no-untyped-call]
-            self.run.log({"per_site": table})
+            self.run.log({"per_site": table, **charts(record)})
             self.run.summary.update(summary(record))
             if self.artifact is not None and record["status"] == "finished":
                 self.run.log_artifact(self.files(self.artifact, record))
@@ -129,6 +130,58 @@ def temporary_files(folder: Path | None) -> Iterator[None]:
         tempfile.tempdir = before
 
 
+def charts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run's page shows beside its figures: sparsity by layer, cost by part, times with their spread."""
+    import wandb
+
+    layers: dict[str, list[tuple[float, float]]] = {}
+    for name, site in ((record.get("sparsity") or {}).get("per_site") or {}).items():
+        layer = name.partition(".")[0]
+        layers.setdefault(layer, []).append((site["sparsity"], site["weight"]))
+    shares = [[k, sum(s * w for s, w in v) / sum(w for _, w in v)] for k, v in layers.items() if any(w for _, w in v)]
+    costs = [
+        [f"{kind} {side}", value]
+        for kind in ("macs", "bytes") for side in ("dense", "sparse")
+        if (value := (record.get(kind) or {}).get(side)) is not None
+    ]  # fmt: skip
+    times = [
+        [name, *(t.get(f"{cut}_ms") for cut in ("median", "p10", "p90"))]
+        for name, t in timed(record.get("latency") or {})
+    ]
+    shown: dict[str, Any] = {}
+    if shares:
+        by_layer = wandb.Table(columns=["layer", "sparsity"], data=shares)
+        shown["sparsity by layer"] = wandb.plot.bar(by_layer, "layer", "sparsity", title="Sparsity by layer, measured")
+    if costs:
+        shown["cost"] = wandb.Table(columns=["what", "value"], data=costs)
+    if times:
+        shown["latency"] = wandb.Table(columns=["what", "median ms", "p10 ms", "p90 ms"], data=times)
+    return shown
+
+
+def timed(latency: dict[str, Any], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(name, quantiles) of everything that was timed, however it is nested."""
+    times = []
+    for name, content in latency.items():
+        if isinstance(content, dict) and "median_ms" in content and "samples_ms" in content:
+            times.append((f"{prefix}{name}", content))
+        elif isinstance(content, dict):
+            times += timed(content, f"{prefix}{name} ")
+    return times
+
+
+def machine_summary(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run's times belong to, for its summary."""
+    env = record.get("env") or {}
+    target = env.get("hardware") or {}
+    facts = {
+        "device": archive.device(env), "dtype": target.get("dtype"), "threads": target.get("threads"), "cores": env.get("cores"),
+        "load": (env.get("load_average") or [None])[0], "commit": env.get("git_commit"),
+        **{name: (env.get("versions") or {}).get(name) for name in ("sparsebench", "torch", "transformers")},
+    }  # fmt: skip
+    return {f"machine/{name}": value for name, value in facts.items() if value is not None}
+
+
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """All figures of a record, flat, without raw samples and per-site values (they have a table); FLOPs beside MACs."""
     figures: dict[str, Any] = {}
@@ -142,6 +195,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
             figures[prefix] = value
 
     walk("", record)
+    figures |= machine_summary(record)
     for name in ("dense", "sparse", "overhead"):
         if f"macs/{name}" in figures:
             figures[f"flops/{name}"] = 2 * figures[f"macs/{name}"]

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from sparsebench import __version__, cache, stopping
 from sparsebench.records import files
@@ -43,6 +44,10 @@ def body() -> None:
             summary = archived(arguments.paths, arguments.archive)
         elif arguments.extract is not None:
             summary = extracted(arguments.paths, arguments.extract[0], Path(arguments.extract[1]))
+        elif arguments.compare:
+            if len(arguments.paths) != 2:
+                parser.error(f"--compare needs two sets of records, got {len(arguments.paths)}")
+            summary = compared(arguments)
         else:
             summary = reported(arguments)
     except ArchiveError as error:
@@ -53,8 +58,9 @@ def body() -> None:
 def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(
         prog="sparsebench-report",
-        description="Many records on one page (HTML, Markdown, CSV, PNG) or in one archive.",
-        epilog="e.g. sparsebench-report outputs. Records are made by sparsebench, kernel timings by sparsebench-bench.",
+        description="Many records on one page (HTML, Markdown, CSV, Parquet, PNG, SVG) or in one archive; two sets compared.",
+        epilog="e.g. sparsebench-report outputs, or sparsebench-report before after --compare. "
+        "Records are made by sparsebench, kernel timings by sparsebench-bench.",
     )
     parser.add_argument("--version", action="version", version=f"sparsebench-report {__version__}")
     parser.add_argument(
@@ -62,16 +68,19 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     parser.add_argument("--output", type=Path, help="folder for the report; default: report/ in the first folder given")
     parser.add_argument("--title", default="sparsebench report")
+    parser.add_argument("--latex", action="store_true", help="also write the tables as report.tex (booktabs)")
     parser.add_argument("--wandb", action="store_true", help="also send the records and the report to Weights & Biases")
     parser.add_argument("--project", default="sparsebench", help="W&B project (with --wandb)")
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compare", action="store_true", help="no report: compare two sets of records row by row (before and "
+                         "after, two machines) and mark what changed beyond noise")  # fmt: skip
     instead.add_argument("--archive", type=Path, metavar="FILE", help="no report: write all records into one archive")
     instead.add_argument("--extract", nargs=2, metavar=("HASH", "FOLDER"),
                          help="no report: write the records whose hash begins so as FOLDER/<hash>/result.json")  # fmt: skip
     return parser.parse_args(), parser
 
 
-def stop(message: str, code: int) -> None:
+def stop(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -86,10 +95,9 @@ def reported(arguments: argparse.Namespace) -> dict:
         for path, reason in collection.unreadable:
             print(f"{path}: {reason}", file=sys.stderr)
         stop(f"no records below {', '.join(map(str, arguments.paths))}", FAILED)
-    first = arguments.paths[0]
-    folder = arguments.output or (first if first.is_dir() else first.parent) / "report"
+    folder = folder_of(arguments)
     try:
-        written = page.write(collection, folder, arguments.title)
+        written = page.write(collection, folder, arguments.title, arguments.latex)
     except OSError as error:
         stop(f"{folder} can't be written: {error}", FAILED)
     uploaded = None
@@ -103,6 +111,28 @@ def reported(arguments: argparse.Namespace) -> dict:
     )
     return {"report": str(folder / "report.html"), "finished": len(collection.finished), "failed": len(collection.failed),
             "unreadable": len(collection.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """Where the report is written."""
+    first = arguments.paths[0]
+    return arguments.output or (first if first.is_dir() else first.parent) / "report"
+
+
+def compared(arguments: argparse.Namespace) -> dict:
+    """Compare the two sets of records; returns the line of JSON."""
+    from sparsebench.report import compare
+    from sparsebench.report.rows import collect
+
+    sets = [collect([path]) for path in arguments.paths]
+    for path, collection in zip(arguments.paths, sets, strict=True):
+        if not collection.finished:
+            stop(f"no finished records below {path}", FAILED)
+    folder = folder_of(arguments)
+    try:
+        return compare.write(*sets, folder, arguments.title)
+    except OSError as error:
+        stop(f"{folder} can't be written: {error}", FAILED)
 
 
 def readable(paths: list[Path]) -> list[dict]:

@@ -41,10 +41,12 @@ from typing import Any
 import yaml
 
 from sparsebench.records.terminal import uncertain
+from sparsebench.report.export import as_markdown
+from sparsebench.report.groups import protocol
 from sparsebench.report.published import SEEN, same
 from sparsebench.report.quantities import Estimate
-from sparsebench.report.rows import Row, flat, protocol
-from sparsebench.report.tables import DASH, Table, as_markdown
+from sparsebench.report.rows import Row, flat
+from sparsebench.report.tables import DASH, Table
 from sparsebench.report.trials import AXES, AXIS_WORDS, EQUAL_WORDS, Missing, by_place, machine_of, measured, pools
 
 REPRODUCED, REFUTED, OPEN, UNTESTABLE = "reproduced", "not reproduced", "not decided", "not testable here"

@@ -1,4 +1,4 @@
-"""What a record says, as text and nothing else: in Markdown and in a spreadsheet. (HTML: html.escape; pictures: plots.py.)"""
+"""What a record says, as text and nothing else: in Markdown and in a spreadsheet. (HTML: html.escape.)"""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ import yaml
 from sparsebench.config.identity import digest
 from sparsebench.records import archive
 from sparsebench.report import tables
-from sparsebench.report.rows import Group, Row, flat, groups, make_row
+from sparsebench.report.export import as_markdown
+from sparsebench.report.groups import Group, groups
+from sparsebench.report.rows import Row, flat, make_row
 from sparsebench.report.tables import DASH, Table
 
 FILE = "experiments.yaml"
@@ -105,14 +107,14 @@ def page(experiment: Experiment) -> str:
     lines = [GENERATED.format(source=source), f"# {spec['title']}", spec["about"]]
     for each in spec["tables"]:
         table = bench_table(experiment.benches, each) if "bench" in each else run_table(experiment.runs, each)
-        lines += [f"## {each['title']}", tables.as_markdown(table)]
+        lines += [f"## {each['title']}", as_markdown(table)]
     lines += [f"![{each['alt']}]({picture_name(experiment, each)})" for each in spec.get("pictures", [])]
     if "findings" in spec:
         lines += ["## What it shows", spec["findings"].strip()]
     lines += [
         "## How it was made",
         "```\n" + "\n".join(spec["commands"]) + "\n```",
-        tables.as_markdown(provenance(experiment)),
+        as_markdown(provenance(experiment)),
     ]
     lines += [spec["notes"].strip()] if "notes" in spec else []
     lines.append(
@@ -131,7 +133,7 @@ def index(experiments: list[Experiment]) -> str:
         "Every table is generated from the records in `outputs/reference`; ± is one standard deviation over seeds. "
         "“asked” is what was set, “sparsity” what was measured on test tokens or images, over the whole model. MACs and "
         "bytes are shares of the dense model's. A time belongs to the machine named below its table.",
-        tables.as_markdown(table),
+        as_markdown(table),
     ]) + "\n"  # fmt: skip
 
 
@@ -359,14 +361,15 @@ def picture_name(experiment: Experiment, spec: dict) -> str:
 
 def pictures(experiments: list[Experiment]) -> dict[str, bytes]:
     """File name -> PNG of every picture that the pages show."""
-    from sparsebench.report import plots
+    from sparsebench.report import charts, vega
 
     drawn = {}
     for experiment in experiments:
         for spec in experiment.spec.get("pictures", []):
             (group,) = groups(selected(experiment.runs, spec["where"]))
-            figures = plots.quality_plots(group, plots.styles(list({r.series for r in group.rows})))
-            drawn[picture_name(experiment, spec)] = plots.as_png(figures[spec["plot"]])
-            for figure in figures.values():
-                plots.pyplot.close(figure)
+            look = vega.styles(list({r.series for r in group.rows}))
+            specs, datasets = charts.of_group(group, look, lambda row: None)
+            drawn[picture_name(experiment, spec)] = vega.as_png(
+                vega.as_svg({**specs[spec["plot"]], "datasets": datasets})
+            )
     return drawn

@@ -1,67 +1,61 @@
-"""`sparsebench-report <folders>`: one self-contained HTML page, and the same as Markdown, CSV and PNG beside it.
+"""`sparsebench-report <folders>`: what the report says, section by section, as one HTML page and as Markdown, with CSV,
+Parquet, LaTeX, PNG and SVG beside it.
 
-The page holds its style and its pictures (as SVG) and needs no network; everything that comes from a record is escaped.
+The page answers first (which method is best at half the work, and is the difference real), then shows every run, then
+each protocol with its comparisons at equal terms and its charts. Rows of different protocols never stand in one ranking.
 """
 
 from __future__ import annotations
 
 import base64
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-
-from matplotlib import pyplot
+from typing import Any
+from urllib.parse import quote
 
 from sparsebench.bench import output as bench
-from sparsebench.records import files, record
-from sparsebench.report import claims, plots, published, tables
+from sparsebench.records import archive, files, record
+from sparsebench.report import charts, claims, document, equal_terms, export, published, tables, vega
 from sparsebench.report.escape import markdown, marked_down
-from sparsebench.report.rows import Collection, Group, groups
+from sparsebench.report.groups import Group, groups
+from sparsebench.report.rows import Collection, Row
 from sparsebench.report.tables import Table
 
-STYLE = """
-:root{--ink:#1c2430;--soft:#5b6675;--line:#dfe4ea;--back:#f5f7f9;--mark:#fff6dc;--bad:#a3262a;--accent:#1f5fa8}
-*{box-sizing:border-box}
-body{margin:0;color:var(--ink);background:var(--back);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1240px;margin:0 auto;padding:20px 24px 60px}
-h1{font-size:26px;margin:8px 0 2px}h2{font-size:20px;margin:0 0 4px}h3{font-size:16px;margin:22px 0 6px}
-p{margin:6px 0;max-width:80ch}.soft{color:var(--soft);font-size:13px}
-section{background:#fff;border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin:18px 0}
-.facts{display:flex;flex-wrap:wrap;gap:8px 26px;margin:10px 0 0;padding:0;list-style:none}
-.facts b{font-size:19px;display:block;line-height:1.2}.facts li{color:var(--soft);font-size:13px}
-nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:12px;font-size:14px}a{color:var(--accent)}
-.wide{overflow-x:auto;margin:10px -4px;padding:0 4px}
-table{border-collapse:collapse;font-size:13px;min-width:100%}
-th,td{padding:5px 7px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th{font-weight:600;color:var(--soft);border-bottom:2px solid var(--line);white-space:nowrap}
-td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-th:first-child,td:first-child{position:sticky;left:0;background:#fff;min-width:11em;max-width:24em;overflow-wrap:anywhere}
-tr.m td{background:var(--mark)}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:14px;margin-top:12px}
-figure{margin:0}figure img{display:block;width:100%;height:auto}
-dl{display:flex;flex-wrap:wrap;gap:1px 18px;font-size:13px;margin:6px 0}dl div{display:flex;gap:5px}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-pre{background:var(--back);padding:10px;border-radius:6px;overflow:auto;font-size:12px}
-details{margin:6px 0}summary{cursor:pointer;font-size:14px}
-.bad{color:var(--bad)}.flag{border-left:4px solid #d9a400;padding:2px 12px;background:var(--mark);font-size:14px}
-@media(max-width:600px){main{padding:10px 10px 40px}section{padding:14px 12px;border-radius:8px}h1{font-size:22px}
- h2{font-size:18px;overflow-wrap:anywhere}.plots{grid-template-columns:1fr}
- th:first-child,td:first-child{min-width:9em;max-width:9.5em}table{font-size:12px}th,td{padding:4px 7px}}
-@media print{body{background:#fff}section{break-inside:avoid;border:0}}
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+FIGURE = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")  # the number that a cell is sorted by
+PICK = (
+    "method",
+    "model",
+    "data",
+    "machine",
+    "kernel",
+    "metric",
+    "front",
+    "verdict",
+)  # columns filtered by a list of their values
+
+
+SORTED = 6  # lines from which a table can be sorted and filtered
 
 
 @dataclass
 class Page:
-    """The report while it grows: the same content as HTML and as Markdown, and the pictures by file name."""
+    """The report while it grows: the same content as HTML and as Markdown, the pictures by file name, tables for LaTeX."""
 
+    folder: Path | None = None  # where it will be written; None: records can't be linked
     html: list[str] = field(default_factory=list)
     markdown: list[str] = field(default_factory=list)
     pictures: dict[str, bytes] = field(default_factory=dict)
+    latex: list[tuple[str, Table]] = field(default_factory=list)
+    charts: dict[str, Any] = field(default_factory=dict)
+    section: str = ""
 
-    def open(self, anchor: str, title: str) -> None:
-        self.html.append(f'<section id="{anchor}"><h2>{escape(title)}</h2>')
+    def open(self, anchor: str, title: str, kind: str = "") -> None:
+        self.section = title
+        self.html.append(f'<section id="{anchor}" class="{kind}"><h2>{escape(title)}</h2>')
         self.markdown.append(f"\n## {markdown(title)}\n")
 
     def close(self) -> None:
@@ -75,48 +69,109 @@ class Page:
         self.html.append(f'<p class="{kind}">{escape(text)}</p>')
         self.markdown.append(f"{markdown(text)}\n")
 
-    def table(self, table: Table | None) -> None:
+    def answer(self, title: str, anchor: str, lead: str, lines: list[str], refused: list[str]) -> None:
+        """What can be concluded about one protocol, and which curves nothing can be concluded about."""
+        items, others = ("".join(f"<li>{escape(line)}</li>" for line in part) for part in (lines, refused))
+        folded = (
+            f"<details class=fold><summary>Not compared there</summary><ul>{others}</ul></details>" if refused else ""
+        )
+        self.html.append(f'<div class="answer"><h3><a href="#{anchor}">{escape(title)}</a></h3>'
+                         f'<p class="lead">{escape(lead)}</p><ul>{items}</ul>{folded}</div>')  # fmt: skip
+        every = [*lines, *(f"not compared: {line}" for line in refused)]
+        self.markdown.append("\n".join([f"**{title}**: {lead}\n", *(f"- {line}" for line in every), ""]))
+
+    def link(self, row: Row) -> str | None:
+        """Where a run's record is found: its file or, of an archive, its line on this page."""
+        if self.folder is not None and row.path.is_file():
+            return quote(os.path.relpath(row.path.resolve(), self.folder.resolve()))
+        return f"#{anchor_of(row)}"
+
+    def table(
+        self, table: Table | None, rows_named: bool = False, order_first: bool = False, written: bool = True
+    ) -> None:
+        """rows_named: lines can be linked to; order_first: whatever is sorted, the first column comes before it."""
         if table is None:
             return
-        kinds = ['class="n"' if i in table.numeric else "" for i in range(len(table.head))]
-        head = "".join(f"<th {k}>{escape(c)}</th>" for k, c in zip(kinds, table.head, strict=True))
-        body = "".join(
-            f'<tr class="{"m" if i in table.marked else ""}">'
-            + "".join(f"<td {k}>{escape(c)}</td>" for k, c in zip(kinds, row, strict=True))
-            + "</tr>"
-            for i, row in enumerate(table.rows)
+        kinds = [
+            " ".join(filter(None, ("n" * (i in table.numeric), "f" * (i == int(order_first)), "pick" * (name in PICK))))
+            for i, name in enumerate(table.head)
+        ]
+        head = "".join(f'<th class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.head, strict=True))
+        body = "".join(self.line(table, i, kinds, rows_named) for i in range(len(table.rows)))
+        sort = ' class="sort"' if len(table.rows) >= SORTED else ""
+        fixed = " data-order-fixed='[[0,\"asc\"]]'" if order_first else ""
+        self.html.append(
+            f'<div class="wide"><table{sort}{fixed}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
-        self.html.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
         if table.note:
             self.html.append(f'<p class="soft">{escape(table.note)}</p>')
-        self.markdown.append(tables.as_markdown(table, foreign=True) + "\n")
+        if written:
+            self.markdown.append(export.as_markdown(table, foreign=True) + "\n")
+            self.latex.append((self.section, table))
+
+    def line(self, table: Table, number: int, kinds: list[str], named: bool) -> str:
+        row = table.runs[number] if table.runs else None
+        cells = []
+        for i, (kind, text) in enumerate(zip(kinds, table.rows[number], strict=True)):
+            shown = escape(text)
+            if row is not None and table.head[i] == "run":
+                where = self.link(row)
+                if where and not where.startswith("#"):
+                    shown = f'<a href="{escape(where)}">{shown}</a>'
+            value = FIGURE.search(text) if i in table.numeric else None
+            order = f' data-order="{value[0] if value else ""}"' if i in table.numeric else ""
+            cells.append(f'<td class="{kind}"{order}>{shown}</td>')
+        name = f' id="{anchor_of(row)}"' if named and row is not None else ""
+        return f"<tr{name}{' class=m' if number in table.marked else ''}>{''.join(cells)}</tr>"
 
     def facts(self, values: dict) -> None:
         pairs = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items())
         self.html.append(f"<dl>{pairs}</dl>")
         self.markdown.append(markdown(", ".join(f"{k} {v}" for k, v in values.items())) + "\n")
 
-    def plots(self, figures: dict, prefix: str) -> None:
+    def plots(self, specs: dict[str, Any], datasets: dict[str, Any], prefix: str) -> None:
+        """Charts: still ones as SVG and PNG, which the page's script makes live."""
+        self.charts[prefix] = {"charts": specs, "datasets": datasets}
         shown = []
-        for name, figure in figures.items():
-            file = f"{prefix}-{name}.png"
-            self.pictures[file] = plots.as_png(figure)
-            source = base64.b64encode(plots.as_svg(figure)).decode()
-            alt = escape(figure.axes[0].get_title(loc="left"))
-            shown.append(f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>')
-            self.markdown.append(f"![{markdown(alt)}]({file})\n")
-            pyplot.close(figure)
+        for name, spec in specs.items():
+            still = vega.as_svg({**spec, "datasets": datasets})
+            self.pictures |= {f"{prefix}-{name}.svg": still.encode(), f"{prefix}-{name}.png": vega.as_png(still)}
+            source, alt = base64.b64encode(still.encode()).decode(), escape(spec["title"])
+            shown.append(
+                f'<figure data-chart="{prefix}/{name}"><img loading="lazy" alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>'
+            )
+            self.markdown.append(f"![{markdown(alt)}]({prefix}-{name}.png)\n")
         self.html.append(f'<div class="plots">{"".join(shown)}</div>')
 
     def details(self, summary: str, content: str) -> None:
         self.html.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(content)}</pre></details>")
 
+    def folded(self, summary: str, table: Table | None) -> None:
+        """A table behind a line that opens it; open in print."""
+        if table is not None:
+            self.html.append(f"<details class=fold><summary>{escape(summary)}</summary>")
+            self.table(table)
+            self.html.append("</details>")
 
-def build(collection: Collection, title: str) -> tuple[Page, list[Group]]:
+
+def anchor_of(row: Row) -> str:
+    return f"run-{archive.key(row.record)[:16]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def build(collection: Collection, title: str, folder: Path | None = None) -> tuple[Page, list[Group]]:
     """The page over the whole collection."""
-    page, parts = Page(), groups(collection.finished)
-    look = plots.styles(list({r.series for r in collection.finished}))
+    page, parts = Page(folder), groups(collection.finished)
+    look = vega.styles(list({r.series for r in collection.finished}))
     head(page, collection, parts, title)
+    answers(page, parts)
+    for anchor, name, text, make in ACROSS:
+        made = [(subtitle, table) for subtitle, table in make(collection.finished) if table is not None]
+        if made:
+            across(page, anchor, name, text, made)
     if len(parts) > 1:
         page.open("protocols", "Protocols differ")
         page.text(
@@ -125,48 +180,55 @@ def build(collection: Collection, title: str) -> tuple[Page, list[Group]]:
         )  # fmt: skip
         page.table(tables.protocols(parts))
         page.close()
+    every_run(page, parts)
     for i, group in enumerate(parts):
         one_group(page, group, i, look)
-    verdicts = claims.table(collection.finished)
-    if verdicts is not None:
-        page.open("claims", "Published claims")
-        page.table(verdicts)
-        page.close()
-    beside = published.beside(collection.finished)
-    if beside:
-        page.open("published", "Published beside measured")
-        page.text(
-            "A published figure stands beside a run of the same method at the same operating point. Where model, data or "
-            "settings are not the published ones, neither reproduces the other: the last column says what differs."
-        )
-        page.table(tables.beside(beside))
-        others = tables.beside_other_models(beside)
-        if others is not None:
-            page.title("Same setting, other model")
-            page.table(others)
-        page.close()
     if collection.failed or collection.unreadable:
-        page.open("failures", "Failures")
-        if collection.failed:
-            page.table(tables.failures(collection.failed))
-        for _, content in collection.failed:
-            if (content.get("error") or {}).get("traceback"):
-                page.details(content["name"], content["error"]["traceback"])
-        for path, reason in collection.unreadable:
-            page.text(f"{path} was left out: {reason}.", "bad")
-        page.close()
+        failures(page, collection)
     for i, (path, content) in enumerate(collection.benches):
         one_bench(page, path, content, i)
     return page, parts
 
 
+def published_tables(rows: list[Row]) -> list[tuple[str, Table | None]]:
+    lines = published.beside(rows)
+    return [
+        ("", tables.beside(lines)),
+        ("Same setting, other model", tables.beside_other_models(lines, same_setting=True)),
+        ("Other model and other settings", tables.beside_other_models(lines, same_setting=False)),
+    ]
+
+
+# Sections over all runs, whatever the protocol: anchor, title, text, rows -> [(subtitle, table or None)].
+ACROSS: list[tuple[str, str, str, Callable[[list[Row]], list[tuple[str, Table | None]]]]] = [
+    ("published", "Published beside measured",
+     "A published figure stands beside a run of the same method at the same operating point. Where model, data or "
+     "settings are not the published ones, neither reproduces the other: the last column says what differs.",
+     published_tables),
+    ("claims", "Published claims",
+     "What papers claim, decided by these runs: each line is one claim on one model, with the figure measured and its error.",
+     lambda rows: [("", claims.table(rows))]),
+]  # fmt: skip
+
+
+def across(page: Page, anchor: str, name: str, text: str, made: list[tuple[str, Table]]) -> None:
+    page.open(anchor, name)
+    page.text(text)
+    for subtitle, table in made:
+        if subtitle:
+            page.title(subtitle)
+        page.table(table)
+    page.close()
+
+
 def head(page: Page, collection: Collection, parts: list[Group], title: str) -> None:
     counts = {"finished runs": len(collection.finished), "failed": len(collection.failed), "protocols": len(parts),
               "machines": len({r.machine for r in collection.finished}), "benchmarks": len(collection.benches)}  # fmt: skip
-    links = [(f"group-{i}", f"{i + 1}. {g.title}") for i, g in enumerate(parts)]
+    links = [("answers", "Answers"), ("runs", "All runs")] if parts else []
+    links += [(f"group-{i}", f"{i + 1}. {g.title}") for i, g in enumerate(parts)]
     links += [(f"bench-{i}", f"Benchmark {i + 1}") for i in range(len(collection.benches))]
     links += [("failures", "Failures")] if collection.failed or collection.unreadable else []
-    page.html.append(f"<h1>{escape(title)}</h1>")
+    page.html.append(f"<h1>{escape(title)}</h1><noscript><p class=soft>{escape(document.NO_SCRIPTS)}</p></noscript>")
     shown = "".join(f"<li><b>{n}</b>{escape(k)}</li>" for k, n in counts.items() if n or k != "benchmarks")
     shown += f"<li><b>{escape(tables.totals(collection.finished))}</b>time of the runs together</li>"
     page.html.append(f'<ul class="facts">{shown}</ul>')
@@ -179,6 +241,38 @@ def head(page: Page, collection: Collection, parts: list[Group], title: str) -> 
             )
     if collection.repeated:
         page.text(f"{collection.repeated} record(s) were found twice (copied folders); each run counts once.", "soft")
+
+
+def answers(page: Page, parts: list[Group]) -> None:
+    """Which method is best at half the work, and whether the difference is one: for each protocol, before all else."""
+    if not parts:
+        return
+    page.open("answers", "Which method is best at half the work, and is the difference real?")
+    alone = []
+    for i, group in enumerate(parts):
+        standing = equal_terms.half_the_work(group)
+        if standing is None or len(standing.ranked) < 2:
+            alone.append(i)
+            continue
+        page.answer(f"{i + 1}. {group.title}", f"group-{i}", *tables.answer(group, standing))
+    if alone:
+        count = f"{len(alone)} of {len(parts)} protocols hold" if len(parts) > 1 else "The records hold"
+        page.text(f"{count} fewer than two methods that were measured at a common amount of work, so nothing is ranked "
+                  f"there{': ' + ', '.join(str(i + 1) for i in alone) if len(parts) > 1 else ''}.", "soft")  # fmt: skip
+    page.text("Half the work: half of the dense model's MACs over the scored tokens, overheads counted. Quality there is "
+              "interpolated between measured settings of each method, never beyond them.", "soft")  # fmt: skip
+    page.close()
+
+
+def every_run(page: Page, parts: list[Group]) -> None:
+    """All finished runs in one table to sort and filter; sorting stays inside a protocol."""
+    if not parts:
+        return
+    page.open("runs", "All runs", "screen tall")
+    page.text("Every run with its figures, to sort and filter by the marks in the heads. Whatever is sorted, protocols stay "
+              "apart. A run's name opens its record. report.csv and report.parquet hold all of it unrounded.", "soft")  # fmt: skip
+    page.table(tables.every_run(parts), order_first=True, written=False)
+    page.close()
 
 
 def one_group(page: Page, group: Group, number: int, look: dict) -> None:
@@ -195,13 +289,46 @@ def one_group(page: Page, group: Group, number: int, look: dict) -> None:
     busy = tables.busy(group)
     if busy:
         page.text(busy, "flag")
-    page.table(tables.comparison(group))
+    page.table(tables.comparison(group), rows_named=True)
+    at_equal_terms(page, group)
     for title, table in (("Further metrics", tables.metrics(group)), ("Over seeds", tables.seeds(group)),
                          ("Estimates", tables.estimates(group))):  # fmt: skip
         if table is not None:
             page.title(title)
             page.table(table)
-    page.plots(plots.quality_plots(group, look), f"group-{number + 1}")
+    page.title("Charts")
+    page.text("A point is a setting (mean over seeds), bars are one standard deviation over seeds or, with one seed, the paired "
+              "standard error; times p10 to p90. Hollow: no kernel skipped work. Star: dense. Grey: the front on that very axis.",
+              "soft")  # fmt: skip
+    page.plots(*charts.of_group(group, look, page.link), f"group-{number + 1}")
+    page.close()
+
+
+def at_equal_terms(page: Page, group: Group) -> None:
+    """Quality of each curve at common sparsity, work, bytes and time, and the comparisons that can be quoted."""
+    by_axis: dict[tuple[str, str], list[equal_terms.Standing]] = {}
+    for each in equal_terms.standings(group):
+        by_axis.setdefault((each.axis.words, each.axis.machine), []).append(each)
+    for (words, machine), every in by_axis.items():
+        if not any(len(s.ranked) > 1 for s in every):
+            continue
+        page.title(f"{group.protocol['metric']} at equal shares {words}" if words.startswith("of") else
+                   f"{group.protocol['metric']} at equal {words}" )  # fmt: skip
+        if machine:
+            page.text(machine, "soft")
+        page.table(tables.equal_terms(every))
+        page.folded("Comparisons that can be quoted", tables.comparisons(every))
+
+
+def failures(page: Page, collection: Collection) -> None:
+    page.open("failures", "Failures")
+    if collection.failed:
+        page.table(tables.failures(collection.failed))
+    for _, content in collection.failed:
+        if (content.get("error") or {}).get("traceback"):
+            page.details(content["name"], content["error"]["traceback"])
+    for path, reason in collection.unreadable:
+        page.text(f"{path} was left out: {reason}.", "bad")
     page.close()
 
 
@@ -223,21 +350,17 @@ def one_bench(page: Page, path: Path, content: dict, number: int) -> None:
     page.close()
 
 
-def document(page: Page, title: str) -> str:
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(page.html)}</main></body></html>\n"
-    )
-
-
-def write(collection: Collection, folder: Path, title: str) -> Page:
-    """report.html, report.md, report.csv and the plots as PNG in `folder`, each written atomically."""
-    page, parts = build(collection, title)
+def write(collection: Collection, folder: Path, title: str, latex: bool = False) -> Page:
+    """The report in `folder`, each file written atomically. latex: its tables as report.tex, too."""
+    page, parts = build(collection, title, folder)
     for name, content in page.pictures.items():
         files.write_atomic(folder / name, content)
-    files.write_atomic(folder / "report.csv", tables.as_csv(parts).encode(errors="replace"))
+    files.write_atomic(folder / "report.csv", export.as_csv(parts).encode(errors="replace"))
+    files.write_atomic(folder / "report.parquet", export.as_parquet(parts))
     files.write_atomic(folder / "report.md", "\n".join(page.markdown).encode(errors="replace"))
-    files.write_atomic(folder / "report.html", document(page, title).encode(errors="replace"))
+    if latex:
+        files.write_atomic(folder / "report.tex", export.latex_file(page.latex).encode(errors="replace"))
+    files.write_atomic(
+        folder / "report.html", document.document("".join(page.html), page.charts, title).encode(errors="replace")
+    )
     return page

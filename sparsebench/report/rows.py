@@ -1,23 +1,19 @@
-"""Records to rows that can be compared: what stands in a table, which rows may be ranked together, who is on the front.
+"""Records to rows: what tables and charts ask of a finished run, and what tells its machine from another.
 
 Records come from result.json files and from archives (records/archive.py). Those of older schema versions are shown,
-with their configuration under today's names.
-
-Two rows share a group only if they scored the same model on the same test text by the same protocol; rows that measured
-no sparsity at all (method=dense) join every group of theirs, whatever the prompt policy. Times are compared only
-between rows of one machine, dtype, thread count and context.
+with their configuration under today's names. Times are compared only between rows of one machine, dtype, thread count,
+context and torch version.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsebench.config.identity import NOT_IDENTITY, digest
+from sparsebench.config.identity import NOT_IDENTITY
 from sparsebench.records import archive, record
 from sparsebench.report.sources import contents
 from sparsebench.sweep import main_metric
@@ -42,6 +38,9 @@ class Row:
     metric: str | None = None
     dense: float | None = None
     sparse: float | None = None
+    dense_stderr: float | None = None
+    sparse_stderr: float | None = None
+    difference_stderr: float | None = None  # paired
     higher_is_better: bool = False
     requested: float | None = None
     sparsity: float | None = None
@@ -49,17 +48,23 @@ class Row:
     scored_macs: float | None = None  # the same over the tokens that quality was scored on
     ffn_macs: float | None = None  # sparse / dense of the FFNs' maps alone, routers and predictors included
     executed: float | None = None  # sparse / dense, as the kernel ran
-    bytes: float | None = None  # sparse / dense
+    bytes: float | None = None  # sparse / dense, read per decoded token
+    scored_bytes: float | None = None  # the same over the tokens that quality was scored on
     times: dict[str, dict] = field(default_factory=dict)  # part -> {dense, sparse, dense_p10, ..., speedup, kernel}, ms
     noisy: bool | None = None  # whether spread or load made the times worthless (measure/clock.py)
     machine: str = ""
     fit_seconds: float | None = None
-    on_front: bool = False
+    fronts: list[str] = field(default_factory=list)  # sparsity, work, time: where no other row is better in both
 
     @property
     def decode(self) -> dict:
         """The timing that stands for the row: decode, or the first one there is."""
         return self.times.get("decode") or next(iter(self.times.values()), {})
+
+    def per_second(self, side: str) -> float | None:
+        """Tokens, images or texts per second of the timing that stands for the row."""
+        median = self.decode.get(side)
+        return 1000 * (self.decode.get("batch") or 1) / median if median else None
 
     @property
     def change(self) -> float | None:
@@ -70,19 +75,6 @@ class Row:
     def roofline(self) -> float | None:
         """The speed-up that the bytes promise: dense / sparse."""
         return 1 / self.bytes if self.bytes else None
-
-
-@dataclass
-class Group:
-    """Rows that may be ranked together."""
-
-    protocol: dict
-    rows: list[Row]
-    apart: str = ""  # what tells it from other groups of the same model, data and metric
-
-    @property
-    def title(self) -> str:
-        return f"{self.protocol['model']} on {self.protocol['dataset']}, {self.protocol['metric']}{self.apart}"
 
 
 @dataclass
@@ -177,6 +169,8 @@ def make_row(path: Path, record: dict) -> Row:
     if name:
         row.dense, row.sparse = quality[name]["dense"], quality[name]["sparse"]
         row.higher_is_better = quality[name]["higher_is_better"]
+        row.dense_stderr, row.sparse_stderr = (quality[name].get(f"{side}_stderr") for side in ("dense", "sparse"))
+        row.difference_stderr = quality[name].get("difference_stderr")
     measured = record.get("sparsity") or {}
     row.requested, row.sparsity = measured.get("requested"), measured.get("model_wide")
     row.macs, row.executed = (share(costs.get(k), costs.get("dense")) for k in ("sparse", "executed"))
@@ -184,6 +178,8 @@ def make_row(path: Path, record: dict) -> Row:
     row.scored_macs = share(scored.get("sparse"), scored.get("dense"))
     row.ffn_macs = ffn_share(scored.get("per_site") or {})
     row.bytes = share(traffic.get("sparse"), traffic.get("dense"))
+    read = traffic.get("scored") or traffic
+    row.scored_bytes = share(read.get("sparse"), read.get("dense"))
     row.fit_seconds = (record.get("fit") or {}).get("seconds")
     row.times = dict(timings(record.get("latency") or {}))
     row.noisy = (record.get("latency") or {}).get("noisy")
@@ -214,7 +210,8 @@ def timings(latency: dict) -> Iterable[tuple[str, dict]]:
                 for name in ("dense", "sparse")
                 for cut in ("p10", "p90")
             }
-            figures |= {key: content.get(key) for key in ("speedup", "context", "dense_engine")}
+            figures |= {k: content.get(k) for k in ("speedup", "speedup_p10", "speedup_p90", "context", "dense_engine",
+                                                    "sparse_engine", "batch")}  # fmt: skip
             yield part, figures | {"kernel": kernel}
         else:
             yield from ((f"{part} {inner}", times) for inner, times in timings(content))
@@ -231,61 +228,10 @@ def machine(record: dict) -> str:
     context = (latency.get("decode") or {}).get("context")
     if context is not None:
         parts.append(f"context {context}")
+    version = (env.get("versions") or {}).get("torch")
+    if version:
+        parts.append(f"torch {version}")
     return ", ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups and labels
-
-
-def protocol(row: Row) -> dict:
-    """What must be equal before two rows are ranked together."""
-    settings, quality = row.record["config"], (row.record.get("quality") or {})
-    dataset = row.record.get("dataset") or {}
-    stated = quality[row.metric].get("protocol") if row.metric else None
-    weights = (row.record.get("model") or {}).get("source")
-    if settings["model"].get("weights") == "scratch" and weights:
-        weights = Path(weights).name  # named after what trained it, the same in any output folder
-    return {
-        "model": settings["model"]["name"],
-        "weights": weights,
-        "num_layers": settings["model"].get("num_layers"),
-        "dataset": settings["dataset"]["name"],
-        "test": (dataset.get("test") or {}).get("fingerprint"),
-        "metric": row.metric or "nothing scored",
-        **(stated if isinstance(stated, dict) else {"protocol": stated}),
-    }
-
-
-def groups(rows: list[Row]) -> list[Group]:
-    """Rows by protocol, larger groups first; labels and Pareto fronts are set on the way."""
-    groups: dict[str, Group] = {}
-    plain: list[tuple[dict, Row]] = []
-    for row in rows:
-        stated = protocol(row)
-        if row.method == "dense":
-            plain.append(({k: v for k, v in stated.items() if k != "prompt_policy"}, row))
-        else:
-            groups.setdefault(digest(stated), Group(stated, [])).rows.append(row)
-    for stated, row in plain:
-        mine = [g for g in groups.values() if {k: v for k, v in g.protocol.items() if k != "prompt_policy"} == stated]
-        for group in mine or [groups.setdefault(digest(stated), Group(stated, []))]:
-            group.rows.append(row)
-    for group in groups.values():
-        label(group.rows)
-        group.rows.sort(key=lambda r: (r.method, r.sparsity or 0.0, r.label))
-        front = pareto([(-(r.sparsity or 0.0), r.sparse) for r in group.rows], group.rows[0].higher_is_better)
-        for i in front:
-            group.rows[i].on_front = True
-    ordered = sorted(groups.values(), key=lambda g: -len(g.rows))
-    for title in {g.title for g in ordered}:
-        alike = [g for g in ordered if g.title == title]
-        told = differences(alike)
-        short = {k: v for k, v in told.items() if k not in ("fingerprint", "tokens")} or told
-        for key, values in short.items():
-            for group, value in zip(alike, values, strict=True):
-                group.apart += f", {key} {str(value)[-24:] if key != 'test' else str(value)[:8]}"
-    return ordered
 
 
 def flat(node: dict, prefix: str = "") -> dict[str, Any]:
@@ -301,89 +247,10 @@ def flat(node: dict, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def label(rows: list[Row]) -> None:
-    """Name each row by its method and by the settings in which rows of that method differ; its curve by some of them."""
-    for method in {r.method for r in rows}:
-        mine = [r for r in rows if r.method == method]
-        settings = [flat(r.record["config"]) for r in mine]
-        keys = differing(settings)
-        apart = telling_apart(mine, settings)
-        for row, values in zip(mine, settings, strict=True):
-            words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
-            row.label = " ".join([method, *words])
-            choices = [(k, values[k]) for k in apart if values.get(k) is not None]
-            told = [v if isinstance(v, str) else f"{k.removeprefix('method.')}={v}" for k, v in choices]
-            row.series = " ".join([method, *told])
-
-
-def differing(settings: list[dict]) -> list[str]:
-    return sorted({k for s in settings for k in s if len({repr(t.get(k)) for t in settings}) > 1})
-
-
-def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
-    """The settings of one method that tell its curves apart: words and switches and, where a number varies within one
-    fit (so that it is what a curve runs along), the numbers that need another fit and that words don't tell already."""
-    keys = [k for k in differing(settings) if k.startswith("method.")]
-    words = [k for k in keys if any(isinstance(s.get(k), (str, bool)) for s in settings)]
-    fits: dict[str | None, list[dict]] = {}
-    choices: dict[tuple, list[dict]] = {}
-    for row, values in zip(rows, settings, strict=True):
-        fits.setdefault((row.record.get("fit") or {}).get("state"), []).append(values)
-        choices.setdefault(tuple(values.get(k) for k in words), []).append(values)
-    along = {k for same in fits.values() for k in differing(same) if k in keys and k not in words}
-    numbers = {k for same in choices.values() for k in differing(same)} - along if along else set()
-    return [k for k in keys if k in words or k in numbers]
-
-
-def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bool) -> list[int]:
-    """Indices of the points (cost, metric) that no other point beats in both, by rising cost."""
-    sign = -1 if higher_is_better else 1
-    ordered = sorted((c, sign * m, i) for i, (c, m) in enumerate(points) if c is not None and m is not None)
-    front, best = [], float("inf")
-    for _, loss, index in ordered:
-        if loss < best:
-            front.append(index)
-            best = loss
-    return front
-
-
-def differences(groups: list[Group]) -> dict[str, list]:
-    """The protocol keys in which groups differ: key -> value per group, in the order of the groups."""
-    keys = {k: None for g in groups for k in g.protocol}
-    values = {k: [g.protocol.get(k) for g in groups] for k in keys}
-    return {k: v for k, v in values.items() if len({repr(x) for x in v}) > 1}
-
-
-def repeats(rows: list[Row]) -> list[list[Row]]:
-    """Rows that differ in nothing but the seed, together."""
-    sets: dict[str, list[Row]] = {}
-    for row in rows:
-        settings = {k: v for k, v in row.record["config"].items() if k not in (*NOT_IDENTITY, "seed")}
-        sets.setdefault(digest([settings, row.machine]), []).append(row)
-    return list(sets.values())
-
-
-def over_seeds(rows: list[Row]) -> list[dict]:
-    """Mean and standard deviation where rows differ in nothing but the seed."""
-    summaries = []
-    for same in repeats(rows):
-        if len(same) < 2 or any(r.sparse is None for r in same):
-            continue
-        name = " ".join(w for w in same[0].label.split() if not w.startswith("seed="))
-        values, shares = [r.sparse for r in same], [r.sparsity or 0.0 for r in same]
-        summaries.append({
-            "label": name, "seeds": len(same), "mean": statistics.mean(values), "sd": statistics.stdev(values),
-            "sparsity": statistics.mean(shares), "sparsity_sd": statistics.stdev(shares),
-        })  # fmt: skip
-    return summaries
-
-
-def sites_by_layer(record: dict) -> dict[str, float]:
-    """Sparsity per layer (sites are named `<layer>.<role>` or otherwise stand for themselves), weighted by parameters."""
-    sums: dict[str, list[float]] = {}
+def sites(record: dict) -> list[tuple[str, str, float]]:
+    """(layer, role, sparsity) of every map; one that is not named `<layer>.<role>` stands for itself, without a role."""
+    places = []
     for name, site in ((record.get("sparsity") or {}).get("per_site") or {}).items():
-        layer, weight = name.partition(".")[0] if name[:1].isdigit() else name, site.get("weight") or 1
-        total = sums.setdefault(layer, [0.0, 0.0])
-        total[0] += site["sparsity"] * weight
-        total[1] += weight
-    return {layer: part / weight for layer, (part, weight) in sums.items()}
+        layer, _, role = name.partition(".") if name[:1].isdigit() else (name, "", "")
+        places.append((layer, role, site["sparsity"]))
+    return places

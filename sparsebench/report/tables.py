@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records.terminal import scaled
-from sparsebench.report import escape
-from sparsebench.report.rows import Group, Row, differences, over_seeds
+from sparsebench.records import archive, terminal
+from sparsebench.records.terminal import rounded, scaled, uncertain
+from sparsebench.report.equal_terms import Point, Standing
+from sparsebench.report.groups import Group, differences, on_target, over_seeds
+from sparsebench.report.rows import Row
 
 DASH = "–"
 
@@ -23,6 +22,7 @@ class Table:
     numeric: set[int]
     marked: set[int]
     note: str = ""
+    runs: list[Row] = field(default_factory=list)  # of each line, where lines are runs
 
 
 def number(value: float | None, form: str = ".4g", suffix: str = "") -> str:
@@ -30,31 +30,43 @@ def number(value: float | None, form: str = ".4g", suffix: str = "") -> str:
 
 
 def comparison(group: Group) -> Table:
-    """The rows of one group, by method and sparsity; those on the Pareto front (sparsity, quality) are marked."""
+    """The rows of one group, by method and sparsity; those on a front are marked."""
     metric = group.protocol["metric"]
-    head = ["run", "asked", "sparsity", "dense", metric, "change", "MACs", "executed", "bytes", "dense ms", "sparse ms",
-            "speed-up", "roofline", "kernel", "fit s"]  # fmt: skip
-    rows, marked = [], set()
-    for i, row in enumerate(group.rows):
-        time = row.decode
-        if row.on_front:
-            marked.add(i)
-        rows.append([
-            row.label + (" ◆" if row.on_front else ""), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
-            number(row.dense), number(row.sparse), number(row.change, ".3f", "x"), number(row.macs, ".1%"),
-            number(row.executed, ".1%"), number(row.bytes, ".1%"), spread(time, "dense"), spread(time, "sparse"),
-            speedup(row), number(row.roofline, ".2f", "x"),
-            kernels(time), number(row.fit_seconds, ".1f"),
-        ])  # fmt: skip
+    head = ["run", "front", "asked", "sparsity", "dense", metric, "change", "MACs", "executed", "bytes", "dense ms",
+            "sparse ms", "per s", "speed-up", "roofline", "kernel", "fit s"]  # fmt: skip
+    rows = [
+        [
+            row.label, ", ".join(row.fronts), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
+            known(row.dense, row.dense_stderr), known(row.sparse, row.sparse_stderr), change(row), number(row.macs, ".1%"),
+            number(row.executed, ".1%"), number(row.bytes, ".1%"), spread(row.decode, "dense"), spread(row.decode, "sparse"),
+            number(row.per_second("sparse"), ".1f"), speedup(row), number(row.roofline, ".2f", "x"), kernels(row.decode),
+            number(row.fit_seconds, ".1f"),
+        ]
+        for row in group.rows
+    ]  # fmt: skip
     note = (
-        "◆ on the Pareto front of measured sparsity and quality. Sparsity is measured on test tokens and model-wide, asked is "
-        "what was set. MACs and bytes are shares of the dense model's per decoded "
+        "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or time "
+        "on its machine. Sparsity is measured on test tokens and model-wide, asked is what was set. ± is the standard error "
+        "over the test set; that of the change is paired. MACs and bytes are shares of the dense model's per decoded "
         "token: MACs counted, executed as the kernel ran, bytes of weights and cache read. Roofline: the speed-up that "
         "the bytes promise. Times are medians with p10 and p90 in brackets; dense is the fastest dense engine of the run "
         "on the untouched model, named before the kernel. “simulated” means that no kernel skipped work, so no speed-up "
         "is claimed; “noisy” that spread or load of the machine make the times worthless."
     )
-    return Table(head, rows, set(range(1, 13)) | {14}, marked, note)
+    marked = {i for i, row in enumerate(group.rows) if row.fronts}
+    return Table(head, rows, set(range(2, 15)) | {16}, marked, note, list(group.rows))
+
+
+def known(value: float | None, stderr: float | None) -> str:
+    """10.98 ± 0.03, or the figure alone."""
+    return DASH if value is None else uncertain(value, stderr)
+
+
+def change(row: Row) -> str:
+    """Sparse over dense with its paired standard error; of accuracy the difference in points."""
+    if row.metric is None or row.sparse is None:
+        return DASH
+    return terminal.change(row.metric, row.record["quality"][row.metric])
 
 
 def spread(time: dict, side: str) -> str:
@@ -75,19 +87,38 @@ def speedup(row: Row) -> str:
 
 
 def metrics(group: Group) -> Table | None:
-    """Every further metric of the group's records, dense and sparse; None where there is only the main one."""
-    names = list(dict.fromkeys(m for r in group.rows for m in (r.record.get("quality") or {})))
-    names = [m for m in names if m not in (group.protocol["metric"], "nll")]
-    if not names:
+    """Every further metric of the group's records, dense and sparse; None where there is only the main one.
+
+    A metric scored by two protocols (task limit, shots, harness) is two columns, named by what tells them apart.
+    """
+    columns: dict[str, dict] = {}  # of a metric: its protocols as text -> as they stand
+    for row in group.rows:
+        for name, metric in (row.record.get("quality") or {}).items():
+            if name not in (group.protocol["metric"], "nll"):
+                columns.setdefault(name, {}).setdefault(repr(metric.get("protocol")), metric.get("protocol"))
+    if not columns:
         return None
+    places = [(name, key, heading(name, key, told)) for name, told in columns.items() for key in told]
     rows = []
     for row in group.rows:
         quality = row.record.get("quality") or {}
         cells = [
-            f"{number(quality[m]['dense'])} → {number(quality[m]['sparse'])}" if m in quality else DASH for m in names
-        ]
+            f"{number(quality[m]['dense'])} → {known(quality[m]['sparse'], quality[m].get('sparse_stderr'))}"
+            if m in quality and repr(quality[m].get("protocol")) == key else DASH
+            for m, key, _ in places
+        ]  # fmt: skip
         rows.append([row.label, *cells])
-    return Table(["run", *names], rows, set(range(1, len(names) + 1)), set())
+    return Table(["run", *(title for _, _, title in places)], rows, set(range(1, len(places) + 1)), set())
+
+
+def heading(name: str, key: str, protocols: dict) -> str:
+    """A metric's name and, where it was scored by several protocols, in what this one differs."""
+    if len(protocols) == 1:
+        return name
+    stated = {k: p if isinstance(p, dict) else {"protocol": p} for k, p in protocols.items()}
+    keys = sorted({k for p in stated.values() for k in p})
+    told = [k for k in keys if len({repr(p.get(k)) for p in stated.values()}) > 1]
+    return f"{name} ({', '.join(f'{k} {shown(stated[key].get(k))}' for k in told)})"
 
 
 def seeds(group: Group) -> Table | None:
@@ -122,19 +153,6 @@ def estimates(group: Group) -> Table | None:
     head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
     note = "Estimates, not measurements: the target's roofline over the efficiency measured on the present device."
     return Table(head, rows, {2, 3, 4}, set(), note) if rows else None
-
-
-def on_target(row: Row, group: Group) -> Row | None:
-    """A measured row of the same settings on the device that `row` estimates, or None."""
-
-    def settings(each: Row) -> dict:
-        return {k: v for k, v in each.record["config"].items() if k not in (*NOT_IDENTITY, "hardware")}
-
-    device = row.record["config"]["hardware"]["requires"]
-    return next(
-        (r for r in group.rows if device and device in r.machine and r.decode and not r.record.get("estimate")
-         and digest(settings(r)) == digest(settings(row))), None,
-    )  # fmt: skip
 
 
 def protocols(groups: list[Group]) -> Table | None:
@@ -186,24 +204,32 @@ def beside(lines: list) -> Table | None:
     )
 
 
-def beside_other_models(lines: list) -> Table | None:
-    """Published figures about other models, those of one run and metric together on a line."""
+def beside_other_models(lines: list, same_setting: bool) -> Table | None:
+    """Published figures about other models, those of one run and metric together on a line.
+
+    same_setting: those at the very settings of the run, or those where more differs than the model and its data.
+    """
     by_run: dict[tuple, list] = {}
-    for each in sorted((b for b in lines if not b.exact), key=lambda b: (b.metric, b.row.label, str(b.row.path))):
+    others = [b for b in lines if not b.exact and bool(told(b)) != same_setting]
+    for each in sorted(others, key=lambda b: (b.metric, b.row.label, str(b.row.path))):
         by_run.setdefault((each.metric, each.row.path), []).append(each)
     rows = []
     for same in by_run.values():
-        first, figures = (
-            same[0],
-            "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same),
-        )
-        settings = dict.fromkeys(d for b in same for d in b.differs if not d.startswith("model "))
+        first = same[0]
+        figures = "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same)
+        data = dict.fromkeys(d for b in same for d in b.differs if d.startswith("data "))
+        differs = dict.fromkeys([*data, *(d for b in same for d in told(b))])
         sources = dict.fromkeys(b.source.rpartition("; ")[0] for b in same)
         rows.append(
-            [first.row.label, first.metric, first.ours, figures, "; ".join(sources), "; ".join(settings) or "nothing"]
+            [first.row.label, first.metric, first.ours, figures, "; ".join(sources), "; ".join(differs) or "nothing"]
         )
     head = ["run", "metric", "measured", "published, by model", "source", "what else differs"]
     return Table(head, rows, set(), set()) if rows else None
+
+
+def told(beside) -> list[str]:
+    """In what a published figure's setting differs, apart from the model and the data that go with it."""
+    return [d for d in beside.differs if not d.startswith(("model ", "data "))]
 
 
 def failures(failed: list) -> Table:
@@ -211,44 +237,113 @@ def failures(failed: list) -> Table:
     return Table(["run", "status", "reason", "record"], rows, set(), set())
 
 
-def as_markdown(table: Table, foreign: bool = False) -> str:
-    """The table as Markdown. foreign: the cells are anybody's text; else they may hold links and the like."""
-
-    def cells(row: list[str]) -> str:
-        shown = escape.markdown if foreign else escape.in_cell
-        return "| " + " | ".join(map(shown, row)) + " |"
-
-    rule = ["---:" if i in table.numeric else "---" for i in range(len(table.head))]
-    lines = [cells(table.head), "|" + "|".join(rule) + "|", *map(cells, table.rows)]
-    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
-
-
-def as_csv(groups: list[Group]) -> str:
-    """One line per finished record, numbers unrounded, empty where not measured."""
-    file = io.StringIO()
-    columns = ["group", "name", "label", "method", "model", "dataset", "metric", "dense", "sparse", "sparsity_requested",
-               "sparsity_measured", "macs_share", "executed_share", "bytes_share", "dense_ms", "sparse_ms", "speedup",
-               "dense_p10_ms", "dense_p90_ms", "sparse_p10_ms", "sparse_p90_ms", "dense_engine", "noisy",
-               "roofline", "kernel", "machine", "fit_seconds", "seconds", "seed", "estimate_target", "estimate_sparse_ms",
-               "config_hash", "record"]  # fmt: skip
-    writer = csv.writer(file)
-    writer.writerow(columns)
-    for i, group in enumerate(groups):
-        for row in group.rows:
-            settings, time = row.record["config"], row.decode
-            estimate = row.record.get("estimate") or {}
-            writer.writerow(map(escape.csv_cell, [
-                i + 1, row.record["name"], row.label, row.method, settings["model"]["name"], settings["dataset"]["name"],
-                row.metric, row.dense, row.sparse, row.requested, row.sparsity, row.macs, row.executed, row.bytes,
-                time.get("dense"), time.get("sparse"), time.get("speedup"), time.get("dense_p10"), time.get("dense_p90"),
-                time.get("sparse_p10"), time.get("sparse_p90"), time.get("dense_engine"), row.noisy,
-                row.roofline, time.get("kernel"), row.machine,
-                row.fit_seconds, row.record["seconds"], settings["seed"], estimate.get("target"),
-                (estimate.get("decode") or {}).get("sparse_ms"), row.record["config_hash"], row.path,
-            ]))  # fmt: skip
-    return file.getvalue()
-
-
 def totals(rows: list[Row]) -> str:
     """How long the finished runs took together."""
     return scaled(sum(r.record["seconds"] for r in rows), "s")
+
+
+def every_run(groups: list[Group]) -> Table:
+    """Every finished run with the figures that people ask for, protocols one after the other."""
+    head = ["protocol", "run", "model", "data", "method", "metric", "dense", "sparse", "sparsity", "MACs", "bytes",
+            "dense MFLOPs", "sparse MFLOPs", "dense ms", "sparse ms", "dense per s", "sparse per s", "speed-up", "kernel",
+            "machine", "load / cores", "weights MB", "peak MB", "fit s", "torch", "sparsebench", "commit", "hash"]  # fmt: skip
+    runs = [(i + 1, row) for i, group in enumerate(groups) for row in group.rows]
+    return Table(head, [run_cells(i, row) for i, row in runs], {0, *range(6, 18), *range(20, 24)}, set(),
+                 runs=[row for _, row in runs])  # fmt: skip
+
+
+def run_cells(number_of_group: int, row: Row) -> list[str]:
+    record, env = row.record, row.record.get("env") or {}
+    costs, memory, versions = record.get("macs") or {}, record.get("memory") or {}, env.get("versions") or {}
+    load, cores = (env.get("load_average") or [None])[0], env.get("cores")
+    flops = (number(costs[k] * 2e-6, ".4g") if costs.get(k) is not None else DASH for k in ("dense", "sparse"))
+    sizes = (
+        number(memory[k] / 1e6, ".4g") if memory.get(k) is not None else DASH for k in ("weight_bytes", "peak_bytes")
+    )
+    return [
+        str(number_of_group), row.label, record["config"]["model"]["name"], record["config"]["dataset"]["name"], row.method,
+        row.metric or DASH, known(row.dense, row.dense_stderr), known(row.sparse, row.sparse_stderr),
+        number(row.sparsity, ".1%"), number(row.macs, ".1%"), number(row.bytes, ".1%"), *flops,
+        spread(row.decode, "dense"), spread(row.decode, "sparse"),
+        *(number(row.per_second(side), ".1f") for side in ("dense", "sparse")), speedup(row), kernels(row.decode),
+        row.machine, f"{load:.1f} / {cores}" if load is not None else DASH, *sizes, number(row.fit_seconds, ".1f"),
+        str(versions.get("torch") or DASH), str(versions.get("sparsebench") or DASH),
+        (env.get("git_commit") or DASH)[:7], archive.key(record)[:10],
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal terms
+
+
+def answer(group: Group, standing: Standing) -> tuple[str, list[str], list[str]]:
+    """(the answer in a sentence, what it rests on, curves that are not compared) about the best curve at these terms."""
+    best, metric = standing.ranked[0], group.protocol["metric"]
+    terms = f"{standing.target * 100:g} % {standing.axis.words}"
+    beside = ""
+    if standing.dense is not None:
+        share = metric == "accuracy"
+        beside = f", dense {100 * standing.dense.value:.2f} %" if share else f", dense {standing.dense.value:.4g}"
+    lead = f"At {terms} {best.series} has the best {metric}: {at_terms(standing, best)}{beside}. "
+    second = standing.comparisons[0]
+    lead += {
+        "a real difference": f"The next, {second.worse.series}, is worse by {second.amount}: a real difference.",
+        "not told apart": f"The next, {second.worse.series}, is not told apart from it ({second.amount}).",
+        "hangs on the interpolation": f"Whether it beats the next, {second.worse.series}, hangs on the interpolation.",
+    }.get(
+        second.verdict,
+        f"The next, {second.worse.series}, is worse by {second.amount}; whether that is real is {second.verdict}.",
+    )
+    lines = [f"{c.sentence} ({c.verdict}; {c.rests_on})" for c in standing.comparisons]
+    reasons: dict[str, list[str]] = {}
+    for point in standing.refused:
+        reasons.setdefault(point.problem, []).append(point.series)
+    refused = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return lead, lines, refused
+
+
+def equal_terms(standings: list[Standing]) -> Table:
+    """One axis: every curve at every term, the best of each term marked ◆; curves that can't be had there say why."""
+    names = sorted({p.series for s in standings for p in [*s.ranked, *s.refused]})
+    rows = []
+    for name in names:
+        cells, problems = [], {}
+        for each in standings:
+            point = next(p for p in [*each.ranked, *each.refused] if p.series == name)
+            best = each.ranked and point is each.ranked[0] and len(each.ranked) > 1
+            cells.append(DASH if point.problem else at_terms(each, point) + " ◆" * bool(best))
+            if point.problem:
+                problems[point.problem] = None
+        rows.append([name, *cells, "; ".join(problems)])
+    head = ["curve", *(f"at {s.target:.0%}" for s in standings), "where there is none"]
+    note = "In brackets: the difference from the dense model, ± its paired standard error. ◆ best at these terms."
+    return Table(head, rows, set(range(1, len(standings) + 1)), set(), note)
+
+
+def at_terms(standing: Standing, point: Point) -> str:
+    """A curve's figure with as many digits as its paired difference from dense can bear, and that difference."""
+    change = standing.above_dense(point)
+    if standing.metric == "accuracy":
+        figure = f"{100 * point.value:.2f} %"
+        return figure if change is None else f"{figure} ({points_of(*change)})"
+    if change is None:
+        return uncertain(point.value, point.stderr)
+    return f"{rounded(point.value, change[1])} ({uncertain(*change, sign='+')})"
+
+
+def points_of(difference: float, stderr: float | None) -> str:
+    """A difference of shares in points."""
+    return uncertain(100 * difference, None if stderr is None else 100 * stderr, " points", "+")
+
+
+def comparisons(standings: list[Standing]) -> Table | None:
+    """The lines that can be quoted: at each term every curve against the best one."""
+    rows = [
+        [c.sentence, c.verdict, c.rests_on, f"{c.worse.between[0]:.1%} and {c.worse.between[1]:.1%}"]
+        for s in standings for c in s.comparisons
+    ]  # fmt: skip
+    note = (
+        "± is the standard error of the difference. A difference of less than two of them is not told apart from none."
+    )
+    head = ["comparison", "verdict", "rests on", "interpolated between"]
+    return Table(head, rows, set(), set(), note) if rows else None

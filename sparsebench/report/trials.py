@@ -15,9 +15,10 @@ from sparsebench.config.identity import digest
 from sparsebench.records import archive
 from sparsebench.report import quantities
 from sparsebench.report.experiments import selected
+from sparsebench.report.groups import Group, protocol
 from sparsebench.report.published import same
 from sparsebench.report.quantities import Estimate, Quantity, linear, over_seeds, quality, read_curve
-from sparsebench.report.rows import Group, Row, flat, protocol
+from sparsebench.report.rows import Row, flat
 from sparsebench.report.tables import busy
 
 if TYPE_CHECKING:

@@ -157,3 +157,29 @@ def test_text_of_a_record_is_no_markup(text, tmp_path, capsys):
     assert not {c for c in out if c != "\n" and ord(c) < 32} and "\u202e" not in out and "\ud800" not in out
     if text.isprintable():
         assert f"a{text[:60]}b" in out
+
+
+def test_the_table_marks_noise_beside_the_speed_up():
+    assert "speed-up 2.00x NOISY" in line(record_with(noisy=True), "decode, context 128")
+    assert "NOISY" not in line(record_with(), "decode, context 128")
+
+
+def test_accuracy_of_a_task_is_said_in_points():
+    record = record_with()
+    record["quality"] |= {
+        "piqa/acc": {"dense": 0.75, "sparse": 0.70, "dense_stderr": 0.01, "sparse_stderr": 0.01, "difference_stderr": 0.02,
+                     "higher_is_better": True},
+        "boolq/acc": {"dense": 0.5, "sparse": 0.5, "higher_is_better": True},
+    }  # fmt: skip
+    assert "-5 ± 2 points" in line(record, "piqa/acc") and "0.93" not in line(record, "piqa/acc")
+    assert "+0.00 points" in line(record, "boolq/acc")
+    assert "1.200x" in line(record, "perplexity")
+
+
+def test_a_finished_run_says_what_to_do_next(capsys):
+    terminal.show(record_with(), Path("my outputs/llama-tiny/teal/0123456789/result.json"))
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        printed[-2].startswith("next: sparsebench-report 'my outputs'")
+        and json.loads(printed[-1])["status"] == "finished"
+    )

@@ -208,7 +208,7 @@ def test_a_tracker_that_breaks_is_only_a_warning(caplog):
 
 def test_late_upload_of_records_and_report(tmp_path):
     """Records made without W&B, sent afterwards: each a run with its figures, and the report with its plots and tables."""
-    folder = laid(tmp_path / "outputs", made(), made(sparsity=0.25), failed())
+    folder = laid(tmp_path / "outputs", made(), made("wina"), failed())
     actual = rows.collect([folder])
     page.write(actual, tmp_path / "report", "title")
     with pytest.MonkeyPatch.context() as patch:
@@ -220,7 +220,11 @@ def test_late_upload_of_records_and_report(tmp_path):
     perplexities = {s.get("quality/perplexity/sparse") for _, _, s in sent}
     assert {12.0} <= perplexities and {s.get("status") for _, _, s in sent} >= {"finished", "failed"}
     keys = {key for _, history, _ in sent for line in history for key in line}
-    assert any("group-1-sparsity" in k for k in keys) and any("table-1" in k for k in keys)
+    for name in ("group-1-sparsity", "table-1", "runs", "at equal sparsity", "comparisons-1", "perplexity over work"):
+        assert any(name in k for k in keys), name
+    for name in ("sparsity by layer", "cost", "per_site"):  # of the runs themselves
+        assert any(name in k for k in keys), name
+    assert {s.get("machine/device") for _, _, s in sent} >= {"Test CPU"}
 
 
 def test_artifacts_are_off_by_default_and_hold_what_load_needs(tmp_path):
