@@ -144,6 +144,15 @@ def data():
 
 
 @pytest.fixture
+def real_models():
+    """The folder that scripts/get_real_models.py fills; tests that need it are skipped, visibly, where it is absent."""
+    folder = os.environ.get("SPARSEBENCH_MODELS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real models: scripts/get_real_models.py FOLDER, then SPARSEBENCH_MODELS=FOLDER")
+    return Path(folder)
+
+
+@pytest.fixture
 def shared_data():
     """The folder of real inputs; tests that need it are skipped, visibly, where it is absent."""
     if not SHARED.is_dir():

@@ -133,8 +133,9 @@ def basis_of(dense, block, site, state):
     name = f"basis.{block.index}.{site.group}"
     if name not in state.tensors:
         return None, None
-    norm = rotated_norm.norms(dense, block)[site.group]
-    return state.tensors[name].double(), dense.get_submodule(norm).weight.double()
+    norm = dense.get_submodule(rotated_norm.norms(dense, block)[site.group])
+    one = 1 if "Gemma" in type(norm).__name__ else 0  # Gemma's norms scale by 1 + weight
+    return state.tensors[name].double(), norm.weight.double() + one
 
 
 def kept_entries(x, rule):

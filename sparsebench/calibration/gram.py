@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsebench.calibration.histograms import observe
-from sparsebench.modules.rotated_norm import GROUPS, norms
+from sparsebench.modules.rotated_norm import GROUPS, epsilon, norms
 from sparsebench.sites import Block
 
 
@@ -25,7 +25,7 @@ def input_grams(
         return see
 
     observers = {
-        path: observer((block.index, group), model.get_submodule(path).variance_epsilon)
+        path: observer((block.index, group), epsilon(model.get_submodule(path)))
         for block in blocks
         for group, path in norms(model, block).items()
         if group in groups

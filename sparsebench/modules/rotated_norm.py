@@ -19,6 +19,7 @@ from sparsebench.modules.input_sparse import replace
 from sparsebench.sites import Block, weight_of
 
 DEGENERATE = 1e-10  # of the largest eigenvalue: what lies closer is one eigenspace (float64 resolves about 1e-16)
+IN_FRONT = ("input_layernorm", "pre_feedforward_layernorm")  # of a block with norms behind attention and FFN as well
 GROUPS = ("attn_in", "mlp_in")  # the tensors that a norm feeds, in the order of a block's norms
 
 
@@ -29,7 +30,7 @@ class RotatedNorm(SparseModule):
 
     def __init__(self, norm: nn.Module, rotation: torch.Tensor, site: str):
         super().__init__()
-        self.eps, self.site = norm.variance_epsilon, site
+        self.eps, self.site = epsilon(norm), site
         weight = norm.weight
         self.rotation = nn.Parameter(rotation.to(weight.device, weight.dtype), requires_grad=False)
 
@@ -44,9 +45,35 @@ class RotatedNorm(SparseModule):
         return {self.site: Cost(0, 0, count, 0, count * self.rotation.element_size())}
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module has the fields of an RMSNorm, whatever transformers calls them (`check_fed` proves what it does)."""
+    if hasattr(module, "variance_epsilon"):
+        return True
+    return (
+        hasattr(module, "eps") and getattr(module, "weight", None) is not None and not isinstance(module, nn.LayerNorm)
+    )
+
+
+def epsilon(norm: nn.Module) -> float:
+    """What an RMSNorm adds to the mean square."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def gain(norm: nn.Module) -> torch.Tensor:
+    """The factor g of an RMSNorm, float64 [n]: its weight, or 1 + weight where that is what it scales by (Gemma)."""
+    weight = norm.weight.detach().double()
+    with torch.no_grad():
+        scaled = norm(torch.ones_like(norm.weight)).double()
+    return min((weight, 1 + weight), key=lambda g: float((scaled - g).norm()))
+
+
 def norms(model: nn.Module, block: Block) -> dict[str, str]:
-    """Paths of the two RMSNorms of a block by the group they feed. Raises ValueError where there aren't just two."""
-    names = [n for n, m in model.get_submodule(block.path).named_children() if hasattr(m, "variance_epsilon")]
+    """Paths of the RMSNorms of a block by the group they feed: of two in their order, of four (Gemma 2 and 3, which norm
+    what attention and FFN return, too) those in front. Raises ValueError where there are others.
+    """
+    names = [n for n, m in model.get_submodule(block.path).named_children() if is_rms_norm(m)]
+    if len(names) == 4 and set(IN_FRONT) < set(names):
+        names = list(IN_FRONT)
     if len(names) != 2:
         raise ValueError(f"method: a rotation needs blocks with two RMSNorms, got {len(names)} in {block.path}")
     return {group: f"{block.path}.{name}" for group, name in zip(GROUPS, names, strict=True)}
@@ -61,9 +88,11 @@ def check_fed(model: nn.Module, blocks: list[Block]) -> None:
     wrong: list[str] = []
 
     def keep(path):
+        factor = gain(model.get_submodule(path))
+
         def see(norm, args, output):
             h = args[0].double()
-            expected = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight.double()
+            expected = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + epsilon(norm)) * factor
             if float((output - expected).norm()) > 0.02 * float(expected.norm()):
                 wrong.append(f"{path} is no RMSNorm")
             outputs[path] = output
@@ -100,8 +129,8 @@ def check_fed(model: nn.Module, blocks: list[Block]) -> None:
 def folded(model: nn.Module, block: Block, role: str) -> torch.Tensor:
     """W diag(g), float64 [m, n]: a map with the weight g of the norm before it (no mean is subtracted: RMSNorm has none)."""
     site = block.sites[role]
-    gain = model.get_submodule(norms(model, block)[site.group]).weight
-    return weight_of(model.get_submodule(site.path)).double() * gain.double()
+    norm = model.get_submodule(norms(model, block)[site.group])
+    return weight_of(model.get_submodule(site.path)).double() * gain(norm)
 
 
 def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ from tests.families import KNOWN, METHODS, UNKNOWN, family, outcome
 REPRESENTATIVE = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "olmo2", "granite", "cohere", "bitnet", "gemma2")
 QUICK = ("teal", "wina", "larosa", "cats")
 REFUSED = {
-    "wina": {"gpt2", "opt", "gpt_neox", "olmo2", "cohere", "gemma2"},
-    "larosa": {"gpt2", "opt", "gpt_neox", "olmo2", "cohere", "gemma2"},
+    "wina": {"gpt2", "opt", "gpt_neox", "olmo2", "cohere"},
+    "larosa": {"gpt2", "opt", "gpt_neox", "olmo2", "cohere"},
     "cats": {"gpt2", "opt", "gpt_neox", "bitnet", "phi3"},
     "teal": set(),
 }

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from sparsebench.engines import fused_cpu
 from sparsebench.measure.continuation import OPENING, TOKENS, continuation, greedy
 from sparsebench.modules.input_sparse import swap
 from sparsebench.records import terminal
 from sparsebench.sites import find_blocks
-from tests.helpers import KINDS, built, tiny_model, work
+from tests.helpers import KINDS, tiny_model
 
 
 def sparse_model(threshold=0.5, **changes):
@@ -67,20 +66,3 @@ def test_the_terminal_shows_both_and_keeps_them_out_of_the_figures():
         'sparse  " sparse\\n"',
     ]
     assert terminal.said({"extra": {}}) == terminal.said({"extra": None}) == []
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_the_fused_step_says_what_transformers_says(sparsity, tmp_path):
-    """64 tokens of the embedded model, dense and at a threshold, by the CPU's fused step and by transformers."""
-    loaded = built("model").load(work(tmp_path), None)
-    model = loaded.module
-    for site in (s for b in find_blocks(model) for s in b.sites.values()):
-        swap(model, site, 0.3 if sparsity else -1.0, prompt="all", kernel="masked_dense")
-    prompt = torch.tensor([loaded.tokenizer("import os\n\ndef read(")["input_ids"]])
-    decoder = fused_cpu.Decoder(model, prompt, 64)
-    tokens, logits = [], decoder.logits
-    for _ in range(64):
-        tokens.append(int(logits[0, -1].argmax()))
-        logits = decoder.step(torch.tensor([[tokens[-1]]]))
-    model.generation_config.eos_token_id = None
-    assert tokens == theirs(model, prompt, 64)

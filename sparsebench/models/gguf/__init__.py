@@ -13,6 +13,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from sparsebench.config import digests
 from sparsebench.models.gguf import architecture, header, tokenizer
 
+NAMED = 0.001  # share of the parameters from which a type is named in words
+
 __all__ = ["config", "describe", "load", "problem", "tokens"]
 
 
@@ -47,7 +49,8 @@ def describe(path: str, known: PretrainedConfig, dtype: torch.dtype) -> tuple[di
     """(for the record: the file's digest, its own name and what its weights were, by share of parameters; a caution)."""
     file = header.read(path)
     shares = architecture.quantisation(file, known)
-    said = "dequantised from " + ", ".join(f"{name} ({share:.1%})" for name, share in shares.items())
+    most = (f"{name} ({share:.1%})" for name, share in shares.items() if share >= NAMED)  # all stand in the shares
+    said = f"dequantised from {', '.join(most)}"
     about = {
         "sha256": digests.of_files([file.path])[0], "name": file.fields.get("general.name"),
         "architecture": file.fields["general.architecture"], "weights": said, "quantisation": shares,

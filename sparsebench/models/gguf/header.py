@@ -1,7 +1,7 @@
 """The head of a GGUF file: its metadata, and the type, shape and place of each tensor, checked against the file's length.
 
 Read here and not by the gguf package, whose reader makes arrays of every word of a vocabulary (4 s for 49,152 tokens,
-21 s for 262,144). Layout: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3.
+21 s for 262,144). Layout: the GGUF specification of ggml (github.com/ggml-org/ggml), versions 2 and 3.
 """
 
 from __future__ import annotations
