@@ -23,9 +23,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from sparsebench import stopping
 from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records import files, terminal
+from sparsebench.records import files, stopping, terminal
 
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
 HEADINGS = ("run", "settings", "outcome", "quality", "sparsity", "ms [p10, p90]", "speed-up", "seconds")

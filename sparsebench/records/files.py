@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sparsebench.ranks import MODE
+
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -43,11 +45,6 @@ def speak_utf8() -> None:
     if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-
-UMASK = os.umask(0)
-os.umask(UMASK)
-MODE = 0o666 & ~UMASK  # of what others may use, too: records, locks
 
 
 def write_atomic(path: Path, content: bytes) -> None:

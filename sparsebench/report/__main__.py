@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from sparsebench import __version__, cache, stopping
-from sparsebench.records import files
+from sparsebench import __version__, cache
+from sparsebench.records import files, stopping
 
 FAILED, WRONG = 1, 2
 
