@@ -130,12 +130,12 @@ def heal(where: Path) -> None:
 
 def seal_compiled() -> None:
     """Note what the compiled files hold now; called at the end of a process that compiled."""
-    from sparsebench.records import files
-
     if Users.lock is None:
         return
     try:
-        files.write_atomic(folder() / SEALS, json.dumps(digests(folder())).encode())
+        partial = folder() / f".{SEALS}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(digests(folder())), encoding="utf-8")
+        partial.replace(folder() / SEALS)
     except OSError as error:  # they are compiled again next time
         log.debug("compiled code was not sealed: %s", error)
 

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,12 +25,12 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from sparsebench import cache, config, ranks, stopping, sweep
+from sparsebench import cache, config, ranks, sweep
 from sparsebench.config import completion, early
 from sparsebench.config.arguments import read
 from sparsebench.config.compose import CONFIG_MODULE, Plan, plan, to_dict
 from sparsebench.config.identity import identity_of
-from sparsebench.records import files, machine, record
+from sparsebench.records import files, machine, record, stopping
 
 log = logging.getLogger("sparsebench")
 OK, FAILED, WRONG = 0, 1, 2
@@ -280,7 +279,7 @@ def obtain(configuration: dict) -> tuple[dict | None, Path]:
     if outcome is None or configuration["force"]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock", mode=files.MODE):
+            with FileLock(folder / ".lock", mode=ranks.MODE):
                 outcome, problem = kept(folder, identity)  # another process may have made it meanwhile
                 if outcome is None or configuration["force"]:
                     if problem:
@@ -328,7 +327,7 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
         child.join()
     except KeyboardInterrupt:
         status = "interrupted"
-        end(child)
+        stopping.end(child)
     code = child.exitcode if child.pid else None
     path = folder / "result.json" if code == OK else file_for(folder, status)
     outcome, problem = record.read_any(path)
@@ -350,26 +349,12 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
     return outcome, path
 
 
-def end(child: multiprocessing.context.ForkProcess) -> None:
-    """Tell a run's process to stop and wait for its record and its checkpoint; kill it where it does not get there."""
-    if child.pid is None:
-        return
-    child.terminate()
-    last = time.monotonic() + stopping.GRACE_SECONDS
-    while child.is_alive() and time.monotonic() < last:
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C, which the child heard, too
-            child.join(0.2)
-    if child.is_alive():
-        child.kill()
-    child.join()
-
-
 def child_main(configuration: dict, folder: Path, identity: str) -> None:
     """The child's life: log file, tracker, run, record. Exits with the run's code."""
     from sparsebench import runner
     from sparsebench.records import tracking
 
-    die_with_parent()
+    stopping.die_with_parent()
     stopping.listen()
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
     handler = logging.FileHandler(folder / "run.log", mode="w", encoding="utf-8", errors="backslashreplace")
@@ -390,9 +375,10 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
         stopping.ignore()
         if code != OK:
             outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            outcome.error = explained(error)
+            trace = traceback.format_exc()
+            outcome.error = {"type": type(error).__name__, "message": explain(error), "traceback": trace}
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(files.scrub(outcome.error["traceback"]))
+                file.write(files.scrub(trace))
     path = file_for(folder, outcome.status)
     try:
         record.write(outcome, path)
@@ -406,11 +392,6 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     os._exit(code)
 
 
-def explained(error: BaseException) -> dict[str, str]:
-    """The `error` section of a record."""
-    return {"type": type(error).__name__, "message": explain(error), "traceback": traceback.format_exc()}
-
-
 def explain(error: BaseException) -> str:
     """What happened, in one line for the user."""
     text = files.scrub(" ".join(str(error).split()))
@@ -422,19 +403,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, (ValueError, FloatingPointError, ArithmeticError, OSError)) and text:
         return text
     return f"{kind}: {text}" if text else kind
-
-
-def die_with_parent() -> None:
-    """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
-    import threading
-
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def scrubbing(entry: logging.LogRecord) -> bool:

@@ -16,6 +16,8 @@ from sparsebench import cache, kernels, ranks
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.records import machine
 
+cache.provide_compilers()  # before a kernel imports one
+
 ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/engines
 OPTIONS = "hardware=auto, hardware=cpu"  # targets that every machine has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

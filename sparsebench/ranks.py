@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from filelock import FileLock
 
-from sparsebench.records.files import MODE
-
 T = TypeVar("T")
+UMASK = os.umask(0)
+os.umask(UMASK)
+MODE = 0o666 & ~UMASK  # of files that others may use, too: locks, records
 
 
 def rank() -> int:

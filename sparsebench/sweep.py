@@ -25,10 +25,9 @@ from hydra import compose
 from rich.console import Console
 from rich.table import Table
 
-from sparsebench import stopping
 from sparsebench.config.compose import to_dict
 from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records import files, terminal
+from sparsebench.records import files, stopping, terminal
 
 log = logging.getLogger("sparsebench")
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"

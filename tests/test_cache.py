@@ -130,7 +130,7 @@ def test_triton_makes_a_truncated_file_again(own, monkeypatch):
 def test_torch_compiles_again_what_was_truncated(tmp_path):
     """Before: SyntaxError or InductorError at every start."""
     code = (
-        "from sparsebench import cache, kernels; import torch, sys; 'check' in sys.argv and cache.check_compiled();"
+        "from sparsebench import cache, hardware; import torch, sys; 'check' in sys.argv and cache.check_compiled();"
         "print(float(torch.compile(lambda x: (torch.relu(x) @ x).sin().sum())(torch.eye(8))))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in cache.COMPILERS}

@@ -16,10 +16,6 @@ from types import ModuleType
 
 import torch
 
-from sparsebench import cache
-
-cache.provide_compilers()  # before a backend imports one
-
 
 def names() -> list[str]:
     """Backends found in this folder, no registry."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
+from sparsebench.ranks import MODE
+
 SECRET_NAME = re.compile(
     r"(API_?KEY|ACCESS_?KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE
 )  # of environment variables
@@ -99,11 +101,6 @@ def speak_utf8() -> None:
     if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-
-UMASK = os.umask(0)
-os.umask(UMASK)
-MODE = 0o666 & ~UMASK  # of what others may use, too: records, locks
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from sparsebench import __version__, cache, stopping
-from sparsebench.records import files
+from sparsebench import __version__, cache
+from sparsebench.records import files, stopping
 
 FAILED, WRONG = 1, 2
 

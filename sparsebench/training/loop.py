@@ -26,11 +26,11 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from sparsebench import ranks, stopping
+from sparsebench import ranks
 from sparsebench.config import digests, setting
 from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
-from sparsebench.records import files
+from sparsebench.records import files, stopping
 from sparsebench.records.progress import shown
 
 log = logging.getLogger(__name__)

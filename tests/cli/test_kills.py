@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sparsebench import cli, runner, stopping  # noqa: F401 - imported before the forks
-from sparsebench.records import record, state
+from sparsebench import cli, runner  # noqa: F401 - imported before the forks
+from sparsebench.records import record, state, stopping
 from sparsebench.report import __main__ as report
 from sparsebench.training import loop
 from tests.helpers import laid, made

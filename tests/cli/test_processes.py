@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsebench import cli, runner, stopping, sweep
+from sparsebench import cli, ranks, runner, sweep
 from sparsebench.config.compose import compose_all
-from sparsebench.records import files, record
+from sparsebench.records import record, stopping
 
 OTHER_USER = 12345
 FORK = multiprocessing.get_context("fork")
@@ -60,7 +60,7 @@ def test_a_stale_lock_holds_nobody(configuration, monkeypatch):
     (folder / ".lock").write_text("")
     os.utime(folder / ".lock", (1, 1))
     assert cli.obtain(configuration)[0]["status"] == "finished"
-    assert (folder / ".lock").stat().st_mode & 0o777 == 0o644 or files.MODE != 0o644
+    assert (folder / ".lock").stat().st_mode & 0o777 == 0o644 or ranks.MODE != 0o644
 
 
 def test_four_processes_on_one_run_make_it_once(configuration, monkeypatch):

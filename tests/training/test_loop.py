@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sparsebench import stopping
+from sparsebench.records import stopping
 from sparsebench.training import loop
 from sparsebench.training.loop import Diverged, Order, train
 from tests.helpers import EVIL_VALUES, tiny_model, training_settings, variants

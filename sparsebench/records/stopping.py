@@ -7,12 +7,14 @@ that has others at work tells them first (`listen(before=...)`). No torch here.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -118,3 +120,28 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end(child: multiprocessing.Process) -> None:
+    """Tell a run's process to stop and wait for its record and its checkpoint; kill it where it does not get there."""
+    if child.pid is None:
+        return
+    child.terminate()
+    last = time.monotonic() + GRACE_SECONDS
+    while child.is_alive() and time.monotonic() < last:
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C, which the child heard, too
+            child.join(0.2)
+    if child.is_alive():
+        child.kill()
+    child.join()

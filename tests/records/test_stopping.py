@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from sparsebench import stopping
+from sparsebench.records import stopping
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_others_at_work_are_told_first_and_what_nohup_ignores_stays_ignored():
 
 def test_a_worker_ends_with_the_process_that_started_it():
     """The parent is killed; its child, which would sleep for a minute, is gone within seconds."""
-    child = "from sparsebench import stopping; import os, time; stopping.die_with(os.getppid()); time.sleep(60)"
+    child = "from sparsebench.records import stopping; import os, time; stopping.die_with(os.getppid()); time.sleep(60)"
     parent = (
         f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); input()"
     )
