@@ -12,7 +12,12 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")  # the first one set counts (Gemma has two)
+ACTIVATION_KEYS = (
+    "hidden_activation",
+    "hidden_act",
+    "activation_function",
+    "activation",
+)  # the first one set counts (Gemma has two)
 
 
 def activation_of(config) -> str:

@@ -9,7 +9,6 @@ import transformers
 from sparsebench.measure import neutral
 from tests.helpers import built, tiny_tokenizer, work
 
-
 LABELS = {0: "POSITIVE", 1: "NEUTRAL", 2: "NEGATIVE"}
 SHAPES = {
     "bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
