@@ -113,7 +113,7 @@ def set_up_logging() -> None:
     """Messages to stderr, without secrets; also called in the worker processes of a launcher."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.raiseExceptions = False  # a log that can't be written is no reason for tracebacks
-    logging.getLogger().handlers[0].addFilter(scrubbing)
+    logging.getLogger().handlers[0].addFilter(files.scrubbing)
     logging.getLogger("hydra").setLevel(logging.WARNING)
     for name in ("accelerate", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -359,7 +359,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     name = f"{configuration['model']['name']}/{configuration['method']['name']}/{identity[:10]}"
     handler = logging.FileHandler(folder / "run.log", mode="w", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    handler.addFilter(scrubbing)
+    handler.addFilter(files.scrubbing)
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
     outcome = record.Record(identity, name, configuration)
@@ -376,7 +376,7 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
         if code != OK:
             outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             trace = traceback.format_exc()
-            outcome.error = {"type": type(error).__name__, "message": explain(error), "traceback": trace}
+            outcome.error = {"type": type(error).__name__, "message": record.explain(error), "traceback": trace}
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(files.scrub(trace))
     path = file_for(folder, outcome.status)
@@ -390,22 +390,3 @@ def child_main(configuration: dict, folder: Path, identity: str) -> None:
     cache.seal_compiled()
     logging.shutdown()
     os._exit(code)
-
-
-def explain(error: BaseException) -> str:
-    """What happened, in one line for the user."""
-    text = files.scrub(" ".join(str(error).split()))
-    kind = type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return text or "interrupted"
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
-        return f"out of memory: {text or 'the process could not allocate more'}"
-    if isinstance(error, (ValueError, FloatingPointError, ArithmeticError, OSError)) and text:
-        return text
-    return f"{kind}: {text}" if text else kind
-
-
-def scrubbing(entry: logging.LogRecord) -> bool:
-    """A logging filter that takes secrets out of messages."""
-    entry.msg, entry.args = files.scrub(entry.getMessage()), None
-    return True

@@ -85,12 +85,12 @@ def run(settings: Bench, configuration: dict) -> Path:
 
 def main() -> None:
     """Entry point of the console script."""
-    from sparsebench.cli import guarded, scrubbing
+    from sparsebench.cli import guarded
     from sparsebench.records import files
 
     files.speak_utf8()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].addFilter(scrubbing)
+    logging.getLogger().handlers[0].addFilter(files.scrubbing)
     sys.exit(guarded(command))
 
 

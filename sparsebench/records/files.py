@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import locale
+import logging
 import math
 import os
 import re
@@ -117,3 +118,9 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def scrubbing(entry: logging.LogRecord) -> bool:
+    """A logging filter that takes secrets out of messages."""
+    entry.msg, entry.args = scrub(entry.getMessage()), None
+    return True

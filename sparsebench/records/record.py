@@ -15,7 +15,7 @@ from typing import Any
 
 import fastjsonschema
 
-from sparsebench.records.files import plain, scrubbed, write_atomic
+from sparsebench.records.files import plain, scrub, scrubbed, write_atomic
 
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
@@ -195,3 +195,16 @@ def refusal(content: Any, oldest: int = 1) -> str | None:
 def is_bench(content: Any) -> bool:
     """Whether this says it is a record of sparsebench-bench."""
     return isinstance(content, dict) and content.get("kind") == "bench"
+
+
+def explain(error: BaseException) -> str:
+    """What happened, in one line for the user."""
+    text = scrub(" ".join(str(error).split()))
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return text or "interrupted"
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory: {text or 'the process could not allocate more'}"
+    if isinstance(error, (ValueError, FloatingPointError, ArithmeticError, OSError)) and text:
+        return text
+    return f"{kind}: {text}" if text else kind

@@ -125,6 +125,8 @@ def die_with(parent: int) -> None:
 def die_with_parent() -> None:
     """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
     parent = multiprocessing.parent_process()
+    if parent is None:  # nobody started it
+        return
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -50,7 +50,7 @@ def test_a_record_and_what_is_shown_of_it(secret, tmp_path, capsys):
 
 def test_logs_and_wandb(secret, caplog):
     entry = logging.LogRecord("x", logging.INFO, "f", 1, "said %s", (leaking(secret),), None)
-    assert cli.scrubbing(entry)
+    assert files.scrubbing(entry)
     sent = []
 
     class Run:
