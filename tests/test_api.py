@@ -14,7 +14,7 @@ from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.records import record, state
 from sparsebench.report import page, rows
-from tests.helpers import laid, made
+from tests.helpers import laid, made, tiny_model, tiny_tokenizer
 
 SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
@@ -42,11 +42,13 @@ def test_run_says_what_is_wrong():
 
 
 def test_run_that_fails_raises_with_its_record(finished, tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text(" ")
-    overrides = [o for o in finished[2] if not o.startswith("dataset.path")]
-    with pytest.raises(sparsebench.RunFailed, match="holds no text") as error:
-        sparsebench.run([*overrides, f"dataset.path={empty}", f"output_dir={tmp_path}/o"])
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    overrides = [o for o in finished[2] if not o.startswith("model.path")]
+    with pytest.raises(sparsebench.RunFailed, match="not finite") as error:
+        sparsebench.run([*overrides, f"model.path={tmp_path}/m", f"output_dir={tmp_path}/o"])
     assert error.value.record["status"] == "failed"
 
 

@@ -63,7 +63,7 @@ def paired(first: list[Row], second: list[Row]) -> tuple[list[Pair], list[Row], 
     """(runs in both sets, only in the first, only in the second); of several on one side the same machine, then the last."""
     sets: list[dict[str, list[Row]]] = [{}, {}]
     for rows, by_identity in zip((first, second), sets, strict=True):
-        for row in sorted(rows, key=lambda r: str(r.record["started_at"])):
+        for row in sorted(rows, key=lambda r: str(r.record.get("started_at"))):
             by_identity.setdefault(identity(row), []).append(row)
     pairs = []
     for key in [k for k in sets[0] if k in sets[1]]:

@@ -47,7 +47,7 @@ def figures(row: Row) -> dict[str, Any]:
         "peak_bytes": memory.get("peak_bytes"), "fit_seconds": row.fit_seconds, "seconds": record["seconds"],
         "machine": row.machine, "device": archive.device(env), "load_average": load[0], "cores": env.get("cores"),
         "sparsebench": versions.get("sparsebench"), "torch": versions.get("torch"),
-        "transformers": versions.get("transformers"), "commit": env.get("git_commit"), "started_at": record["started_at"],
+        "transformers": versions.get("transformers"), "commit": env.get("git_commit"), "started_at": record.get("started_at"),
         "command": archive.command(env.get("argv") or [], False), "estimate_target": estimate.get("target"),
         "estimate_sparse_ms": (estimate.get("decode") or {}).get("sparse_ms"), "config_hash": record["config_hash"],
         "record": str(row.path),

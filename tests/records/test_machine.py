@@ -71,7 +71,7 @@ def test_what_is_hidden_is_said(driver, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     hardware = built("hardware", "hardware=cuda")
     (problem, *_) = hardware.problems(SimpleNamespace(measure=SimpleNamespace(latency=True)))
-    assert problem.endswith("got 'cuda': CUDA_VISIBLE_DEVICES='-1' leaves no GPU")
+    assert problem.startswith("hardware=cuda needs an NVIDIA GPU, CUDA_VISIBLE_DEVICES='-1' leaves none")
 
 
 def test_a_torch_without_cuda_has_no_devices(driver, monkeypatch, tmp_path):

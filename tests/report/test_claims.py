@@ -18,7 +18,7 @@ from sparsebench import config
 from sparsebench.config.compose import to_dict
 from sparsebench.config.identity import digest
 from sparsebench.measure import uncertainty
-from sparsebench.report import claims, page, plots
+from sparsebench.report import charts, claims, page
 from sparsebench.report.claims import OPEN, REFUTED, REPRODUCED, UNTESTABLE, parsed, verdicts
 from sparsebench.report.rows import collect, make_row
 from tests.helpers import laid, made
@@ -335,7 +335,7 @@ def test_the_report_prints_the_verdicts(tmp_path):
         record["config"]["method"] |= {"allocation": "uniform", "rotate": True}
         record["config_hash"] = digest(record["config"])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(plots, "quality_plots", return_value={}))
+        stack.enter_context(mock.patch.object(charts, "of_group", return_value=({}, {})))
         written, _ = page.build(collect([laid(tmp_path, *records)]), "title")
     text = "\n".join(written.markdown)
     assert "## Published claims" in text and "| WINA loses less than TEAL where both drop half" in text
