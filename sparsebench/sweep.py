@@ -13,6 +13,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -116,6 +118,34 @@ class Worker:
     """What a worker process did once."""
 
     ready = False
+
+
+GUARD = """
+import os, sys, psutil
+name, sweep = sys.argv[1:]
+sys.stdin.buffer.read()  # until the sweep's process is gone, however it went
+for process in psutil.process_iter():
+    try:
+        if process.pid != os.getpid() and process.environ().get(name) == sweep:
+            process.kill()
+    except psutil.Error:
+        pass
+"""
+
+
+guards: list[subprocess.Popen] = []  # held, for their pipe must not close before this process ends
+
+
+def guard_workers() -> None:
+    """Start a process that kills this sweep's workers once this process is gone: also those that had no job yet.
+
+    It knows them by the environment that they were started with, so it begins after MAIN is set.
+    """
+    given = [sys.executable, "-c", GUARD, MAIN, os.environ[MAIN]]
+    here = {key: value for key, value in os.environ.items() if key != MAIN}
+    quiet = subprocess.DEVNULL
+    guard = subprocess.Popen(given, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=here, start_new_session=True)
+    guards.append(guard)
 
 
 def end_workers(folder: Path) -> None:

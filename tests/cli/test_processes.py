@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sparsebench import cli, ranks, runner, sweep
@@ -265,3 +268,21 @@ def test_a_sweep_tells_its_workers_first_and_waits_for_what_they_keep(tmp_path, 
     assert (tmp_path / "kept").exists() and not list(tmp_path.glob("worker-*"))
     process.join(20)
     assert process.exitcode == 0 and not (tmp_path / "another").exists()
+
+
+def test_no_worker_of_a_sweep_outlives_a_kill(tmp_path):
+    """Also one that never had a job: before, such a worker of joblib's was found twenty minutes after its sweep's end."""
+    code = """
+import os, signal, subprocess, sys
+from sparsebench import sweep
+os.environ[sweep.MAIN] = str(os.getpid())
+sweep.guard_workers()
+print(subprocess.Popen(["sleep", "300"]).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    worker, last = int(killed.stdout), time.monotonic() + 60
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < last, "the worker is still there"
+        time.sleep(0.1)
