@@ -170,9 +170,16 @@ def notes(record: dict[str, Any]) -> list[str]:
     return lines + [f"estimate: {caution}" for caution in estimate.get("cautions", [])]
 
 
+def toy(model: dict[str, Any]) -> str:
+    """What is said beside the name of a model that ships with the package."""
+    if not str(model.get("source")).startswith("builtin:"):
+        return ""
+    return f" (a toy of {scaled(model.get('num_parameters') or 0)} parameters: for comparing methods, not for their figures)"
+
+
 def table(record: dict[str, Any]) -> Table:
     """The run's figures, dense beside sparse."""
-    grid = Table(title=Text(record["name"]), title_justify="left")
+    grid = Table(title=Text(record["name"]) + toy(record.get("model") or {}), title_justify="left")
     grid.add_column("")
     for name in ("dense", "sparse", "sparse / dense"):
         grid.add_column(name, justify="right")

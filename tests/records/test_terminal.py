@@ -183,3 +183,10 @@ def test_a_finished_run_says_what_to_do_next(capsys):
         printed[-2].startswith("next: sparsebench-report 'my outputs'")
         and json.loads(printed[-1])["status"] == "finished"
     )
+
+
+def test_a_model_that_ships_with_the_package_is_called_a_toy():
+    model = {"source": "builtin:llama-tiny", "num_parameters": 3_673_000}
+    assert (
+        terminal.toy(model).startswith(" (a toy of 3.67 M parameters") and terminal.toy({"source": "/models/x"}) == ""
+    )
