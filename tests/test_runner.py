@@ -23,7 +23,7 @@ def test_mixed_splits_stop_a_run_before_the_model_is_loaded(tmp_path, text_file,
         data.test.documents.append(data.fit.documents[0])
         return data
 
-    def loaded(*_):
+    def loaded(self, work, data):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(Text, "load", mixed)

@@ -15,7 +15,7 @@ def config_problem(location: str, key: str) -> str | None:
     """The line about a folder whose config.json transformers does not know, or None."""
     try:
         transformers.AutoConfig.from_pretrained(location, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a foreign file: transformers and huggingface_hub raise what they like
         first = " ".join(str(error).split()).partition(". ")[0]
         return f"{key} must hold a config.json that transformers {transformers.__version__} knows, got {location!r} ({first})"
     return None

@@ -95,7 +95,7 @@ TABLE = {
         "method.sparsity must be at most method.greedy.stop=0.9, ...got 0.95...",
     "method.threshold_rule=signed-hist": "method.threshold_rule=signed-hist needs method.histograms=<folder>...",
     # models
-    "model=hf dataset=pystdlib": "model.path must be a folder or a Hub id, got null",
+    "model=hf dataset=pystdlib": "model.path must be a folder, a Hub id or a GGUF file, got null",
     "model=hf dataset=pystdlib model.path=/nowhere/model":
         "model.path must be an existing folder or a Hub id, got '/nowhere/model'",
     "model=hf dataset=pystdlib model.path={empty}":
@@ -116,7 +116,7 @@ TABLE = {
     "model=llama2-7b dataset=pystdlib":
         "model.path=meta-llama/Llama-2-7b-hf is neither a folder nor in the local Hub cache, ...",
     # data
-    "dataset=text": "dataset.path must name a text, jsonl or parquet file for dataset=text, got null",
+    "dataset=text": "dataset.path must name a file or folder of text, jsonl, json, csv or parquet for dataset=text, got null",
     "dataset=text dataset.path=/nowhere/text": "dataset.path must be an existing file or folder, got '/nowhere/text'",
     f"{HF} {SHORT} dataset.path={{empty.txt}}": "dataset.path: {empty.txt} holds no text",
     f"{HF} {SHORT} dataset.path={{binary.txt}}": "dataset.path: {binary.txt} is a binary file, not text",

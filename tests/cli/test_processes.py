@@ -34,9 +34,17 @@ def configuration(tmp_path):
     return compose_all([f"output_dir={tmp_path}/outputs", "dataset=digits", "model=lenet5", "wandb.mode=disabled"])[0]
 
 
+SHARED = "PYTEST_XDIST_WORKER" in os.environ  # a worker of pytest-xdist has threads of its own
+
+
 @pytest.fixture
 def heard():
-    """Signals are heard as in the command; the tests' own handlers come back."""
+    """Signals are heard as in the command; the tests' own handlers come back.
+
+    Only where this is the process's one thread: a signal that it blocks is otherwise heard through another one.
+    """
+    if SHARED:
+        pytest.skip("test_signals_pass_in_a_process_of_their_own runs it")
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     stopping.listen()
     yield
@@ -286,3 +294,11 @@ os.kill(os.getpid(), signal.SIGKILL)
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < last, "the worker is still there"
         time.sleep(0.1)
+
+
+@pytest.mark.skipif(not SHARED, reason="this is a process of their own")
+def test_signals_pass_in_a_process_of_their_own():
+    here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    alone = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", __file__]
+    process = subprocess.run(alone, env=here, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert process.returncode == 0, process.stdout[-3000:]

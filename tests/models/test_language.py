@@ -75,7 +75,7 @@ def test_a_path_that_is_no_model_is_one_line_before_anything_is_loaded(file, tmp
     other = tmp_path / "weights.bin"
     other.write_bytes(b"PK\3\4" + bytes(100))
     for path, line in (
-        ("null", "model.path must be a folder, a Hub id or a GGUF file for model=gguf, got null"),
+        ("null", "model.path must be a folder, a Hub id or a GGUF file, got null"),
         (tmp_path / "none.gguf", "model.path must be an existing GGUF file, a folder or a Hub id, got "),
         ("none.gguf", "model.path must be an existing GGUF file, a folder or a Hub id, got 'none.gguf'"),
         (file.parent, f"model.path must name the GGUF file itself, e.g. '{file}', got its folder"),

@@ -220,7 +220,10 @@ class Evil:
     ("overrides", "message"),
     [
         (["model=lenet5", "dataset.size=32"], "dataset.size must be 28 for model=lenet5, got 32"),
-        (["model=resnet18", "model.stem=cfar"], "model.stem must be one of imagenet, cifar, got 'cfar'"),
+        (
+            ["model=resnet18", "model.stem=cfar"],
+            "model.stem must be one of imagenet, cifar .*, got 'cfar'",
+        ),
         (["model=lenet5", "model.weights=pretrained"], "model.path must be a file of a state dict .* for model=lenet5"),
         (
             ["model=lenet5", "model.weights=pretrained", "model.path=/nowhere.pth"],
