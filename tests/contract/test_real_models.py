@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from sparsebench import engines
 from sparsebench.engines import fused_cpu
 from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import swap
@@ -146,7 +147,7 @@ def test_a_run_keeps_what_both_models_say(sparsebench, tmp_path, text_file):
     assert not set(json.loads(process.stdout.strip().splitlines()[-1])) & {"continuation", "prompt"}
 
 
-REAL = {"smollm2-135m": ("none", 20.45), "gemma3-270m": ("window", None)}  # dataset.bos, perplexity of 8 windows of 512
+REAL = {"smollm2-135m": ("none", 27.82), "gemma3-270m": ("window", None)}  # dataset.bos, perplexity of 8 windows of 512
 
 
 def real(name, folder, data_folder, tmp_path):
@@ -171,9 +172,34 @@ def test_perplexity_of_a_real_model_is_that_of_a_plain_loop(name, real_models, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [-1.0, 0.1], ids=["dense", "sparse"])
-def test_the_fused_step_of_a_real_model_says_what_transformers_says(threshold, real_models, shared_data, tmp_path):
+def test_the_fused_step_of_a_real_model_says_what_transformers_says(real_models, shared_data, tmp_path):
     loaded, _ = real("smollm2-135m", real_models, shared_data, tmp_path)
     prompt = torch.tensor([loaded.tokenizer("The Second World War began in")["input_ids"]])
-    ours, theirs = greedy_texts(loaded.module, prompt, threshold)
+    ours, theirs = greedy_texts(loaded.module, prompt, -1.0)
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_the_sparse_step_of_a_real_model_is_as_near_to_transformers_as_transformers_is(
+    real_models, shared_data, tmp_path
+):
+    """64 tokens. Until a value lies within rounding of a threshold all agree to 1e-5. From then on no two ways of
+    computing the sparse model agree: a massive activation turns that one value into percents of the logits. So the fused
+    step may be as far from cached decode as a whole forward pass of transformers is.
+    """
+    loaded, _ = real("smollm2-135m", real_models, shared_data, tmp_path)
+    prompt = torch.tensor([loaded.tokenizer("The Second World War began in")["input_ids"]])
+    _, theirs = greedy_texts(loaded.module, prompt, 0.05)
+    tokens = torch.tensor(theirs)
+    cached = engines.Decoder(loaded.module, prompt, 64, compiled=False)
+    fused = fused_cpu.Decoder(loaded.module, prompt, 64)
+    with torch.no_grad():
+        whole = loaded.module(torch.cat([prompt[0], tokens])[None]).logits[0, prompt.shape[1] :]
+        rows = [
+            (cached.step(t.view(1, 1)).flatten().clone(), fused.step(t.view(1, 1)).flatten().clone()) for t in tokens
+        ]
+    own = [float((w - c).norm() / c.norm()) for w, (c, _) in zip(whole, rows, strict=True)]
+    errors = [float((f - c).norm() / c.norm()) for c, f in rows]
+    assert errors[0] < 1e-5 and max(errors) < 3 * max(own), (max(errors), max(own))
+    same = sum(int(c.argmax()) == int(f.argmax()) for c, f in rows)
+    assert same >= 60, same
