@@ -96,18 +96,25 @@ def label(rows: list[Row]) -> None:
         settings = [flat(r.record["config"]) for r in mine]
         keys = [k for k in differing(settings) if tells(k)]
         apart = telling_apart(mine, settings)
+        kinds = {dtype_of(row) for row in mine}
         for row, values in zip(mine, settings, strict=True):
             words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
-            row.label = " ".join([method, *words])
+            kind = [dtype_of(row)] if len(kinds) > 1 else []
+            row.label = " ".join([method, *words, *kind])
             choices = [(k, values[k]) for k in apart if values.get(k) is not None]
             told = [v if isinstance(v, str) else f"{k.removeprefix('method.')}={v}" for k, v in choices]
-            row.series = " ".join([method, *told])
+            row.series = " ".join([method, *told, *kind])
         machines: dict[str, set[str]] = {}
         for row in mine:
             machines.setdefault(row.label, set()).add(row.machine)
         for row in mine:
             if len(machines[row.label]) > 1:
                 row.label += f", {row.machine.partition(',')[0]}"
+
+
+def dtype_of(row: Row) -> str:
+    """The type that a run computed in: the same method in two of them is two curves."""
+    return str(((row.record.get("env") or {}).get("hardware") or {}).get("dtype"))
 
 
 def tells(key: str) -> bool:
@@ -127,7 +134,7 @@ def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
     fits: dict[str | None, list[dict]] = {}
     choices: dict[tuple, list[dict]] = {}
     for row, values in zip(rows, settings, strict=True):
-        fits.setdefault(row.record.get("fit", {}).get("state"), []).append(values)
+        fits.setdefault((row.record.get("fit") or {}).get("state"), []).append(values)
         choices.setdefault(tuple(values.get(k) for k in words), []).append(values)
     along = {k for same in fits.values() for k in differing(same) if k in keys and k not in words}
     numbers = {k for same in choices.values() for k in differing(same)} - along if along else set()

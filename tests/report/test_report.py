@@ -489,3 +489,13 @@ def test_zeros_of_neurons_are_compared_where_they_were_measured(tmp_path):
 def test_recalled_figures_are_unverified():
     entry = next(e for e in published.figures() if e["model"] == "mistral-7b" and e["method"] == "teal")
     assert entry["recalled"] == [0.25, 0.5, 0.65]
+
+
+def test_the_same_method_in_two_types_is_two_curves(tmp_path):
+    """Before: both stood on one curve, which then had two settings at one place and could not be compared."""
+    records = [made(sparsity=s, perplexity=10 + s) for s in (0.3, 0.5) for _ in range(2)]
+    for number, record in enumerate(records):
+        record["config_hash"] = str(number)
+        record["env"]["hardware"] = {**record["env"].get("hardware", {}), "dtype": ("float16", "float32")[number % 2]}
+    (group,) = grouping.groups(rows.collect([laid(tmp_path, *records)]).finished)
+    assert {row.series.split()[-1] for row in group.rows if row.method != "dense"} == {"float16", "float32"}
