@@ -193,7 +193,7 @@ def mismatches(settings: Settings) -> list[str]:
             f"eval.lm_eval.tasks must be [] for model={model.name} ({model.kind}), got {settings.eval.lm_eval.tasks}"
         )
     tasks = settings.eval.lm_eval.tasks
-    if tasks and importlib.util.find_spec("lm_eval") is None:
+    if tasks and model.kind == "language" and importlib.util.find_spec("lm_eval") is None:
         problems.append(f"eval.lm_eval.tasks={','.join(tasks)} needs lm-eval: pip install 'sparsebench[lm-eval]'")
     for part in (model, dataset, method, settings.hardware):
         try:

@@ -100,16 +100,18 @@ def label(rows: list[Row]) -> None:
         for row, values in zip(mine, settings, strict=True):
             words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
             kind = [dtype_of(row)] if len(kinds) > 1 else []
-            row.label = " ".join([method, *words, *kind])
+            row.label = " ".join([method, *words])
             choices = [(k, values[k]) for k in apart if values.get(k) is not None]
             told = [v if isinstance(v, str) else f"{k.removeprefix('method.')}={v}" for k, v in choices]
             row.series = " ".join([method, *told, *kind])
-        machines: dict[str, set[str]] = {}
+        machines: dict[str, set[tuple[str, str]]] = {}
         for row in mine:
-            machines.setdefault(row.label, set()).add(row.machine)
+            machines.setdefault(row.label, set()).add((row.machine, dtype_of(row)))
         for row in mine:
-            if len(machines[row.label]) > 1:
-                row.label += f", {row.machine.partition(',')[0]}"
+            known = machines[row.label]
+            if len(known) > 1:
+                kind = f" {dtype_of(row)}" if len({each for _, each in known}) > 1 else ""
+                row.label += f", {row.machine.partition(',')[0]}{kind}"
 
 
 def dtype_of(row: Row) -> str:

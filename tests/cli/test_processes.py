@@ -46,6 +46,8 @@ def heard():
     if SHARED:
         pytest.skip("test_signals_pass_in_a_process_of_their_own runs it")
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in before:  # what nohup or a job in the background ignores, the program does not listen to
+        signal.signal(number, signal.SIG_DFL)
     stopping.listen()
     yield
     for number, handler in before.items():

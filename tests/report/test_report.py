@@ -494,8 +494,8 @@ def test_recalled_figures_are_unverified():
 def test_the_same_method_in_two_types_is_two_curves(tmp_path):
     """Before: both stood on one curve, which then had two settings at one place and could not be compared."""
     records = [made(sparsity=s, perplexity=10 + s) for s in (0.3, 0.5) for _ in range(2)]
-    for number, record in enumerate(records):
-        record["config_hash"] = str(number)
-        record["env"]["hardware"] = {**record["env"].get("hardware", {}), "dtype": ("float16", "float32")[number % 2]}
+    for number, content in enumerate(records):
+        content["config_hash"] = str(number)
+        content["env"]["hardware"] = {**content["env"].get("hardware", {}), "dtype": ("float16", "float32")[number % 2]}
     (group,) = grouping.groups(rows.collect([laid(tmp_path, *records)]).finished)
     assert {row.series.split()[-1] for row in group.rows if row.method != "dense"} == {"float16", "float32"}

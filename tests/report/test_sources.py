@@ -105,7 +105,7 @@ def test_dollars_and_odd_characters_are_drawn_as_they_are(tmp_path):
     (group,) = grouped(collection.finished)
     specs, data = charts.of_group(group, vega.styles([row.series for row in group.rows]), lambda row: None)
     drawn = {name: vega.as_svg({**spec, "datasets": data}) for name, spec in specs.items()}
-    assert {"sparsity", "map"} <= set(drawn)
+    assert {"sparsity", "maps"} <= set(drawn)
     assert all(ElementTree.fromstring(svg) is not None for svg in drawn.values())
     assert "/data/$a^$/h" in drawn["sparsity"]
 
