@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 from sparsebench import cache
 from sparsebench.kernels import cuda_gather
+from sparsebench.records import stopping
 from tests.helpers import COMMAND, SHARED, TEXT, Rows, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -158,3 +160,17 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"needs the data folder {SHARED} (set SPARSEBENCH_DATA)")
     return SHARED
+
+
+@pytest.fixture
+def listening():
+    """Signals are heard as in the command, also those that nohup or a job in the background ignores; the tests' own
+    handlers come back."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    stopping.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping.told = stopping.Told()

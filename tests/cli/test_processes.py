@@ -38,21 +38,11 @@ SHARED = "PYTEST_XDIST_WORKER" in os.environ  # a worker of pytest-xdist has thr
 
 
 @pytest.fixture
-def heard():
-    """Signals are heard as in the command; the tests' own handlers come back.
-
-    Only where this is the process's one thread: a signal that it blocks is otherwise heard through another one.
-    """
+def heard(request):
+    """`listening`, only where this is the process's one thread: a signal that it blocks is otherwise heard through another."""
     if SHARED:
         pytest.skip("test_signals_pass_in_a_process_of_their_own runs it")
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    for number in before:  # what nohup or a job in the background ignores, the program does not listen to
-        signal.signal(number, signal.SIG_DFL)
-    stopping.listen()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    stopping.told = stopping.Told()
+    request.getfixturevalue("listening")
 
 
 def finish(configuration: dict, folder: Path, identity: str) -> tuple[dict, Path]:

@@ -11,18 +11,7 @@ import pytest
 
 from sparsebench.records import stopping
 
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The tests' own handlers come back."""
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    for number in before:
-        signal.signal(number, signal.SIG_DFL)
-    stopping.listen()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    stopping.told = stopping.Told()
+pytestmark = pytest.mark.usefixtures("listening")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])

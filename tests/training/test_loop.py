@@ -100,19 +100,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, rows, killed_after
     assert torch.equal(weights(reference), weights(again))
 
 
-@pytest.fixture
-def heard():
-    """SIGTERM is heard as in a run; the tests' own handler comes back."""
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    stopping.listen()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    stopping.told = stopping.Told()
-
-
 @pytest.mark.parametrize("told_at", [3, 7, 12])
-def test_told_to_stop_it_ends_the_step_and_keeps_it(tmp_path, rows, heard, told_at):
+def test_told_to_stop_it_ends_the_step_and_keeps_it(tmp_path, rows, listening, told_at):
     """Before: SIGTERM ended training with nothing kept but the last periodic checkpoint, 12 being the very end."""
     reference = trainable()
     train(reference, rows, training_settings(), folder=tmp_path / "a", seed=0)
