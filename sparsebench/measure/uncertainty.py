@@ -9,6 +9,7 @@ A difference of dense and sparse is taken piece by piece (paired), which removes
 from __future__ import annotations
 
 import base64
+import functools
 import math
 from dataclasses import dataclass
 
@@ -113,3 +114,17 @@ def kept(dense: Pieces, sparse: Pieces) -> dict:
         "dense": packed(dense.loss / dense.tokens, "f4"),
         "sparse": packed(sparse.loss / sparse.tokens, "f4"),
     }
+
+
+def pieces(losses: dict[str, str], side: str) -> Pieces:
+    """The reverse of `kept` for one model (dense or sparse). Raises ValueError where its parts don't fit each other."""
+    return decoded(*(losses[name] for name in ("window", "document", "tokens", side)))
+
+
+@functools.cache
+def decoded(window: str, document: str, tokens: str, loss: str) -> Pieces:
+    counts, values = unpacked(tokens, "i4"), unpacked(loss, "f4").astype(float)
+    places = unpacked(window, "i4"), unpacked(document, "i4")
+    if not len(counts) == len(values) == len(places[0]) == len(places[1]) or not counts.size or counts.min() <= 0:
+        raise ValueError("losses of pieces don't fit each other")
+    return Pieces(*places, counts, values * counts)

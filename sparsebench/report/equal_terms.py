@@ -11,7 +11,6 @@ taken piece by piece (paired; measure/uncertainty.py). The spread over seeds at 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import statistics
@@ -19,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
-from sparsebench.measure.uncertainty import Pieces, unpacked
+from sparsebench.measure import uncertainty
+from sparsebench.measure.uncertainty import Pieces
 from sparsebench.records.terminal import uncertain
 from sparsebench.report.groups import Group, repeats
+from sparsebench.report.interpolation import monotone
 from sparsebench.report.rows import Row
 
 HIT = 1e-3  # a knot so near to the terms asked for is taken as measured there [choice]
@@ -140,23 +140,14 @@ def evidence(row: Row, side: str = "sparse") -> Evidence | None:
         return None
     try:
         if row.metric == "perplexity":
-            pieces = decoded(*(losses[name] for name in ("window", "document", "tokens", side)))
+            pieces = uncertainty.pieces(losses, side)
             return Evidence(pieces, pieces.influence, losses["window"] + losses["document"] + losses["tokens"])
         examples = metric["protocol"]["examples"]
-        right = unpacked(losses[f"{side}_right"], "bits")[:examples]
+        right = uncertainty.unpacked(losses[f"{side}_right"], "bits")[:examples]
         pieces = Pieces.of(right[:, None], np.arange(examples)[:, None])
     except (KeyError, TypeError, ValueError, IndexError):
         return None
     return Evidence(pieces, pieces.influence, f"{examples} examples")
-
-
-@functools.cache
-def decoded(window: str, document: str, tokens: str, loss: str) -> Pieces:
-    counts, values = unpacked(tokens, "i4"), unpacked(loss, "f4").astype(float)
-    places = unpacked(window, "i4"), unpacked(document, "i4")
-    if not len(counts) == len(values) == len(places[0]) == len(places[1]) or not counts.size or counts.min() <= 0:
-        raise ValueError("losses of pieces don't fit each other")
-    return Pieces(*places, counts, values * counts)
 
 
 def summed(weights: list[float], parts: list[Evidence | None]) -> Evidence | None:
@@ -208,13 +199,6 @@ def curves(group: Group, axis: Axis) -> list[Curve]:
     return [curve(s, [r for r in rows if r.series == s], axis) for s in dict.fromkeys(r.series for r in rows)]
 
 
-def slopes(xs: np.ndarray, ys: np.ndarray, x: float) -> list[float]:
-    """Derivatives of the interpolated figure by each knot's figure (PCHIP is smooth in them almost everywhere)."""
-    step = 1e-5 * (float(np.ptp(ys)) or 1.0)
-    moved = np.eye(len(ys)) * step
-    return [float((PchipInterpolator(xs, ys + m)(x) - PchipInterpolator(xs, ys - m)(x)) / (2 * step)) for m in moved]
-
-
 def at(curve: Curve, axis: Axis, target: float) -> Point:
     """A curve's quality at `target`, never outside what was measured."""
     if curve.problem or not curve.knots:
@@ -230,11 +214,7 @@ def at(curve: Curve, axis: Axis, target: float) -> Point:
     else:
         knots = curve.knots
         xs, ys = np.array([k.x for k in knots]), np.array([k.y for k in knots])
-        y, linear, weights = (
-            float(PchipInterpolator(xs, ys)(target)),
-            float(np.interp(target, xs, ys)),
-            slopes(xs, ys, target),
-        )
+        (y, weights), linear = monotone(xs, ys, target), float(np.interp(target, xs, ys))
         place = int(np.searchsorted(xs, target))
         between = float(xs[place - 1]), float(xs[place])
     scale = math.exp(y) if curve.logarithmic else 1.0  # d value / d y

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from scipy.interpolate import PchipInterpolator
 
 from sparsebench.measure import uncertainty
 from sparsebench.measure.uncertainty import Pieces
 from sparsebench.report.experiments import at
+from sparsebench.report.interpolation import monotone
 from sparsebench.report.rows import Row
 
 NEAR = 0.005  # a curve of too few rows may be read at a row this close on its axis
@@ -115,7 +115,7 @@ def quality(row: Row, side: str = "sparse") -> Quantity | None:
     if row.metric == "perplexity":
         if side not in kept:
             return Quantity(math.log(metric[side]))
-        parts = text_parts(kept, side)
+        parts = uncertainty.pieces(kept, side)
         return Quantity(parts.mean, parts, parts.influence)
     if f"{side}_right" not in kept:
         return Quantity(metric[side])
@@ -123,12 +123,6 @@ def quality(row: Row, side: str = "sparse") -> Quantity | None:
     none = np.zeros(len(right), int)
     parts = Pieces(np.arange(len(right)), none, none + 1, none)
     return Quantity(float(right.mean()), parts, (right - right.mean()) / len(right))
-
-
-def text_parts(kept: dict[str, str], side: str) -> Pieces:
-    """The pieces of `uncertainty.kept` with the losses of one model."""
-    window, document, tokens = (uncertainty.unpacked(kept[name], "i4") for name in ("window", "document", "tokens"))
-    return Pieces(window, document, tokens, uncertainty.unpacked(kept[side], "f4").astype(float) * tokens)
 
 
 def speedup(row: Row) -> Quantity | None:
@@ -184,16 +178,5 @@ def read_curve(points: Sequence[tuple[float, Quantity]], x: float) -> Quantity |
     if len(places) < 2 or not places[0] <= x <= places[-1]:
         near = min(by_place, key=lambda p: abs(p - x), default=math.inf)
         return by_place[near] if abs(near - x) <= NEAR else None
-    values = [q.value for q in quantities]
-    weights = slopes(lambda y: float(PchipInterpolator(places, y)(x)), values)
-    return linear(quantities, weights, float(PchipInterpolator(places, values)(x)))
-
-
-def slopes(function: Callable[[list[float]], float], values: list[float]) -> list[float]:
-    """Derivatives of `function` by each of `values`, from central differences."""
-    step = 1e-6 * (max(map(abs, values)) or 1.0)
-
-    def moved(i: int, by: float) -> list[float]:
-        return [v + by * (i == j) for j, v in enumerate(values)]
-
-    return [(function(moved(i, step)) - function(moved(i, -step))) / (2 * step) for i in range(len(values))]
+    value, weights = monotone(places, [q.value for q in quantities], x)
+    return linear(quantities, weights, value)
