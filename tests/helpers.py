@@ -435,7 +435,7 @@ QUICK_TRAINING = {"batch_size": 8, "micro_batch": 8, "warmup": 1}
 BASE = {
     "steps": 12, "batch_size": 4, "micro_batch": 2, "optimizer": "adamw", "lr": 1e-3, "min_lr": 1e-4,
     "schedule": "cosine", "warmup": 2, "betas": [0.9, 0.95], "momentum": 0.0, "weight_decay": 0.1, "clip": 1.0,
-    "dropout": 0.1, "precision": "no", "checkpoint_every": 4, "log_every": 3,
+    "dropout": 0.1, "precision": "no", "compile": False, "checkpoint_every": 4, "log_every": 3,
 }  # fmt: skip
 
 

@@ -70,6 +70,7 @@ class ShiftedReLU(Activation):
         return (z - self.shift).relu()
 
 
+@torch.compiler.disable  # k may change from step to step: compiled anew each time otherwise
 def topk_mask(score: torch.Tensor, k: int, block: int | None = None) -> torch.Tensor:
     """bool, the shape of score [..., n]: the k largest of each group; exactly k, the lowest index wins a tie.
 

@@ -180,6 +180,7 @@ class ExpertFFN(SparseModule):
             scores = self.sums(x1) if self.rule == "topk" else self.norms(x1)
         return select(scores, self.rule, self.threshold, self.k)
 
+    @torch.compiler.disable  # it keeps what the pass showed: a compiled block stops for it
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "hard" and self.counter is None and not torch.is_grad_enabled():
             backend = kernels.serving(self.running, x, self.first, "expert_ffn", self.last)

@@ -17,8 +17,9 @@ NORMS = ("mean", "sum1e-8", "token_sum")
 @contextmanager
 def watching(module: nn.Module, see: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
     """Call see(layer, x1 [B, T, f]) in every forward pass; what it returns, if anything, takes the place of x1."""
+    as_written = torch.compiler.disable(see)  # it keeps figures: a compiled block stops for it
     hooks = [
-        last_map(module, block).register_forward_pre_hook(lambda _, args, layer=block.index: see(layer, args[0]))
+        last_map(module, block).register_forward_pre_hook(lambda _, args, layer=block.index: as_written(layer, args[0]))
         for block in find_blocks(module)
     ]
     try:

@@ -32,6 +32,7 @@ from sparsebench.data.labelled import Labelled, LabelledSplit
 from sparsebench.measure import quality
 from sparsebench.records import files, stopping
 from sparsebench.records.progress import shown
+from sparsebench.training.compiled import compiled, next_token_entropy
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Training:
     clip: float | None = setting(gt=0)
     dropout: float = setting(ge=0, lt=1)
     precision: str = setting(choices=("auto", "no", "bf16", "fp16"))
+    compile: bool = setting()
     checkpoint_every: int = setting(gt=0)
     log_every: int = setting(gt=0)
 
@@ -109,8 +111,7 @@ class History:
 
 def next_token_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token over windows [B, T]."""
-    logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    return next_token_entropy(module(input_ids=batch, use_cache=False).logits, batch)
 
 
 def classification_loss(module: nn.Module, batch: Labelled) -> torch.Tensor:
@@ -229,7 +230,7 @@ def train(
             tokens += batch.numel() * accelerator.num_processes
         return tuple(accelerator.reduce(sums, "mean").tolist())
 
-    with dropping(module, settings.dropout), stopping.held():
+    with dropping(module, settings.dropout), stopping.held(), compiled(module, settings.compile):
         for step in shown(range(start, settings.steps), settings.steps - start, label):
             if before_step is not None:
                 before_step(step)
