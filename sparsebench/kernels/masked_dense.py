@@ -39,6 +39,14 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     return y
 
 
+def semi_structured_linear(x, weight, bias=None, *, trusted=False):
+    """y = W x + b for x [rows, n] with at most 2 nonzeros in every 4 consecutive inputs. Returns [rows, m].
+
+    trusted: the caller knows that x is so (a kernel that packs x would drop what is too much).
+    """
+    return F.linear(x, weight, bias)
+
+
 def neuron_sparse_ffn(x, activation, up, down):
     """y = sum_j a_j (up_j . x) down_j: the second half of a gated FFN, where neurons with activation 0 add nothing.
 

@@ -144,14 +144,16 @@ def over_scored_tokens(
         share = site.sparse_tokens / tokens if tokens else 1.0
         plain = dense.get(name, cost)  # a part that the dense model has not (a rotation) costs the same for every token
         left = plain.dense_macs if site is None or site.nonzeros is None else site.nonzeros
+        token = cost.prompt or cost
         sites[name] = {
             "dense_macs": cost.dense_macs,
-            "sparse_macs": share * cost.sparse_macs + (1 - share) * left,
-            "overhead_macs": share * cost.overhead_macs,
+            "sparse_macs": share * token.sparse_macs + (1 - share) * left,
+            "overhead_macs": share * token.overhead_macs,
         }
         traffic += share * cost.sparse_bytes + (1 - share) * plain.dense_bytes
     rest, rest_bytes = outside.macs, outside.bytes
-    unit = f"mean over the scored tokens, each as if decoded at batch 1, context {context}"
+    how = "with products as in a prompt, else " if any(c.prompt for c in sparse.values()) else ""
+    unit = f"mean over the scored tokens, each {how}as if decoded at batch 1, context {context}"
     macs = {
         "dense": sum(c.dense_macs for c in dense.values()) + rest,
         "sparse": sum(s["sparse_macs"] + s["overhead_macs"] for s in sites.values()) + rest,

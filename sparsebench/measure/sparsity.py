@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsebench.modules.base import Counter, SiteSparsity, measured_modules
+from sparsebench.modules.group_sparse import GroupCounter
 from sparsebench.modules.input_sparse import InputSparseLinear
 
 
@@ -58,6 +59,9 @@ def summarise(model: nn.Module, counters: dict[str, Counter], prunes: bool = Fal
                 weight=weight,
                 sparse_tokens=counter.sparse_tokens,
                 dense_tokens=counter.dense_tokens,
+                kept_inputs_nonzero=counter.nonzeros / (counter.sparse_tokens * channels)
+                if isinstance(counter, GroupCounter) and counter.sparse_tokens
+                else None,
                 kept_nonzeros=kept_nonzeros(module, counter) if pruned else None,
                 nonzeros=int(torch.count_nonzero(module.weight)) if pruned else None,
             )

@@ -75,8 +75,18 @@ class SiteSparsity:
     weight: int  # parameters of the map this input feeds: its weight in model-wide figures
     sparse_tokens: int
     dense_tokens: int
+    kept_inputs_nonzero: float | None = None  # share of (token, channel) pairs kept and not 0, where kept zeros count
     kept_nonzeros: float | None = None  # nonzero weights whose channel was kept, mean per sparse token, where pruned
     nonzeros: int | None = None  # all nonzero weights, where the method prunes
+
+
+@dataclass
+class PromptCost:
+    """MACs of one sparse token of a prompt, for one site, where they are not those of a decoded token."""
+
+    sparse_macs: float
+    overhead_macs: float
+    executed_macs: float  # by the kernel that serves a prompt
 
 
 @dataclass
@@ -89,6 +99,9 @@ class Cost:
     dense_bytes: float
     sparse_bytes: float
     executed_macs: float | None = None  # by a kernel that skips inputs only; None = sparse_macs
+    prompt: PromptCost | None = (
+        None  # None: a prompt's token costs what a decoded one does, and masks skip nothing of it
+    )
 
 
 class SparseModule(nn.Module):

@@ -48,12 +48,12 @@ def l1(x1: torch.Tensor, norm: str, mask: torch.Tensor | None = None) -> torch.T
 class X1Penalty:
     """lambda(step) * sum over layers of ||x1||_1, for train.train; counts zeros of x1 per layer on the way.
 
-    With coefficient 0 it only counts. In a run of several processes each counts its own tokens. Set `mask` [B, T] before
-    a forward pass over padded sequences. To be used as a context.
+    over_layers: sum, or mean (TwELL). With coefficient 0 it only counts. In a run of several processes each counts its own
+    tokens. Set `mask` [B, T] before a forward pass over padded sequences. To be used as a context.
     """
 
-    def __init__(self, module: nn.Module, norm: str, coefficient: Callable[[int], float]):
-        self.norm, self.coefficient = norm, coefficient
+    def __init__(self, module: nn.Module, norm: str, coefficient: Callable[[int], float], over_layers: str = "sum"):
+        self.norm, self.coefficient, self.over_layers = norm, coefficient, over_layers
         self.mask: torch.Tensor | None = None
         self.terms: list[torch.Tensor] = []
         self.zeros: dict[int, torch.Tensor | int] = {}
@@ -79,8 +79,12 @@ class X1Penalty:
 
     def value(self) -> torch.Tensor:
         total = torch.stack(self.terms).sum()
+        total = total / len(self.terms) if self.over_layers == "mean" else total
         self.terms = []
         return total
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do between steps."""
 
     def stats(self) -> dict[str, float]:
         """x1_zero per layer and their plain mean, since last asked."""

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, quality, sparsity
+from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, prefill, quality, sparsity
 from sparsebench.modules.base import Cost, SiteSparsity
 from sparsebench.tasks import trial
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
@@ -16,6 +16,7 @@ from sparsebench.tasks.base import Assessment, Comparison, Task, beside
 class LanguageAssessment(Assessment):
     """Perplexity and counts over windows of text."""
 
+    config: Any  # the model's own, for the scores of a prompt
     outside: macs.Outside  # head, attention and KV cache: what lies outside the block maps
     zero_weights: int
     harness: dict[str, dict[str, Any]]  # scores of lm-eval's tasks
@@ -45,6 +46,7 @@ class LanguageModeling(Task[LanguageAssessment]):
             costs=macs.site_costs(module, measured),
             weight_bytes=memory.weight_bytes(module),
             further=further,
+            config=module.config,
             outside=macs.outside_blocks(module, settings.measure.context),
             zero_weights=sparsity.zero_weights(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},
@@ -64,6 +66,10 @@ class LanguageModeling(Task[LanguageAssessment]):
         multiplied["scored"], traffic["scored"] = macs.over_scored_tokens(
             dense.costs, costs, sparse.measured, sparse.outside, settings.measure.context
         )
+        multiplied["prefill"], traffic["prefill"] = prefill.account(
+            dense.costs, costs, sparse.measured, sparse.outside, sparse.config, settings.measure.prompt,
+            method.prompt_policy, settings.measure.latency,
+        )  # fmt: skip
         return Comparison(
             quality=scores,
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),

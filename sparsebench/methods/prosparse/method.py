@@ -17,7 +17,7 @@ from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.measure import sparsity
 from sparsebench.measure.quality import language_quality
 from sparsebench.methods.base import Method, Work
-from sparsebench.methods.prosparse import predictor
+from sparsebench.methods.prosparse import l1, predictor
 from sparsebench.modules import base, x1
 from sparsebench.modules.activations import FATReLU, ShiftedReLU
 from sparsebench.modules.neuron_sparse import swap
@@ -26,7 +26,7 @@ from sparsebench.sites import find_blocks
 from sparsebench.training import finetune
 from sparsebench.training.loop import Training, train
 
-CONTROLS = ("continued", "vanilla_relu", "shifted_relu", "constant_lambda", "drelu")
+CONTROLS = ("continued", "vanilla_relu", "shifted_relu", "constant_lambda", "drelu", "l1_relu")
 
 
 def stage_lambda(step: int, stages: list[int], lambdas: list[float]) -> float:
@@ -63,6 +63,7 @@ class ProSparse(Method):
     lambdas: list[float] = setting(ge=0)
     reg_norm: str = setting(choices=x1.NORMS)
     shift: float = setting(ge=0)
+    l1: l1.Settings
     threshold: float | None = setting(ge=0)
     thresholds: list[float] = setting(ge=0)
     threshold_tolerance: float = setting(ge=0)
@@ -106,6 +107,16 @@ class ProSparse(Method):
             return stage_lambda(step + 1, self.stages, self.lambdas)
         return self.lambdas[-1] if self.control == "constant_lambda" else 0.0
 
+    @property
+    def activation(self) -> str:
+        """What the FFN's gate ends with, in words: a state trained with one is not applied with another."""
+        return {"continued": "the model's own", "shifted_relu": "shifted ReLU"}.get(self.control or "", "ReLU")
+
+    def penalty(self, module: nn.Module, seed: int) -> x1.X1Penalty:
+        if self.control == "l1_relu":
+            return l1.L1Penalty(module, self.l1, seed)
+        return x1.X1Penalty(module, self.reg_norm, self.coefficient)
+
     def swap(self, module: nn.Module, threshold: float, kernel: str | None, predictors: dict | None = None) -> None:
         """The FFNs of the variant in the place of the model's own; none for continued training."""
         if self.control == "continued":
@@ -125,21 +136,27 @@ class ProSparse(Method):
 
         Tensors: `weights.*`, all parameters in the model's dtype; `predictor.*`. info.extra: history, table over t.
         """
-        state = State(info={"kind": "none", "tokens": 0, "threshold": 0.0, "extra": {}})
+        state = State(info={"kind": "none", "tokens": 0, "threshold": 0.0, "activation": self.activation, "extra": {}})
         module = finetune.trainable(loaded.module)
         self.swap(module, 0.0, None)
         if self.train is not None:
             rows = finetune.rows(data.fit, self.train)
-            with x1.X1Penalty(module, self.reg_norm, self.coefficient) as penalty:
+            with self.penalty(module, work.seed) as penalty:
                 history = train(
-                    module, rows, self.train, folder=work.folder, seed=work.seed, penalty=penalty, track=work.log,
-                    label="fit",
+                    module, rows, self.train, folder=work.folder, seed=work.seed, penalty=penalty,
+                    after_step=penalty.after_step, track=work.log, label="fit",
                 )  # fmt: skip
             state.info |= finetune.facts(history, self.train, rows)
+            zeros = [row["fit/x1_zero"] for row in history.rows]
+            cost = l1.training_macs(loaded.module, state.info["tokens"], sum(zeros) / len(zeros))
+            state.info["extra"]["training_macs"] = cost
             state.tensors = finetune.weights(module, loaded.module)
             module = finetune.rebuilt(loaded.module, state.tensors)
             self.swap(module, 0.0, None)
         module.requires_grad_(False)
+        if self.control == "l1_relu":
+            dev = data.dev.sequences(self.dev_sequences)
+            state.info["extra"]["non_zeros_on_dev"] = l1.non_zeros(module, dev, work.batch_size)
         if self.takes_threshold:
             table = self.over_thresholds(module, data, work)
             limit = table[0]["perplexity"] * (1 + self.threshold_tolerance)
@@ -179,6 +196,11 @@ class ProSparse(Method):
 
     def apply(self, module, state: State, work: Work):
         """The trained weights, the FFNs of the variant with their threshold, and the predictors where asked for."""
+        trained = state.info.get("activation", self.activation)
+        if trained != self.activation:
+            raise ValueError(
+                f"method.control={self.control} ends the gate with {self.activation}, this state was trained with {trained}"
+            )
         if self.train is not None:
             finetune.load_weights(module, state.tensors)
         threshold = self.used_threshold(state)
