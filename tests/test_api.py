@@ -14,7 +14,7 @@ from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.records import record, state
 from sparsebench.report import page, rows
-from tests.helpers import laid, made, tiny_model, tiny_tokenizer
+from tests.helpers import laid, made, record_of, tiny_model, tiny_tokenizer
 
 SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
@@ -201,8 +201,9 @@ SMALLEST = ("measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "har
 
 
 @pytest.mark.parametrize("name", SCRATCH)
-def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(tmp_path, name):
-    actual = sparsebench.run([*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs"])
+def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(forked, tmp_path, name):
+    process = forked(*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs")
+    actual = record_of(process, tmp_path)
     folder = next(p.parent for p in (tmp_path / "outputs").rglob("result.json"))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     module = sparsebench.load(folder)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ from sparsebench.config.compose import compose_all
 from sparsebench.records import record, stopping
 
 OTHER_USER = 12345
+ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -34,7 +36,7 @@ def configuration(tmp_path):
     return compose_all([f"output_dir={tmp_path}/outputs", "dataset=digits", "model=lenet5", "wandb.mode=disabled"])[0]
 
 
-SHARED = "PYTEST_XDIST_WORKER" in os.environ  # a worker of pytest-xdist has threads of its own
+SHARED = bool(os.environ.get("PYTEST_XDIST_WORKER"))  # a worker of pytest-xdist has threads of its own
 
 
 @pytest.fixture
@@ -288,9 +290,14 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1)
 
 
+def pytest_alone():
+    sys.exit(pytest.main(sys.argv[1:]))
+
+
 @pytest.mark.skipif(not SHARED, reason="this is a process of their own")
-def test_signals_pass_in_a_process_of_their_own():
-    here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    alone = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(alone, env=here, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert process.returncode == 0, process.stdout[-3000:]
+def test_signals_pass_in_a_process_of_their_own(forked):
+    names = [n for n, test in globals().items() if n.startswith("test_") and "heard" in signature(test).parameters]
+    here = {"PYTEST_XDIST_WORKER": "", "PYTEST_CURRENT_TEST": ""}
+    tests = [f"{__file__}::{name}" for name in names]
+    process = forked("-n", "0", "-q", "-p", "no:cacheprovider", *tests, folder=ROOT, env=here, main=pytest_alone)
+    assert names and process.returncode == 0 and "skipped" not in process.stdout, process.stdout[-3000:]
