@@ -143,8 +143,7 @@ def many(app, planned: Plan, overrides: list[str]) -> int:
     log.info("sweep of %s runs in %s", len(places) or "chosen", folder)
     os.environ[sweep.MAIN] = str(os.getpid())
     stopping.listen(before=lambda: sweep.end_workers(folder))
-    if any(o.startswith("hydra/launcher=") for o in overrides):  # one that has workers
-        sweep.guard_workers()
+    sweep.guard_workers()
     try:
         app(job)()
     except KeyboardInterrupt:
