@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -42,7 +43,11 @@ def become(main: Callable[[], None], arguments: Sequence[str], folder: Path, out
         main()
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ import pytest
 from sparsebench import cli, ranks, runner, sweep
 from sparsebench.config.compose import compose_all
 from sparsebench.records import record, stopping
+from sparsebench.report import __main__ as report
+from tests.helpers import laid, vision
 
 OTHER_USER = 12345
 ROOT = Path(__file__).parents[2]
@@ -224,6 +227,27 @@ def test_a_full_disk_in_the_middle_of_a_run(run):
 
     content, _ = run(body)
     assert content["error"]["message"] == "[Errno 28] No space left on device: 'state.safetensors'"
+
+
+def report_on_a_full_disk():
+    """The disk takes CSV and Markdown, and is full in the middle of the page."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    report.main()
+
+
+def test_a_full_disk_in_the_middle_of_a_report(forked, tmp_path):
+    """One line, no half file, and the page of before is whole; with space again the same command writes it."""
+    folder = laid(tmp_path / "runs", vision())
+    assert forked("runs", main=report.main).returncode == 0
+    page = (folder / "report" / "report.html").read_bytes()
+    laid(tmp_path / "runs" / "more", vision(0.5))
+    full = forked("runs", main=report_on_a_full_disk)
+    assert full.returncode == 1 and not full.stdout
+    assert full.stderr == "error: runs/report can't be written: [Errno 27] File too large\n"
+    assert (folder / "report" / "report.html").read_bytes() == page and not list(folder.rglob("*.partial"))
+    assert len((folder / "report" / "report.csv").read_text().splitlines()) == 3
+    again = forked("runs", main=report.main)
+    assert again.returncode == 0 and (folder / "report" / "report.html").read_bytes() != page
 
 
 @contextlib.contextmanager
