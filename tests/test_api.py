@@ -41,7 +41,8 @@ def test_run_says_what_is_wrong():
         sparsebench.run(["method.sparsity=2"])
 
 
-def test_run_that_fails_raises_with_its_record(finished, tmp_path):
+def test_run_that_fails_raises_with_its_record(finished, forked, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsebench.api.subprocess.run", lambda command, **options: forked(*command[3:]))
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "m")

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -217,11 +218,12 @@ def test_corrupt_record_and_corrupt_state_are_made_again(forked, arguments, tmp_
     check_whole(tmp_path / "outputs")
 
 
-def test_two_sweeps_at_once_share_one_folder(start, arguments, tmp_path):
-    both = [start("-m", *arguments, "method.sparsity=0.2,0.4", "output_dir=o") for _ in range(2)]
-    done = [process.communicate(timeout=200) for process in both]
-    assert [p.returncode for p in both] == [0, 0], done
-    summaries = [last_line(out) for out, _ in done]
+def test_two_sweeps_at_once_share_one_folder(forked, arguments, tmp_path):
+    sweep = ("-m", *arguments, "method.sparsity=0.2,0.4", "output_dir=o")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: forked(*sweep), range(2)))
+    assert [p.returncode for p in both] == [0, 0], both
+    summaries = [last_line(p.stdout) for p in both]
     assert summaries[0]["sweep"] != summaries[1]["sweep"]
     actual = check_whole(tmp_path / "o")
     assert len(actual) == 2 and sorted(r["fit"]["cached"] for r in actual.values()) == [False, True]
