@@ -37,7 +37,7 @@ train-llama-tiny: $(VENV)/.installed  ## train the embedded model again (resumes
 
 ##@ test
 test: $(VENV)/.test  ## install the extras test and docs and run the default test suite (CPU, offline)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.test  ## the tests that take minutes (wheel in an environment of its own, kill and resume)
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
@@ -46,7 +46,7 @@ test-oldest:  ## the default test suite with the oldest versions that pyproject.
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) scripts/oldest.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt -e '.[test,docs]'
-	.venv-oldest/bin/python -m pytest -n 2 $(ARGS)
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 mutants: $(VENV)/.test  ## break one line at a time in a copy and see the named test fail (ARGS='--only lte --jobs 1')
 	$(BIN)/python scripts/mutants.py $(ARGS)

@@ -143,8 +143,7 @@ def many(app, planned: Plan, overrides: list[str]) -> int:
     log.info("sweep of %s runs in %s", len(places) or "chosen", folder)
     os.environ[sweep.MAIN] = str(os.getpid())
     stopping.listen(before=lambda: sweep.end_workers(folder))
-    if any(o.startswith("hydra/launcher=") for o in overrides):  # one that has workers
-        sweep.guard_workers()
+    sweep.guard_workers()
     try:
         app(job)()
     except KeyboardInterrupt:
@@ -199,11 +198,12 @@ def one_of_many(configuration: dict, folder: Path, number: int, given: list[str]
 
 def check_all(configurations: list[dict]) -> None:
     """As `check`, of every run of a sweep; all their problems together."""
-    problems: list[str] = []
-    sound = not any(map(early.plainly_wrong, configurations))
+    problems = [line for each in configurations for line in early.wrong_values(each, early.SETTINGS["config"])]
+    if problems:  # said at once: all else takes the imports of torch and of what it is about
+        raise config.ConfigError(problems)
     for configuration in configurations:
         try:
-            check(configuration, announce=sound)
+            check(configuration, announce=True)
         except config.ConfigError as error:
             problems += error.problems
     if problems:

@@ -104,7 +104,6 @@ def at_work(folder: Path) -> Iterator[None]:
         stopping.listen()
         if os.getppid() == main:
             stopping.ignore(signal.SIGINT)
-            stopping.die_with(main)
     if stopping.name():
         raise stopping.Stopped(stopping.reason())
     marker.touch()
@@ -137,7 +136,8 @@ guards: list[subprocess.Popen] = []  # held, for their pipe must not close befor
 
 
 def guard_workers() -> None:
-    """Start a process that kills this sweep's workers once this process is gone: also those that had no job yet.
+    """Start a process that kills this sweep's workers once this process is gone, however that went: no orphan works on after
+    a kill -9, be it one that had no job yet.
 
     It knows them by the environment that they were started with, so it begins after MAIN is set.
     """

@@ -17,9 +17,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from sparsebench import cache
+from sparsebench import cache, cli
 from sparsebench.kernels import cuda_gather
 from sparsebench.records import stopping
+from tests import forks
 from tests.helpers import COMMAND, SHARED, TEXT, Rows, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -106,6 +107,29 @@ def sparsebench(tmp_path):
             env=environment,
             **kwargs,
         )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def warm() -> dict[str, str]:
+    """A process that has imported everything, for what is in forks.py; the environment of its commands."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        forks.serve()
+        return dict(os.environ)
+
+
+@pytest.fixture
+def forked(warm, tmp_path):
+    """As `sparsebench`, in a fork of a process that has imported everything: for whole runs.
+
+    folder: where, if not there. main: of another command.
+    """
+
+    def call(*arguments: str, folder: Path = tmp_path, timeout: int = 300, env: dict | None = None, main=cli.main):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        return forks.run(arguments, folder, environment, timeout, main)
 
     return call
 

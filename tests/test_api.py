@@ -14,7 +14,7 @@ from sparsebench.measure import quality
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.records import record, state
 from sparsebench.report import page, rows
-from tests.helpers import laid, made, tiny_model, tiny_tokenizer
+from tests.helpers import laid, made, record_of, tiny_model, tiny_tokenizer
 
 SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8",
          "measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1")  # fmt: skip
@@ -41,7 +41,8 @@ def test_run_says_what_is_wrong():
         sparsebench.run(["method.sparsity=2"])
 
 
-def test_run_that_fails_raises_with_its_record(finished, tmp_path):
+def test_run_that_fails_raises_with_its_record(finished, forked, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsebench.api.subprocess.run", lambda command, **options: forked(*command[3:]))
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "m")
@@ -201,8 +202,9 @@ SMALLEST = ("measure.latency=false", "wandb.mode=disabled", "hardware=cpu", "har
 
 
 @pytest.mark.parametrize("name", SCRATCH)
-def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(tmp_path, name):
-    actual = sparsebench.run([*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs"])
+def test_load_of_a_model_trained_from_scratch_never_trains_and_never_writes(forked, tmp_path, name):
+    process = forked(*SCRATCH[name], *SMALLEST, f"output_dir={tmp_path}/outputs")
+    actual = record_of(process, tmp_path)
     folder = next(p.parent for p in (tmp_path / "outputs").rglob("result.json"))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     module = sparsebench.load(folder)

@@ -16,16 +16,32 @@ SMALL = ("dataset.sequence_length=32", "method.calibration_tokens=512", "eval.te
 
 
 @pytest.fixture
-def command(sparsebench, model_folder, text_file):
+def base(model_folder, text_file):
+    return (
+        "-m",
+        "model=hf",
+        f"model.path={model_folder('llama')}",
+        "dataset=text",
+        f"dataset.path={text_file}",
+        *SMALL,
+    )
+
+
+@pytest.fixture
+def command(forked, base):
     """A function that sweeps over the tiny model: returns (finished process, its last line)."""
-    base = ("model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL)
+    return lambda *arguments: with_last_line(forked(*base, *arguments))
 
-    def call(*arguments, **kwargs):
-        process = sparsebench("-m", *base, *arguments, **kwargs)
-        lines = process.stdout.strip().splitlines()
-        return process, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
 
-    return call
+@pytest.fixture
+def installed(sparsebench, base):
+    """The same, through the installed command: a launcher's workers start as it did."""
+    return lambda *arguments: with_last_line(sparsebench(*base, *arguments))
+
+
+def with_last_line(process):
+    lines = process.stdout.strip().splitlines()
+    return process, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
 
 
 def absent(module):
@@ -109,23 +125,25 @@ def test_the_table_names_what_no_job_reported_and_what_varies_in_it(tmp_path, ca
 
 
 @needs("hydra_plugins.hydra_joblib_launcher")
-def test_joblib_two_processes(command):
-    process, last = command("method.sparsity=0.3,0.6", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+def test_joblib_two_processes(installed):
+    process, last = installed("method.sparsity=0.3,0.6", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert process.returncode == 0, process.stderr
     assert last["outcomes"] == {"finished": 2}
 
 
 @needs("hydra_plugins.hydra_submitit_launcher")
-def test_submitit_local_executor(command):
-    process, last = command("method.sparsity=0.3,0.6", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
+def test_submitit_local_executor(installed):
+    process, last = installed(
+        "method.sparsity=0.3,0.6", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"
+    )
     assert process.returncode == 0, process.stderr
     assert last["outcomes"] == {"finished": 2}
 
 
 @needs("hydra_plugins.hydra_ray_launcher")
 @pytest.mark.slow
-def test_ray(command):
-    process, last = command("method.sparsity=0.3,0.6", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
+def test_ray(installed):
+    process, last = installed("method.sparsity=0.3,0.6", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
     assert process.returncode == 0, process.stderr
     assert last["outcomes"] == {"finished": 2}
 

@@ -100,13 +100,16 @@ def command() -> int:
 
     from sparsebench import config as checks
     from sparsebench.cli import complain
-    from sparsebench.config import arguments, compose
+    from sparsebench.config import arguments, compose, early
 
     words = sys.argv[1:]
     given = arguments.read("sparsebench-bench", words)
     sys.argv[1:] = words  # Hydra reads them again
     if not (given.hydra_help or given.shell_completion):
-        compose.compose_all(given.overrides, given.multirun, given.config_dir, name="bench")
+        planned = compose.compose_all(given.overrides, given.multirun, given.config_dir, name="bench")
+        problems = [line for each in planned for line in early.wrong_values(each, early.SETTINGS["bench"])]
+        if problems:
+            raise checks.ConfigError(problems)
 
     def task(composed) -> None:
         configuration = compose.to_dict(composed)

@@ -6,6 +6,7 @@ No torch: each of these answers at once.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from typing import NoReturn
@@ -70,6 +71,7 @@ def read(command: str, given: list[str]) -> argparse.Namespace:
 
     Raises ConfigError for what is no option, with the right spelling of a key given with dashes.
     """
+    refuse_other_spellings(given)
     arguments, unknown = parser(command).parse_known_args(given)
     beyond = [
         text for text in unknown if "=" in text and not text.startswith("-")
@@ -78,11 +80,13 @@ def read(command: str, given: list[str]) -> argparse.Namespace:
         first = [*arguments.overrides, *beyond]
         given[:] = [*first, *(text for text in given if text not in first)]  # as Hydra's parser needs them, too
         arguments, unknown = parser(command).parse_known_args(given)
-    problems = []
-    for text in unknown:
-        key = text.lstrip("-")
-        hint = f"keys are given without dashes: {key}" if "=" in key else f"see {command} --help"
-        problems.append(f"{text!r} is no option: {hint}")
+    problems = [f"{text!r} is no option: {hint_for(text, command)}" for text in unknown]
+    for option in ("config_name", "config_path"):
+        if getattr(arguments, option) is not None:
+            problems.append(
+                f"--{option.replace('_', '-')} is not for this command, whose keys are fixed: options of one's own lie in "
+                "the folders of --config-dir"
+            )
     if problems:
         raise ConfigError(problems)
     if arguments.help:
@@ -92,6 +96,18 @@ def read(command: str, given: list[str]) -> argparse.Namespace:
         print(explained(arguments.explain))
         sys.exit(0)
     return arguments
+
+
+def refuse_other_spellings(given: list[str]) -> None:
+    """Raise ConfigError for a key behind one dash, of which argparse would take the first letter for an option."""
+    wrong = [text for text in given if re.match(r"-\w[\w.]*=", text)]
+    if wrong:
+        raise ConfigError([f"{text!r} is no option: {hint_for(text, '')}" for text in wrong])
+
+
+def hint_for(text: str, command: str) -> str:
+    key = text.lstrip("-")
+    return f"keys are given without dashes: {key}" if "=" in key else f"see {command} --help"
 
 
 def overview(command: str, overrides: list[str]) -> str:

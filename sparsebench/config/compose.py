@@ -1,7 +1,6 @@
 """From the command line to configurations as plain Python: Hydra's composition, everything unknown named at once.
 
-Nothing here imports torch, and the classes named by `_target_` are imported only where the composition was found sound
-or to say what else is wrong (config.py).
+Nothing here imports torch or the classes that `_target_` names.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsebench.config.fields import ConfigError, build, unknown_key
-from sparsebench.config.settings import Settings
+from sparsebench.config import early
+from sparsebench.config.fields import ConfigError, unknown_key
 
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
@@ -104,7 +103,8 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
             search_first(config_dir)
         parsed = parse(overrides, problems)
         parsed += swept_by_experiment(parsed) if sweep else []
-        choices = [alternatives(override, sweep, problems) for override in parsed]
+        other = any(o.key_or_group in ("hydra/sweeper", "experiment") for o in parsed)
+        choices = [alternatives(override, sweep, problems, other) for override in parsed]
         problems += unknown_options(parsed, choices)
         if problems:
             raise ConfigError(problems)
@@ -119,7 +119,7 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
             problems += [line for key, line in merged(unknown).items() if key in nowhere]
             known = [c[0] for o, c in zip(parsed, choices, strict=True) if o.input_line not in nowhere]
             with suppress(HydraException, OmegaConfBaseException):  # what else is wrong, as if those were not given
-                build(to_dict(compose(name, overrides=known)), "", problems, Settings if name == "config" else None)
+                problems += early.wrong_values(to_dict(compose(name, overrides=known)), early.SETTINGS[name])
             raise ConfigError(problems)
         try:
             made = list(combinations(parsed, choices, unknown, name))
@@ -173,16 +173,26 @@ def parse(overrides: list[str], problems: list[str]) -> list[Override]:
         except HydraException:
             problems.append(unreadable(text, parser))
             continue
-        if override.is_add() and is_group(override):
+        if override.is_delete() and not is_hydras(override):
+            problems.append(f"{text!r}: no key can be left out; see sparsebench --explain {key_of(text)}")
+        elif override.is_add() and is_group(override):
             problems.append(f"{text!r}: a group is chosen without '+': {text.lstrip('+')}")
         else:
             readable.append(override)
     return readable
 
 
+def key_of(text: str) -> str:
+    return text.lstrip("~+").partition("=")[0]
+
+
 def unreadable(text: str, parser: OverridesParser) -> str:
     """The line about an override that can't be read: how its value is quoted where that is all it lacks."""
     key, given, value = text.partition("=")
+    if value.startswith("~"):
+        return (
+            f"{text!r} can't be read: the shell puts a home for ~ at the beginning of a word only: write {key}=$HOME..."
+        )
     quoted = key + '="' + value.replace('"', '\\"') + '"'
     with suppress(HydraException):
         if given and value:
@@ -222,7 +232,7 @@ def is_group(override: Override) -> bool:
     return "@" in as_given(override).partition("=")[0] or override.key_or_group in GROUPS
 
 
-def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[str]:
+def alternatives(override: Override, sweep: bool, problems: list[str], sweeper_chosen: bool = False) -> list[str]:
     """The single-run forms of one override. An interval (a sweeper's own) is represented by its lower end."""
     if not override.is_sweep_override():
         return [as_given(override)]
@@ -237,10 +247,16 @@ def alternatives(override: Override, sweep: bool, problems: list[str]) -> list[s
     key = override.get_key_element()
     value = override.value()
     if isinstance(value, IntervalSweep):
+        if not sweeper_chosen:
+            problems.append(f"{as_given(override)!r} is for a sweeper that searches: add hydra/sweeper=optuna")
         return [f"{key}={value.start}"]
     values = list(override.sweep_string_iterator())
     if not values:
-        allowed = allowed_options(override.key_or_group) if is_group(override) else f"glob() is for {', '.join(GROUPS)}"
+        allowed = "its range is empty"
+        if isinstance(value, Glob):
+            allowed = (
+                allowed_options(override.key_or_group) if is_group(override) else f"glob() is for {', '.join(GROUPS)}"
+            )
         problems.append(f"{as_given(override)!r} matches nothing: {allowed}")
     return [f"{key}={value}" for value in values]
 
@@ -274,8 +290,9 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
                 problems.append(f"{group}={name} is not installed: pip install {package}")
                 continue
             leaves = {each.rpartition("/")[2]: each for each in reversed(known)}
-            near = difflib.get_close_matches(name, known, n=1) or [
-                leaves[each] for each in difflib.get_close_matches(name.rpartition("/")[2], list(leaves), n=1)
+            like = name.lower().removesuffix(".yaml")
+            near = difflib.get_close_matches(like, known, n=1) or [
+                leaves[each] for each in difflib.get_close_matches(like.rpartition("/")[2], list(leaves), n=1)
             ]
             hint = f" (did you mean {near[0]}?)" if near else ""
             problems.append(f"{allowed_options(group)}{hint}, got {name!r}")

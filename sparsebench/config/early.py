@@ -1,4 +1,4 @@
-"""What shows of paths before anything is loaded: those that no system takes, a folder for results that can't be written.
+"""What shows before anything is loaded: plainly wrong values, paths that no system takes, results that can't be written.
 
 No torch here. (What shows of models and data is in models/structure.py and tasks/trial.py.)
 """
@@ -9,18 +9,20 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sparsebench.config import inputs, static
-from sparsebench.config.fields import convert, in_bounds
+from sparsebench.config.fields import wrong
 
 ABSENT = (
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EACCES,
 )  # a path that may be a name of something else, or be said better later
+SETTINGS = {"config": "sparsebench.config.settings.Settings", "bench": "sparsebench.bench.Bench"}  # by YAML in conf/
 
 
 def refused_paths(configuration: dict[str, Any]) -> list[str]:
@@ -47,31 +49,31 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def plainly_wrong(configuration: dict[str, Any]) -> bool:
-    """Whether a value is of a wrong type or out of its bounds, as far as the source of the classes tells."""
-    parts = [(configuration, "sparsebench.config.settings.Settings")]
-    parts += [(node, str(node["_target_"])) for node in configuration.values() if is_group(node)]
-    return any(wrong_in(node, target) for node, target in parts)
+def wrong_values(configuration: dict[str, Any], target: str) -> list[str]:
+    """A line for each value of a wrong type or out of its bounds, as far as the source of the classes tells.
+
+    target: the class of the whole configuration, of SETTINGS. The lines are those of `build`, which imports torch first.
+    """
+    parts = [("", configuration, target)]
+    parts += [(f"{key}.", node, str(node["_target_"])) for key, node in configuration.items() if is_group(node)]
+    return [line for prefix, node, cls in parts for line in wrong_in(prefix, node, cls)]
 
 
 def is_group(node: Any) -> bool:
     return isinstance(node, dict) and "_target_" in node
 
 
-def wrong_in(node: dict[str, Any], target: str) -> bool:
+def wrong_in(prefix: str, node: dict[str, Any], target: str) -> Iterator[str]:
     for key, (hint, meta) in static.fields_of(target).items():
         *sections, leaf = key.split(".")
         inner: Any = node
         for section in sections:
             inner = inner.get(section) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or leaf not in inner:
-            continue
-        try:
-            if not in_bounds(convert(inner[leaf], hint), meta):
-                return True
-        except (ValueError, TypeError):
-            return True
-    return False
+        if isinstance(inner, dict) and leaf in inner:
+            with suppress(TypeError):  # a type that source alone does not tell
+                line = wrong(f"{prefix}{key}", inner[leaf], hint, meta)
+                if line:
+                    yield line
 
 
 def output_problem(output_dir: str) -> str | None:

@@ -132,6 +132,17 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
 
 
+def wrong(full: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> str | None:
+    """The line about a value of a wrong type or out of its bounds, or None. full: the setting's whole key."""
+    try:
+        converted = convert(value, hint)
+    except ValueError:
+        return f"{full} must be {expected(hint, meta)}, got {value!r}"
+    if in_bounds(converted, meta):
+        return None
+    return f"{full} must be {expected(hint, meta)}{near_choice(converted, meta)}, got {value!r}"
+
+
 def near_choice(value: Any, meta: Mapping[str, Any]) -> str:
     """` (did you mean ...?)` where a choice is spelt nearly so, else nothing."""
     choices = [str(choice) for choice in meta.get("choices") or ()]
@@ -183,15 +194,11 @@ def build(
         if node[name] is not None and (nested or names_class(hint)):
             values[name] = build(node[name], full, problems, nested[0] if nested else None, root, hint)
             continue
-        try:
+        problem = wrong(full, node[name], hint, meta)
+        if problem:
+            problems.append(problem)
+        else:
             values[name] = convert(node[name], hint)
-        except ValueError:
-            problems.append(f"{full} must be {expected(hint, meta)}, got {node[name]!r}")
-            continue
-        if not in_bounds(values[name], meta):
-            problems.append(
-                f"{full} must be {expected(hint, meta)}{near_choice(values[name], meta)}, got {node[name]!r}"
-            )
     if len(problems) > before:
         return None
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
 import os
 import re
@@ -231,17 +232,31 @@ def named(config: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any
 
 
 def hub_files(repository: str, revision: str | None, kind: str) -> tuple[str | None, Files]:
-    """(commit, files) of a Hub repository in the local cache; (None, {}) where it is not there."""
+    """(commit that a Hub repository stands for here, those of its cached files that are not as the Hub keeps them).
+
+    The commit alone says what all files hold, be they downloaded yet or not: a run is the same before and after its first
+    download. It is None where the local cache has never heard of the repository.
+    """
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     folder = Path(os.path.expanduser(hub)) / f"{kind}s--{repository.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = folder / "snapshots" / str(commit)
-    if not snapshot.is_dir():
+    if not re.fullmatch("[0-9a-f]{40}", str(commit)):
         return None, {}
+    snapshot = folder / "snapshots" / str(commit)
     paths = model_files(snapshot, {}) if kind == "model" else below(snapshot, "*")
-    return commit, {os.path.relpath(p, snapshot): p for p in paths if p.is_file()}
+    files = [p for p in paths if p.is_file()] if snapshot.is_dir() else []
+    return commit, {os.path.relpath(p, snapshot): p for p in files if not as_named(p)}
+
+
+def as_named(path: Path) -> bool:
+    """Whether a file of the Hub's cache is what the name of its blob says: its SHA-256, or Git's digest of a small one."""
+    name = path.resolve().name
+    if len(name) == 40:
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == name
+    return digests.of_files([path]) == [name]
 
 
 def implied(config: dict[str, Any]) -> Iterator[tuple[str, Files, str | None]]:

@@ -141,7 +141,7 @@ class Settings:
     """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
 
     seed: int = setting(ge=0, lt=2**32)
-    output_dir: str
+    output_dir: str = setting(pattern=r"(?s).+", pattern_text="a folder")
     force: bool
     fail_fast: bool
     dataset: DatasetPart

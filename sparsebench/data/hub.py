@@ -7,12 +7,12 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
 from sparsebench.config.inputs import hub_files
 from sparsebench.data.documents import Budget, check_fields, text_of
@@ -56,15 +56,27 @@ def model_problem(path: str, key: str, revision: str | None = None) -> str | Non
             f"{key}={path} is neither a folder nor in the local Hub cache, and the Hub can't be reached: "
             f"set {key}=<folder with config.json, *.safetensors and tokenizer files>, or model.weights=random for timing"
         )
+    return None if cached else unheard_of(path, revision, "model", key)
+
+
+def unheard_of(repository: str, revision: str | None, kind: str, key: str) -> str | None:
+    """Let the local cache hear which commit a repository of the Hub stands for, which names the run: the line about why it
+    can't, or None."""
+    name = {"model": "config.json", "dataset": "README.md"}[kind]
+    try:
+        with answering(key, repository, revision), suppress(RemoteEntryNotFoundError):  # heard even so
+            hf_hub_download(repository, name, revision=revision, repo_type=kind)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def commit(path: str | None, revision: str | None) -> str | None:
-    """The commit that a model's Hub id stands for in the local cache, else `revision`.
+def commit(path: str | None, revision: str | None, kind: str = "model") -> str | None:
+    """The commit that a Hub id stands for in the local cache, else `revision`.
 
     The run's identity holds that commit, so it must be the one that is loaded, whatever the Hub has by now.
     """
-    return (hub_files(path, revision, "model")[0] if path else None) or revision
+    return (hub_files(path, revision, kind)[0] if path else None) or revision
 
 
 @contextmanager
@@ -131,7 +143,8 @@ def dataset_problem(source: Any) -> str | None:
     """Why the Hub data set `source` (a data.text.Text) can't be had, or None. Without the Hub, `datasets` itself is asked
     what it can load from its cache."""
     if reachable():
-        return None
+        heard = hub_files(source.hub_id, source.revision, "dataset")[0]
+        return None if heard else unheard_of(source.hub_id, source.revision, "dataset", "dataset.hub_id")
     from datasets import load_dataset_builder
 
     try:
@@ -139,7 +152,7 @@ def dataset_problem(source: Any) -> str | None:
             builder = load_dataset_builder(source.hub_id, source.hub_config)
     except Exception:  # whatever a library says about a set that it has not
         return f"{source.hub_id} is not in the local cache of datasets and the Hub can't be reached"
-    wanted = hub_files(source.hub_id, source.revision, "dataset")[0] or source.revision
+    wanted = commit(source.hub_id, source.revision, "dataset")
     if source.revision is not None and builder.hash != wanted:
         return f"dataset.revision={source.revision} is not in the local cache of datasets, which holds {builder.hash}"
     return None
@@ -150,7 +163,8 @@ def dataset_splits(source: Any) -> list[str]:
     from datasets import get_dataset_split_names
 
     with asking(source):
-        return get_dataset_split_names(source.hub_id, source.hub_config, revision=source.revision)
+        revision = commit(source.hub_id, source.revision, "dataset")
+        return get_dataset_split_names(source.hub_id, source.hub_config, revision=revision)
 
 
 @contextmanager
@@ -170,7 +184,7 @@ def dataset_rows(source: Any, split: str, limit: int | None = None) -> list[str]
             source.hub_id,
             source.hub_config,
             split=split,
-            revision=source.revision,
+            revision=commit(source.hub_id, source.revision, "dataset"),
             data_files=patterns,
             streaming=limit is not None,
         )

@@ -118,8 +118,9 @@ class Encoder:
             "data": data.describe()["fit"]["fingerprint"], "max_tokens": data.fit.max_tokens,
         }  # fmt: skip
         if self.weights == "finetuned":
-            files = inputs.read_files(self.path, "model", {}) or inputs.hub_files(self.path, self.revision, "model")[1]
-            shape |= {"architecture": None, "start": by_name(files)}
+            commit, files = inputs.hub_files(self.path, self.revision, "model")
+            files = inputs.read_files(self.path, "model", {}) or files
+            shape |= {"architecture": None, "start": by_name(files) | ({"commit": commit} if commit else {})}
 
         def judge(module, history) -> dict[str, Any]:
             metrics, _ = quality.classification_quality(module, data.dev, None, 64)

@@ -56,6 +56,8 @@ class CausalLM:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
+        if from_architecture and self.path is not None:
+            location_problem(self.location, self.revision)  # of the tokenizer, whose commit names the run
         if not from_architecture:
             if self.path is None:
                 return ["model.path must be a folder, a Hub id or a GGUF file, got null"]

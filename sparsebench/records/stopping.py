@@ -111,17 +111,6 @@ def unblock() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def die_with(parent: int) -> None:
-    """End this process when the process that started it is gone, however that went: no orphan works on after a kill -9."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def die_with_parent() -> None:
     """End this process when its parent is gone, however that went, so that no orphan works on after a kill -9."""
     parent = multiprocessing.parent_process()

@@ -1,23 +1,18 @@
 """sparsebench-bench: the command writes record, table and plot of real times; wrong keys end it before anything is timed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from sparsebench import bench
 from sparsebench.bench import experts, output
 from tests.helpers import built
 
 
-def bench(*overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "sparsebench.bench", *overrides], capture_output=True, text=True)
-
-
-def test_the_command_times_products_blocks_and_steps(tmp_path):
-    done = bench(
+def test_the_command_times_products_blocks_and_steps(forked, tmp_path):
+    done = forked(
         "model=llama-tiny", "hardware=cpu", "hardware.threads=1", "parts=[projections,ffn,step]", "sparsities=[0.0,0.9]",
-        "contexts=[16]", f"output={tmp_path}",
+        "contexts=[16]", f"output={tmp_path}", main=bench.main,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     actual = json.loads((tmp_path / "result.json").read_text())
@@ -37,8 +32,8 @@ def test_the_command_times_products_blocks_and_steps(tmp_path):
         ("histograms=/nowhere", "histograms must be a folder"),
     ],
 )
-def test_wrong_settings_end_it_at_once(override, message, tmp_path):
-    done = bench(override, "hardware=cpu", f"output={tmp_path / 'out'}")
+def test_wrong_settings_end_it_at_once(override, message, forked, tmp_path):
+    done = forked(override, "hardware=cpu", f"output={tmp_path / 'out'}", main=bench.main)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

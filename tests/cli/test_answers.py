@@ -55,15 +55,15 @@ def test_what_does_not_fit_is_made_again_with_one_line(configuration, monkeypatc
     assert said in line and str(file) in line and "\n" not in line
 
 
-def test_a_copied_record_and_a_flipped_byte_in_a_cached_state(sparsebench, model_folder, text_file, tmp_path):
+def test_a_copied_record_and_a_flipped_byte_in_a_cached_state(forked, model_folder, text_file, tmp_path):
     """Before: the copied record was answered, and the flipped byte gave another perplexity; both with exit 0."""
     command = ["model=hf", f"model.path={model_folder('llama')}", f"dataset.path={text_file}", *QUICK_RUN,
                "measure.latency=false", "hardware=cpu"]  # fmt: skip
-    first = record_of(sparsebench(*command), tmp_path)
+    first = record_of(forked(*command), tmp_path)
     (cached,) = (tmp_path / "outputs" / "states").glob("*.safetensors")
     (own,) = (tmp_path / "outputs").rglob(state.FILE)
     assert first["fit"]["state_sha256"] == state.load(cached)[1] == state.load(own)[1]
-    answer = sparsebench(*command)
+    answer = forked(*command)
     assert record_of(answer, tmp_path)["started_at"] == first["started_at"] and "finished before" in answer.stderr
 
     content = cached.read_bytes()
@@ -72,7 +72,7 @@ def test_a_copied_record_and_a_flipped_byte_in_a_cached_state(sparsebench, model
     folder, _ = cli.location(compose_all([*other, f"output_dir={tmp_path}/outputs"])[0])
     folder.mkdir()
     shutil.copy(own.with_name("result.json"), folder / "result.json")
-    process = sparsebench(*other)
+    process = forked(*other)
     record = record_of(process, tmp_path)
     assert record["config"]["method"]["sparsity"] == record["sparsity"]["requested"] == 0.25
     assert "is made again: it is the record of another run" in process.stderr

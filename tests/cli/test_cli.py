@@ -69,9 +69,9 @@ def test_torch_stays_out_of_the_quick_answers():
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2"])
-def test_any_known_structure_from_a_folder(kind, sparsebench, model_folder, text_file, tmp_path):
+def test_any_known_structure_from_a_folder(kind, forked, model_folder, text_file, tmp_path):
     """Issue of record: `model=hf model.path=<folder> dataset=text dataset.path=<file>`, every section filled."""
-    process = sparsebench(*arguments(model_folder(kind), text_file))
+    process = forked(*arguments(model_folder(kind), text_file))
     assert process.returncode == 0, process.stderr
     record = record_of(process, tmp_path)
     jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
@@ -103,14 +103,14 @@ def test_the_second_answer_comes_from_the_record(finished):
     assert record_of(process, folder) == actual
 
 
-def test_another_way_of_saying_the_same_is_the_same_run(finished):
+def test_another_way_of_saying_the_same_is_the_same_run(finished, forked):
     folder, given, actual = finished
     same = [g for g in given if g != "wandb.mode=disabled"] + [
         "method.sparsity=0.50",
         "wandb.mode=offline",
         "hydra.job.chdir=true",
     ]
-    process = subprocess.run([COMMAND, *same], cwd=folder, capture_output=True, text=True)
+    process = forked(*same, folder=folder)
     assert record_of(process, folder)["started_at"] == actual["started_at"]
 
 
@@ -120,9 +120,9 @@ def test_secrets_are_nowhere(finished):
     assert SECRET.encode() not in written
 
 
-def test_another_sparsity_fits_nothing_again(finished):
+def test_another_sparsity_fits_nothing_again(finished, forked):
     folder, given, _ = finished
-    process = subprocess.run([COMMAND, *given, "method.sparsity=0.25"], cwd=folder, capture_output=True, text=True)
+    process = forked(*given, "method.sparsity=0.25", folder=folder)
     assert record_of(process, folder)["fit"]["cached"] is True
 
 
@@ -144,15 +144,14 @@ def test_a_finished_record_stays_when_a_forced_run_is_killed(finished, tmp_path)
     assert json.loads(said.with_name("result.json").read_text())["status"] == "finished"
 
 
-def test_a_sweep_over_dense_and_another_with_a_key_that_dense_lacks(finished, tmp_path):
+def test_a_sweep_over_dense_and_another_with_a_key_that_dense_lacks(finished, forked, tmp_path):
     """What was finished before answers; dense drops the key with one line; chdir moves nothing."""
     folder, given, _ = finished
     shutil.copytree(folder, tmp_path / "copy")
     before = len(list((tmp_path / "copy").rglob("result.json")))
-    process = subprocess.run(
-        [COMMAND, "-m", *given, "method=dense,teal", "method.sparsity=0.5", "hydra.job.chdir=true"],
-        cwd=tmp_path / "copy", capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    process = forked(
+        "-m", *given, "method=dense,teal", "method.sparsity=0.5", "hydra.job.chdir=true", folder=tmp_path / "copy"
+    )
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("method=dense has no sparsity: method.sparsity=0.5 does not apply") == 1
     summary = json.loads(process.stdout.strip().splitlines()[-1])
@@ -160,8 +159,8 @@ def test_a_sweep_over_dense_and_another_with_a_key_that_dense_lacks(finished, tm
     assert len(list((tmp_path / "copy").rglob("result.json"))) == before + 1
 
 
-def failing(sparsebench, tmp_path, *given, code=1):
-    process = sparsebench(*given)
+def failing(forked, tmp_path, *given, code=1):
+    process = forked(*given)
     assert process.returncode == code, (process.stdout, process.stderr)
     record = record_of(process, tmp_path)
     jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
@@ -170,28 +169,28 @@ def failing(sparsebench, tmp_path, *given, code=1):
     return record["error"]["message"], process
 
 
-def test_nan_weights_fail_with_one_line_and_a_record(sparsebench, text_file, tmp_path):
+def test_nan_weights_fail_with_one_line_and_a_record(forked, text_file, tmp_path):
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    message, process = failing(sparsebench, tmp_path, *arguments(tmp_path / "m", text_file))
+    message, process = failing(forked, tmp_path, *arguments(tmp_path / "m", text_file))
     assert "not finite" in message and "failed: " in process.stderr
 
 
-def test_pickle_checkpoint_is_refused(sparsebench, model_folder, text_file, tmp_path):
+def test_pickle_checkpoint_is_refused(forked, model_folder, text_file, tmp_path):
     shutil.copytree(model_folder("llama"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")
-    process = sparsebench(*arguments(tmp_path / "m", text_file))
+    process = forked(*arguments(tmp_path / "m", text_file))
     assert process.returncode == 2 and "safetensors" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_truncated_weights_fail_clearly(sparsebench, model_folder, text_file, tmp_path):
+def test_truncated_weights_fail_clearly(forked, model_folder, text_file, tmp_path):
     shutil.copytree(model_folder("llama"), tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    failing(sparsebench, tmp_path, *arguments(tmp_path / "m", text_file))
+    failing(forked, tmp_path, *arguments(tmp_path / "m", text_file))
 
 
 @pytest.mark.parametrize(
@@ -236,12 +235,12 @@ def test_killed_child_still_has_a_record(model_folder, text_file, tmp_path):
     assert json.loads(out.strip().splitlines()[-1])["status"] == "failed"
 
 
-def test_sweep_goes_on_after_a_failed_run(sparsebench, model_folder, text_file, tmp_path):
+def test_sweep_goes_on_after_a_failed_run(forked, model_folder, text_file, tmp_path):
     shutil.copytree(model_folder("llama"), tmp_path / "broken")
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     given = [a for a in arguments("x", text_file, "measure.latency=false") if not a.startswith("model.path")]
-    process = sparsebench("-m", *given, f"model.path={tmp_path / 'broken'},{model_folder('llama')}")
+    process = forked("-m", *given, f"model.path={tmp_path / 'broken'},{model_folder('llama')}")
     assert process.returncode == 1
     states = sorted(json.loads(p.read_text())["status"] for p in tmp_path.rglob("result.json"))
     assert states == ["failed", "finished"]

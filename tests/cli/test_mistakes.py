@@ -82,6 +82,39 @@ TABLE = {
     "--explain experiment=tael":
         "experiment=tael is not a known key or option (did you mean experiment=paper/teal?); ...",
     "--config-dir nowhere": "--config-dir must be an existing folder, got 'nowhere'",
+    # spellings of other programs
+    "method.sparsity:0.5": "'method.sparsity:0.5' can't be read: overrides look like key=value or ...",
+    "method.sparsity =0.5": "'method.sparsity' can't be read: overrides look like key=value or ...",
+    "-method=teal": "'-method=teal' is no option: keys are given without dashes: method=teal",
+    "method=TEAL": "method must be one of cats, ... (did you mean teal?), got 'TEAL'",
+    "method=teal.yaml": "method must be one of cats, ... (did you mean teal?), got 'teal.yaml'",
+    "method=teal,wina": "'method=teal,wina' lists several values: add -m to sweep over them",
+    "run method=teal": "'run' can't be read: overrides look like key=value or key=value1,value2 with -m",
+    "~method": "'~method': no key can be left out; see sparsebench --explain method",
+    "~method.sparsity": "'~method.sparsity': no key can be left out; see sparsebench --explain method.sparsity",
+    "-j 4": "'-j' is no option: see sparsebench --help",
+    "--multirun=2": "argument --multirun/-m: ignored explicit argument '2' (see sparsebench --help)",
+    "--config-name other":
+        "--config-name is not for this command, whose keys are fixed: options of one's own lie in the folders of --config-dir",
+    "-cp /tmp":
+        "--config-path is not for this command, whose keys are fixed: options of one's own lie in the folders of --config-dir",
+    "--explain": "argument --explain: expected one argument (see sparsebench --help)",
+    "--cfg yaml": "argument --cfg/-c: invalid choice: 'yaml' (choose from ...",
+    "seed=abc": "seed must be a whole number in [0, 4294967296), got 'abc'",
+    "seed=": "seed must be a whole number in [0, 4294967296), got ''",
+    "method.sparsity=[0.5]": "method.sparsity must be a number in [0, 1), got [0.5]",
+    "method.sparsity=${x}": "Interpolation key 'x' not found full_key: method.sparsity...",
+    "eval.neurons.aggregate=[1,a]": "eval.neurons.aggregate must be a list, each element a whole number > 0, got [1, 'a']",
+    "output_dir=": "output_dir must be a folder, got ''",
+    "-m method.sparsity=range(0.9,0.1)": "'method.sparsity=range(0.9,0.1)' matches nothing: its range is empty",
+    "-m method.sparsity=interval(0.1,0.9)":
+        "'method.sparsity=interval(0.1,0.9)' is for a sweeper that searches: add hydra/sweeper=optuna",
+    "model.path=~/x":
+        "'model.path=~/x' can't be read: the shell puts a home for ~ at the beginning of a word only: write model.path=$HOME...",
+    "model=hf dataset=pystdlib model.path=https://huggingface.co/openai-community/gpt2":
+        "model.path must be an existing folder or a Hub id like owner/name, got 'https://huggingface.co/openai-community/gpt2'",
+    "dataset=text dataset.path=https://example.com/a.txt":
+        "dataset.path must be an existing file or folder, got 'https://example.com/a.txt'",
     # what does not go together
     "hardware=h200":
         "hardware=h200 needs an NVIDIA GPU, this machine has none that torch can use; here: ...hardware=cpu",

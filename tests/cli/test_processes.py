@@ -10,12 +10,14 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
 
 import psutil
@@ -24,8 +26,11 @@ import pytest
 from sparsebench import cli, ranks, runner, sweep
 from sparsebench.config.compose import compose_all
 from sparsebench.records import record, stopping
+from sparsebench.report import __main__ as report
+from tests.helpers import laid, vision
 
 OTHER_USER = 12345
+ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -34,7 +39,7 @@ def configuration(tmp_path):
     return compose_all([f"output_dir={tmp_path}/outputs", "dataset=digits", "model=lenet5", "wandb.mode=disabled"])[0]
 
 
-SHARED = "PYTEST_XDIST_WORKER" in os.environ  # a worker of pytest-xdist has threads of its own
+SHARED = bool(os.environ.get("PYTEST_XDIST_WORKER"))  # a worker of pytest-xdist has threads of its own
 
 
 @pytest.fixture
@@ -224,6 +229,27 @@ def test_a_full_disk_in_the_middle_of_a_run(run):
     assert content["error"]["message"] == "[Errno 28] No space left on device: 'state.safetensors'"
 
 
+def report_on_a_full_disk():
+    """The disk takes CSV and Markdown, and is full in the middle of the page."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    report.main()
+
+
+def test_a_full_disk_in_the_middle_of_a_report(forked, tmp_path):
+    """One line, no half file, and the page of before is whole; with space again the same command writes it."""
+    folder = laid(tmp_path / "runs", vision())
+    assert forked("runs", main=report.main).returncode == 0
+    page = (folder / "report" / "report.html").read_bytes()
+    laid(tmp_path / "runs" / "more", vision(0.5))
+    full = forked("runs", main=report_on_a_full_disk)
+    assert full.returncode == 1 and not full.stdout
+    assert full.stderr == "error: runs/report can't be written: [Errno 27] File too large\n"
+    assert (folder / "report" / "report.html").read_bytes() == page and not list(folder.rglob("*.partial"))
+    assert len((folder / "report" / "report.csv").read_text().splitlines()) == 3
+    again = forked("runs", main=report.main)
+    assert again.returncode == 0 and (folder / "report" / "report.html").read_bytes() != page
+
+
 @contextlib.contextmanager
 def caught():
     """Warnings of the parent, which there should be none of."""
@@ -288,9 +314,14 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1)
 
 
+def pytest_alone():
+    sys.exit(pytest.main(sys.argv[1:]))
+
+
 @pytest.mark.skipif(not SHARED, reason="this is a process of their own")
-def test_signals_pass_in_a_process_of_their_own():
-    here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    alone = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(alone, env=here, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert process.returncode == 0, process.stdout[-3000:]
+def test_signals_pass_in_a_process_of_their_own(forked):
+    names = [n for n, test in globals().items() if n.startswith("test_") and "heard" in signature(test).parameters]
+    here = {"PYTEST_XDIST_WORKER": "", "PYTEST_CURRENT_TEST": ""}
+    tests = [f"{__file__}::{name}" for name in names]
+    process = forked("-n", "0", "-q", "-p", "no:cacheprovider", *tests, folder=ROOT, env=here, main=pytest_alone)
+    assert names and process.returncode == 0 and "skipped" not in process.stdout, process.stdout[-3000:]

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -133,7 +134,7 @@ def test_kill_9_of_a_sweep(start, arguments, tmp_path, count):
     assert {r["config"]["method"]["sparsity"] for r in actual} == {0.2, 0.4, 0.6}
 
 
-def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, arguments, sparsebench, tmp_path):
+def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, arguments, forked, tmp_path):
     """What the kernel's out-of-memory killer does: SIGKILL to the run's own process."""
     process = start(*arguments)
     child = child_of(process, tmp_path / "outputs")
@@ -142,7 +143,7 @@ def test_a_killed_child_is_a_failed_record_and_a_second_start_completes(start, a
     assert process.returncode == 1 and "ended without a record: SIGKILL (out of memory?)" in err
     (record,) = check_whole(tmp_path / "outputs").values()
     assert record["status"] == "failed" and record["error"]["type"] == "ProcessDied"
-    assert record_of(sparsebench(*arguments), tmp_path)["status"] == "finished"
+    assert record_of(forked(*arguments), tmp_path)["status"] == "finished"
 
 
 def test_ctrl_c_ends_a_sweep_with_its_table(start, arguments, tmp_path):
@@ -179,22 +180,22 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], capture_output=True)
 
 
-def test_disk_full_then_space_again(sparsebench, arguments, small_disk, tmp_path):
+def test_disk_full_then_space_again(forked, arguments, small_disk, tmp_path):
     small_disk("size=32k")
-    full = sparsebench(*arguments, "output_dir=disk")
+    full = forked(*arguments, "output_dir=disk")
     assert full.returncode == 1
     assert "No space left on device" in full.stderr and "Traceback" not in full.stderr
     assert all(r["status"] == "failed" for r in check_whole(tmp_path / "disk").values())
     small_disk("remount,size=64m", ())
-    assert record_of(sparsebench(*arguments, "output_dir=disk"), tmp_path)["status"] == "finished"
+    assert record_of(forked(*arguments, "output_dir=disk"), tmp_path)["status"] == "finished"
     check_whole(tmp_path / "disk")
 
 
-def test_read_only_output(sparsebench, arguments, small_disk):
+def test_read_only_output(forked, arguments, small_disk):
     disk = small_disk("size=1m")
     small_disk("remount,ro", ())
     for command in ((), ("-m",)):
-        process = sparsebench(*command, *arguments, f"output_dir={disk}/outputs")
+        process = forked(*command, *arguments, f"output_dir={disk}/outputs")
         assert process.returncode == 2
         (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
         assert (
@@ -204,24 +205,25 @@ def test_read_only_output(sparsebench, arguments, small_disk):
         assert "Traceback" not in process.stderr
 
 
-def test_corrupt_record_and_corrupt_state_are_made_again(sparsebench, arguments, tmp_path):
-    first = record_of(sparsebench(*arguments), tmp_path)
+def test_corrupt_record_and_corrupt_state_are_made_again(forked, arguments, tmp_path):
+    first = record_of(forked(*arguments), tmp_path)
     (result,) = (tmp_path / "outputs").rglob("result.json")
     (cached,) = (tmp_path / "outputs" / "states").glob("*.safetensors")
     result.write_text(result.read_text()[:1000])
     cached.write_bytes(cached.read_bytes()[:-20])
-    process = sparsebench(*arguments)
+    process = forked(*arguments)
     second = record_of(process, tmp_path)
     assert "is damaged" in process.stderr and "fitting again" in process.stderr
     assert second["quality"] == first["quality"] and second["fit"]["cached"] is False
     check_whole(tmp_path / "outputs")
 
 
-def test_two_sweeps_at_once_share_one_folder(start, arguments, tmp_path):
-    both = [start("-m", *arguments, "method.sparsity=0.2,0.4", "output_dir=o") for _ in range(2)]
-    done = [process.communicate(timeout=200) for process in both]
-    assert [p.returncode for p in both] == [0, 0], done
-    summaries = [last_line(out) for out, _ in done]
+def test_two_sweeps_at_once_share_one_folder(forked, arguments, tmp_path):
+    sweep = ("-m", *arguments, "method.sparsity=0.2,0.4", "output_dir=o")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: forked(*sweep), range(2)))
+    assert [p.returncode for p in both] == [0, 0], both
+    summaries = [last_line(p.stdout) for p in both]
     assert summaries[0]["sweep"] != summaries[1]["sweep"]
     actual = check_whole(tmp_path / "o")
     assert len(actual) == 2 and sorted(r["fit"]["cached"] for r in actual.values()) == [False, True]
@@ -303,9 +305,9 @@ def bad_inputs(tmp_path_factory):
     return root
 
 
-def test_bad_weights_are_one_line_each_and_a_failed_record(sparsebench, arguments, bad_inputs, tmp_path):
+def test_bad_weights_are_one_line_each_and_a_failed_record(forked, arguments, bad_inputs, tmp_path):
     rest = [a for a in arguments if not a.startswith("model.path")]
-    models = sparsebench("-m", *rest, f"model.path={bad_inputs}/nan,{bad_inputs}/cut")
+    models = forked("-m", *rest, f"model.path={bad_inputs}/nan,{bad_inputs}/cut")
     assert models.returncode == 1
     values = [r["error"]["message"] for r in check_whole(tmp_path / "outputs").values()]
     assert len(values) == 2 and all("\n" not in message for message in values)

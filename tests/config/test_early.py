@@ -1,7 +1,10 @@
-"""What paths say before anything is loaded; nothing is left behind by looking."""
+"""What values and paths say before anything is loaded; nothing is left behind by looking."""
 
 import os
 
+import pytest
+
+from sparsebench import config
 from sparsebench.config import early
 from sparsebench.config.compose import compose_all, name_of
 
@@ -25,10 +28,17 @@ def test_a_folder_that_can_be_made_is_not_made(tmp_path):
     assert "can be made" in early.output_problem(longer) and os.listdir(tmp_path) == ["file"]
 
 
-def test_values_that_are_plainly_wrong_are_known_without_the_classes():
-    assert not early.plainly_wrong(compose_all([])[0])
-    for given in ("method.sparsity=2", "method.sparsity=x", "seed=-1", "method.greedy.stop=7", "hardware.kernel=none"):
-        assert early.plainly_wrong(compose_all([given])[0]), given
+def test_values_that_are_plainly_wrong_are_said_without_the_classes():
+    """In the same lines as by them; before, each such line came after seconds of imports."""
+    assert not early.wrong_values(compose_all([])[0], early.SETTINGS["config"])
+    for given in (
+        "method.sparsity=2", "method.sparsity=x", "seed=-1", "method.greedy.stop=7", "hardware.kernel=none", "model.name=a/b",
+        "hardware.dtype=bf16", "eval.neurons.aggregate=4", "measure.latency=fast", "wandb.mode=off", "output_dir=null",
+    ):  # fmt: skip
+        (configuration,) = compose_all([given])
+        with pytest.raises(config.ConfigError) as error:
+            config.build_settings(configuration)
+        assert early.wrong_values(configuration, early.SETTINGS["config"]) == error.value.problems, given
 
 
 def test_a_model_is_named_after_its_folder_or_id(tmp_path):

@@ -1,5 +1,6 @@
 """What every method in methods/ must do for each kind of model it takes; new files are found by listing the folder."""
 
+import functools
 import importlib
 import pkgutil
 from pathlib import Path
@@ -58,15 +59,37 @@ def kinds_for(name):
             break
 
 
-CASES = [pytest.param(name, each, id=f"{name}-{kind}") for name in NAMES for kind, each in kinds_for(name)]
+CASES = [pytest.param((name, each), id=f"{name}-{kind}") for name in NAMES for kind, each in kinds_for(name)]
 
 
 def sparse_model(method, kind, fit, tmp_path):
     return method.apply(kind.loaded().module, fit, work(tmp_path))
 
 
-def fitted(method, kind, tmp_path):
-    return method.fit(kind.loaded(), kind.data(), work(tmp_path))
+def fitted(method, kind, tmp_path, data=None):
+    return method.fit(kind.loaded(), data or kind.data(), work(tmp_path))
+
+
+class Case:
+    """A method with a tiny model of a kind that it takes, and what it fitted there without the test split."""
+
+    def __init__(self, name, kind, folder):
+        self.name, self.kind, self.folder = name, kind, folder
+
+    @functools.cached_property
+    def fit(self):
+        known = self.kind.data()
+        known.test = None  # touching it would fail
+        return fitted(build(self.name, self.kind), self.kind, self.folder, known)
+
+    def sparse_model(self):
+        return sparse_model(build(self.name, self.kind), self.kind, self.fit, self.folder)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """Tests of one case stand together, so that most of them share its fit."""
+    return Case(*request.param, tmp_path_factory.mktemp("fit"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,9 +98,9 @@ def test_says_its_neutral_setting_and_takes_a_known_kind(name):
     assert any(True for _ in kinds_for(name)), f"no kind of {name} has a tiny model here"
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_neutral_setting_changes_nothing(name, kind, tmp_path):
-    method, rows = build(name, kind, *neutral_overrides(name)), kind.inputs(3)
+def test_neutral_setting_changes_nothing(case, tmp_path):
+    kind, rows = case.kind, case.kind.inputs(3)
+    method = build(case.name, kind, *neutral_overrides(case.name))
     sparse = sparse_model(method, kind, fitted(method, kind, tmp_path), tmp_path)
     actual, dense = kind.logits(sparse, rows), kind.logits(kind.loaded().module, rows)
     if not method.neutral_is_exact:
@@ -86,39 +109,30 @@ def test_neutral_setting_changes_nothing(name, kind, tmp_path):
         assert torch.equal(actual, dense)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_fit_is_deterministic_and_apply_needs_the_state_only(name, kind, tmp_path):
-    method = build(name, kind)
-    first, second = fitted(method, kind, tmp_path / "a"), fitted(method, kind, tmp_path / "b")
-    assert first.tensors.keys() == second.tensors.keys()
-    assert all(torch.equal(first.tensors[k], second.tensors[k]) for k in first.tensors)
-    state.write(first, tmp_path / "s.safetensors")
+def test_never_sees_test_data(case):
+    assert case.fit.tensors is not None
+
+
+def test_fit_is_deterministic_and_apply_needs_the_state_only(case, tmp_path):
+    """The second fit stands beside test data that the first one did not have."""
+    kind, second = case.kind, fitted(build(case.name, case.kind), case.kind, tmp_path)
+    assert case.fit.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(case.fit.tensors[k], second.tensors[k]) for k in second.tensors)
+    state.write(case.fit, tmp_path / "s.safetensors")
     rows = kind.inputs(3)
-    fresh = kind.logits(sparse_model(method, kind, first, tmp_path), rows)
+    fresh = kind.logits(case.sparse_model(), rows)
     reloaded = state.read(tmp_path / "s.safetensors")
-    again = kind.logits(sparse_model(build(name, kind), kind, reloaded, tmp_path), rows)
+    again = kind.logits(sparse_model(build(case.name, kind), kind, reloaded, tmp_path), rows)
     assert torch.equal(fresh, again)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_batch_size_and_order_do_not_matter(name, kind, tmp_path):
-    method = build(name, kind)
-    model = sparse_model(method, kind, fitted(method, kind, tmp_path), tmp_path)
-    rows = kind.inputs(6)
-    apart = torch.cat([kind.logits(model, row[None]) for row in rows.flip(0)]).flip(0)
-    torch.testing.assert_close(kind.logits(model, rows), apart, rtol=1e-3, atol=1e-3)
+def test_batch_size_and_order_do_not_matter(case):
+    model, rows = case.sparse_model(), case.kind.inputs(6)
+    apart = torch.cat([case.kind.logits(model, row[None]) for row in rows.flip(0)]).flip(0)
+    torch.testing.assert_close(case.kind.logits(model, rows), apart, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_measured_is_near_requested(name, kind, tmp_path):
-    method = build(name, kind)
-    model = sparse_model(method, kind, fitted(method, kind, tmp_path), tmp_path)
-    if method.requested:
-        assert kind.measured(model) == pytest.approx(method.requested, abs=0.05)
-
-
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_never_sees_test_data(name, kind, tmp_path):
-    method, known = build(name, kind), kind.data()
-    known.test = None  # touching it would fail
-    method.fit(kind.loaded(), known, work(tmp_path))
+def test_measured_is_near_requested(case):
+    requested = build(case.name, case.kind).requested
+    if requested:
+        assert case.kind.measured(case.sparse_model()) == pytest.approx(requested, abs=0.05)

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from sparsebench.data import hub
-from tests.helpers import tiny_model, tiny_tokenizer
+from tests.helpers import QUICK_RUN, record_of, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ERRORS = {401: "GatedRepo", 404: "RepoNotFound"}
@@ -132,6 +132,7 @@ CLIENT = """
 import json, pathlib, sys
 import torch
 from huggingface_hub import constants
+from sparsebench.config.identity import contents
 from sparsebench.data import hub
 from tests.helpers import built, work
 folder = pathlib.Path(sys.argv[1])
@@ -142,34 +143,47 @@ def told(do):
         return do()
     except ValueError as error:
         return str(error)
-def load(path, revision=None):
+names = {}
+def named(name, key, config, do):  # the answer to `do`; in `names`: what the run is named by before and after it
+    before = contents(config).get(key + " stands for")
+    answer = told(do)
+    names[name] = [before, contents(config).get(key + " stands for")]
+    return answer
+def load(name, path, revision):
     model.path, model.revision = path, revision
     problem = hub.model_problem(path, "model.path", revision)
-    return problem or told(lambda: sum(p.double().abs().sum().item() for p in model.load(hardware, None).module.parameters()))
-def read(hub_id):
+    return problem or named(name, "model.path", {"model": {"path": path, "revision": revision}},
+        lambda: sum(p.double().abs().sum().item() for p in model.load(hardware, None).module.parameters()))
+def read(name, hub_id):
     data.hub_id = hub_id
     problem = hub.dataset_problem(data)
-    return problem or told(lambda: [len(s.documents) for s in (lambda d: (d.fit, d.dev, d.test))(data.load(0))])
+    return problem or named(name, "dataset.hub_id", {"dataset": {"path": None, "source": "hub", "hub_id": hub_id}},
+        lambda: [len(s.documents) for s in (lambda d: (d.fit, d.dev, d.test))(data.load(0))])
 answers = {}
 for name, path, revision in json.loads(sys.argv[2]):
     if name == "offline":
         constants.HF_HUB_OFFLINE = True
         hub.reachable.cache_clear()
     else:
-        answers[name] = read(path) if name.startswith("data") else load(path, revision)
-print(json.dumps(answers))
+        answers[name] = read(name, path) if name.startswith("data") else load(name, path, revision)
+print(json.dumps(answers | {"names": names}))
 """
+
+
+def environment(server, home) -> dict[str, str]:
+    """Of a process whose Hub is `server`, with an empty cache in `home`."""
+    here = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    return here | dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "") | {
+        "HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
 
 
 def client(server, home, asked):
     """What one process, which begins with an empty cache in `home`, gets for each (name, repository, revision)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {
-        "HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_ETAG_TIMEOUT": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    process = subprocess.run([sys.executable, "-c", CLIENT, str(home), json.dumps(asked)], cwd=ROOT, env=environment,
-                             capture_output=True, text=True, timeout=500)  # fmt: skip
+    process = subprocess.run([sys.executable, "-c", CLIENT, str(home), json.dumps(asked)], cwd=ROOT,
+                             env=environment(server, home), capture_output=True, text=True, timeout=500)  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -205,7 +219,7 @@ def test_what_the_hub_has_is_loaded(answers):
             "model.path=some/unknown does not exist on the Hub, or is private: check its name, or set HF_TOKEN",
         ),
         ("no revision", "model.revision=v9 does not exist in Some/Sharded"),
-        ("data unknown", "dataset.hub_id=some/unknown does not exist on the Hub, or can't be read"),
+        ("data unknown", "dataset.hub_id=some/unknown does not exist on the Hub, or is private: check its name"),
         (
             "uncached",
             "model.path=some/uncached is neither a folder nor in the local Hub cache, and the Hub can't be reached",
@@ -239,6 +253,23 @@ def test_the_cache_serves_without_the_hub(answers):
     """Before: the folder of a data set was looked for in lower case, so that `Salesforce/wikitext` was refused."""
     assert answers["sharded again"] == answers["sharded"] and answers["revision again"] == answers["revision"]
     assert answers["data again"] == answers["data"]
+
+
+def test_a_run_is_named_the_same_before_and_after_its_first_download(answers):
+    """Before: no commit stood in its identity until then, and the same command ran once more."""
+    for name, repository, revision in (
+        ("sharded", "Some/Sharded", "main"), ("revision", "Some/Sharded", "v1"), ("data", "Some/WikiSet", "main"),
+    ):  # fmt: skip
+        for each in (name, f"{name} again"):
+            assert answers["names"][each] == [[commit_of(repository, revision), {}]] * 2, each
+
+
+@pytest.mark.slow
+def test_a_second_start_answers_from_the_record_of_the_first_download(server, sparsebench, text_file, tmp_path):
+    given = ["model=hf", "model.path=Some/Sharded", f"dataset.path={text_file}", *QUICK_RUN, "measure.latency=false"]
+    first, second = (sparsebench(*given, env=environment(server, tmp_path / "home")) for _ in range(2))
+    assert first.returncode == second.returncode == 0, (first.stderr, second.stderr)
+    assert record_of(first, tmp_path) == record_of(second, tmp_path) and "finished before" in second.stderr
 
 
 def test_errors_of_others_pass():

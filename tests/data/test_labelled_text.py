@@ -164,11 +164,12 @@ def test_bad_settings_are_one_clear_line(overrides, message):
         config.build_settings(compose_all(overrides)[0])
 
 
-def test_a_whole_run_through_the_command(sparsebench, tmp_path):
-    quick = ("model.train.steps=20", "model.train.warmup=2", "method.train.steps=3", "method.train.warmup=1",
+def test_a_whole_run_through_the_command(forked, tmp_path):
+    quick = ("dataset.max_tokens=64", "model.train.batch_size=8", "model.train.micro_batch=8", "model.train.steps=20",
+             "model.train.warmup=2", "method.train.steps=3", "method.train.warmup=1",
              "method.router.steps=3", "method.router.warmup=1", "measure.samples=30", "measure.warmup=3",
              "eval.classifier.test_examples=30", "dataset.num_classes=3", "dataset.per_class=60", "hardware.threads=1")  # fmt: skip
-    process = sparsebench("model=bert-tiny", "method=d2dmoe", "hardware=cpu", *quick, timeout=580)
+    process = forked("model=bert-tiny", "method=d2dmoe", "hardware=cpu", *quick, timeout=580)
     assert process.returncode == 0, process.stderr
     content = record_of(process, tmp_path)
     jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))

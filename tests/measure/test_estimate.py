@@ -167,8 +167,8 @@ def test_what_can_not_be_estimated_is_said(monkeypatch):
     assert line.startswith("hardware.estimate=true needs a run with measure.latency=true")
 
 
-def test_a_run_labels_its_estimate(sparsebench, model_folder, text_file, tmp_path):
-    process = sparsebench(
+def test_a_run_labels_its_estimate(forked, model_folder, text_file, tmp_path):
+    process = forked(
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}",
         "dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8", "measure.context=8",
         "measure.prompt=8", "measure.samples=30", "measure.warmup=3", "wandb.mode=disabled", "hardware.threads=1",

@@ -93,8 +93,8 @@ def test_paired_error_by_hand():
 
 
 @needs_lm_eval
-def test_a_run_scores_dense_and_sparse(sparsebench, model_folder, text_file, task_folder, tmp_path):
-    process = sparsebench(
+def test_a_run_scores_dense_and_sparse(forked, model_folder, text_file, task_folder, tmp_path):
+    process = forked(
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}",
         "dataset.sequence_length=32", "method.calibration_tokens=512", "eval.text.test_sequences=8", "measure.latency=false",
         "wandb.mode=disabled", "hardware=cpu", "hardware.threads=1", "method.sparsity=0.8", "eval.lm_eval.tasks=[words]",

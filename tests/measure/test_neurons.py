@@ -163,8 +163,8 @@ def test_levels_are_searched_on_dev_and_judged_on_test():
     assert actual["x1_zero"] == neurons.zeros(model, ROWS[3:], 3, [])["x1_zero"]
 
 
-def test_in_the_record_of_a_run(sparsebench, tmp_path, text_file, model_folder):
-    process = sparsebench(
+def test_in_the_record_of_a_run(forked, tmp_path, text_file, model_folder):
+    process = forked(
         "model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", "method=dense",
         "dataset.sequence_length=32", "eval.neurons.enabled=true", "eval.neurons.tokens=64", "measure.latency=false",
         "eval.text.test_sequences=8", "eval.text.dev_sequences=8", "hardware=cpu", "hardware.threads=1", "wandb.mode=disabled",

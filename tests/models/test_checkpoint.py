@@ -61,9 +61,9 @@ def test_a_tied_head_computed_tensors_and_cut_layers_are_no_fault(tmp_path):
     assert len(cut.model.layers) == 1
 
 
-def test_the_command_ends_before_scoring(tmp_path, text_file, sparsebench):
+def test_the_command_ends_before_scoring(tmp_path, text_file, forked):
     folder = folder_with(tmp_path / "broken", lambda t: t.pop(UP))
-    process = sparsebench("model=hf", f"model.path={folder}", f"dataset.path={text_file}", *QUICK_RUN)
+    process = forked("model=hf", f"model.path={folder}", f"dataset.path={text_file}", *QUICK_RUN)
     assert process.returncode != 0 and f"{UP} is missing" in process.stderr and "evaluating" not in process.stderr
 
 

@@ -314,13 +314,13 @@ def test_topk_at_chosen_maps(tmp_path):
         method.apply(tiny_cnn(), None, None)
 
 
-def test_a_whole_run_through_the_command(sparsebench, tmp_path):
+def test_a_whole_run_through_the_command(forked, tmp_path):
     quick = (
         "model.train.steps=100", "model.train.warmup=5", "model.train.optimizer=adamw", "model.train.lr=3.0e-3",
         "method.train.steps=10", "method.l1_steps=5", "method.finetune_steps=5", "method.strengths=[1.0]",
         "measure.samples=30", "hardware.threads=1",
     )  # fmt: skip
-    process = sparsebench("model=lenet5", "method=dstf", *quick)
+    process = forked("model=lenet5", "method=dstf", *quick)
     assert process.returncode == 0, process.stderr
     content = record_of(process, tmp_path)
     jsonschema.validate(content, json.loads(record.SCHEMA_FILE.read_text()))

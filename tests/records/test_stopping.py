@@ -1,12 +1,8 @@
-"""Being told to stop: where it is heard, what waits, what insists, and that no orphan works on."""
+"""Being told to stop: where it is heard, what waits, what insists."""
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 
 from sparsebench.records import stopping
@@ -53,18 +49,3 @@ def test_others_at_work_are_told_first_and_what_nohup_ignores_stays_ignored():
     with pytest.raises(stopping.Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
     assert order == ["others"]
-
-
-def test_a_worker_ends_with_the_process_that_started_it():
-    """The parent is killed; its child, which would sleep for a minute, is gone within seconds."""
-    child = "from sparsebench.records import stopping; import os, time; stopping.die_with(os.getppid()); time.sleep(60)"
-    parent = (
-        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); input()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    orphan = psutil.Process(int(process.stdout.readline()))
-    time.sleep(1)
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs([orphan], timeout=20)
-    assert not alive

@@ -84,9 +84,9 @@ def test_offline_file_of_a_real_run(sparsebench, model_folder, text_file, tmp_pa
     assert summary["latency/decode/speedup"] == pytest.approx(content["latency"]["decode"]["speedup"])
 
 
-def test_disabled_writes_nothing(sparsebench, model_folder, text_file, tmp_path):
+def test_disabled_writes_nothing(forked, model_folder, text_file, tmp_path):
     arguments = ("model=hf", f"model.path={model_folder('llama')}", "dataset=text", f"dataset.path={text_file}", *SMALL)
-    assert sparsebench(*arguments, "wandb.mode=disabled", "measure.latency=false").returncode == 0
+    assert forked(*arguments, "wandb.mode=disabled", "measure.latency=false").returncode == 0
     assert not list(tmp_path.rglob("*wandb*"))
 
 

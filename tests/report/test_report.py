@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import io
 import json
 import re
@@ -19,6 +20,7 @@ import yaml
 
 from sparsebench.config.identity import digest
 from sparsebench.records import archive, record
+from sparsebench.report import __main__ as report_command
 from sparsebench.report import charts, document, export, page, published, rows, tables, vega
 from sparsebench.report import groups as grouping
 from tests.helpers import failed, laid, made, made_bench, vision, with_losses
@@ -305,15 +307,18 @@ def test_spread_dense_engine_and_noise_stand_in_table_and_csv(tmp_path):
     assert cells["speed-up"] == "2.00x (noisy)" and cells["kernel"] == "fused / cpu_numba"
 
 
-def test_command_writes_all_four_kinds_and_counts(tmp_path):
+@pytest.fixture
+def command(forked):
+    """The command sparsebench-report, in `tmp_path`."""
+    return functools.partial(forked, main=report_command.main)
+
+
+def test_command_writes_all_four_kinds_and_counts(command, tmp_path):
     laid(tmp_path / "a", made(), made(sparsity=0.25, perplexity=10.5), failed())
     laid(tmp_path / "b", vision())
     (tmp_path / "b" / "bench").mkdir()
     (tmp_path / "b" / "bench" / "result.json").write_text(json.dumps(made_bench(model="m <b>")))
-    command = [sys.executable, "-m", "sparsebench.report"]
-    process = subprocess.run(
-        [*command, "a", "b", "--output", "out", "--latex"], cwd=tmp_path, capture_output=True, text=True
-    )
+    process = command("a", "b", "--output", "out", "--latex")
     assert process.returncode == 0, process.stderr
     last = json.loads(process.stdout.splitlines()[-1])
     assert (last["finished"], last["failed"], last["unreadable"]) == (3, 1, 0)
@@ -328,10 +333,10 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
         "Benchmark: m &lt;b&gt;" in html and "| 50% | 40.0 [40.0, 40.0] | 2.00x | 80% |" in html and "<b>\n" not in html
     )
     assert "bench-1.png" in last["plots"]
-    again = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    again = command("nowhere")
     assert again.returncode == 2 and "no such file or folder: nowhere" in again.stderr
     (tmp_path / "empty").mkdir()
-    nothing = subprocess.run([*command, "empty"], cwd=tmp_path, capture_output=True, text=True)
+    nothing = command("empty")
     assert nothing.returncode == 1 and nothing.stderr.strip() == "error: no records below empty"
 
 
@@ -339,25 +344,19 @@ def test_command_writes_all_four_kinds_and_counts(tmp_path):
 # Archives, older schemas, damaged files
 
 
-def command(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sparsebench.report", *arguments], cwd=folder, capture_output=True, text=True
-    )
-
-
-def test_the_command_writes_an_archive_reports_it_and_gives_its_records_back(tmp_path):
+def test_the_command_writes_an_archive_reports_it_and_gives_its_records_back(command, tmp_path):
     records = [made(), made(sparsity=0.25), failed()]
     laid(tmp_path / "runs", *records)
-    archived = command(tmp_path, "runs", "--archive", "mine.parquet")
+    archived = command("runs", "--archive", "mine.parquet")
     assert archived.returncode == 0, archived.stderr
     assert json.loads(archived.stdout)["records"] == 3
     hash_of_one = records[1]["config_hash"]
-    extracted = command(tmp_path, "mine.parquet", "--extract", hash_of_one[:8], "out")
+    extracted = command("mine.parquet", "--extract", hash_of_one[:8], "out")
     (file,) = json.loads(extracted.stdout)["records"]
     assert json.loads((tmp_path / file).read_text()) == records[1]
-    unknown = command(tmp_path, "mine.parquet", "--extract", "ffffffffff", "out")
+    unknown = command("mine.parquet", "--extract", "ffffffffff", "out")
     assert unknown.returncode == 1 and "no record has such a hash" in unknown.stderr
-    wrong_name = command(tmp_path, "runs", "--archive", "mine.zip")
+    wrong_name = command("runs", "--archive", "mine.zip")
     assert wrong_name.returncode == 2 and "ends in .parquet" in wrong_name.stderr
 
 
@@ -371,9 +370,9 @@ def test_archives_and_folders_mix_and_a_run_in_both_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", b"{}"])
-def test_a_damaged_archive_is_one_line_and_exit_code_2(tmp_path, content):
+def test_a_damaged_archive_is_one_line_and_exit_code_2(command, tmp_path, content):
     (tmp_path / "bad.parquet").write_bytes(content)
-    process = command(tmp_path, "bad.parquet")
+    process = command("bad.parquet")
     assert process.returncode == 2 and process.stdout == ""
     assert len(process.stderr.splitlines()) == 1 and "bad.parquet can't be read as an archive" in process.stderr
 
