@@ -57,14 +57,15 @@ def test_value_and_gradient_of_the_penalty():
             model(input_ids=rows, use_cache=False)
             for x1 in seen:
                 x1.retain_grad()
-            values[reduction] = penalty.value()
+            term = penalty.value()
+            values[reduction] = term.detach()
     assert float(values["neuron_sum"]) == pytest.approx(160 * float(values["neuron_mean"]), rel=1e-5)
     by_hand = 0.0
     for x1 in seen:
         for token in x1.detach().flatten(0, 1):
             by_hand += sum(abs(float(v)) for v in token) / (24 * 3)
     assert float(values["neuron_sum"]) == pytest.approx(by_hand, rel=1e-5)
-    values["neuron_mean"].backward()
+    term.backward()
     assert not any(x1.grad[x1 == 0].any() for x1 in seen) and any(x1.grad.any() for x1 in seen)
     mlp = model.model.layers[-1].mlp
     assert mlp.gate_proj.weight.grad.any() and mlp.up_proj.weight.grad.any() and mlp.down_proj.weight.grad is None
