@@ -322,8 +322,8 @@ def of_group(
         charts[f"engines-{number}"] = engines(group.rows, machine)
         charts[f"break-even-{number}"] = break_even(group.rows, look, machine)
         charts[f"batches-{number}"] = batches(group.rows, look, machine)
+    charts["patterns"] = patterns.ladder(group)
     charts |= {
-        "patterns": patterns.ladder(group),
         "maps": heat_map(group),
         "training": training(group.rows, look),
         "estimates": estimates(group, look),
