@@ -66,7 +66,8 @@ def test_value_and_gradient_of_the_penalty():
             by_hand += sum(abs(float(v)) for v in token) / (24 * 3)
     assert float(values["neuron_sum"]) == pytest.approx(by_hand, rel=1e-5)
     term.backward()
-    assert not any(x1.grad[x1 == 0].any() for x1 in seen) and any(x1.grad.any() for x1 in seen)
+    last = seen[-1]  # earlier ones reach later penalties, too
+    assert not last.grad[last == 0].any() and last.grad.any()
     mlp = model.model.layers[-1].mlp
     assert mlp.gate_proj.weight.grad.any() and mlp.up_proj.weight.grad.any() and mlp.down_proj.weight.grad is None
 
