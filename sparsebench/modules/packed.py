@@ -46,7 +46,7 @@ def pack(h: torch.Tensor, tile: int = TILE, compression: int = 8) -> Packed:
             f"a tile of {tile} columns holds {places} non-zeros at compression {compression}, got {int(counts.max())}"
         )
     tiles = F.pad(h, (0, -h.shape[-1] % tile)).unflatten(-1, (-1, tile))
-    order = (tiles == 0).to(torch.int8).argsort(-1, stable=True)[..., :places]
+    order = (tiles == 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :places]
     first = torch.arange(tiles.shape[1], device=h.device).mul(tile)[:, None]
     return Packed(tiles.gather(-1, order), order + first, counts, h.shape[-1])
 

@@ -19,6 +19,7 @@ from typing import Any
 import altair as alt
 
 from sparsebench.records.terminal import uncertain
+from sparsebench.report import patterns
 from sparsebench.report.groups import Group, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
 from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, without_schema
@@ -321,7 +322,12 @@ def of_group(
         charts[f"engines-{number}"] = engines(group.rows, machine)
         charts[f"break-even-{number}"] = break_even(group.rows, look, machine)
         charts[f"batches-{number}"] = batches(group.rows, look, machine)
-    charts |= {"maps": heat_map(group), "training": training(group.rows, look), "estimates": estimates(group, look)}
+    charts["patterns"] = patterns.ladder(group)
+    charts |= {
+        "maps": heat_map(group),
+        "training": training(group.rows, look),
+        "estimates": estimates(group, look),
+    }
     return {name: spec for name, spec in charts.items() if spec is not None}, {"points": drawn}
 
 

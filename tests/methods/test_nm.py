@@ -89,10 +89,10 @@ def test_ambers_factors():
     torch.manual_seed(0)
     weight = torch.randn(400, 32)
     factors = amber_factors(weight)
-    assert float(factors.min()) == pytest.approx(1) and float(factors.max()) < 1.2
+    assert float(factors.min()) == pytest.approx(1) and float(factors.max()) < 1.4
     spoilt = weight.clone()
     spoilt[3, 7] = 500.0
-    assert float(column_norms(spoilt)[7] / column_norms(spoilt).min()) > 20 and float(amber_factors(spoilt)[7]) < 1.2
+    assert float(column_norms(spoilt)[7] / column_norms(spoilt).min()) > 20 and float(amber_factors(spoilt)[7]) < 1.4
     ordered = weight.flatten().sort().values  # the same by hand: nearest rank, per matrix
     low, high = ordered[round(0.005 * 12800) - 1], ordered[round(0.995 * 12800) - 1]
     clipped = weight.clamp(low, high)
@@ -143,7 +143,10 @@ def test_decode_after_a_sparse_prompt_is_dense_bit_for_bit(kind, data, tmp_path)
             caches.append(model(input_ids=rows, use_cache=True).past_key_values)
         other = copy.deepcopy(caches[0])
         following = rows[:, :1]
-        steps = [m(input_ids=following, past_key_values=c).logits for m, c in ((sparse, caches[0]), (dense, other))]
+        steps = [
+            m(input_ids=following, past_key_values=c, use_cache=True).logits
+            for m, c in ((sparse, caches[0]), (dense, other))
+        ]
     assert torch.equal(*steps)
     assert not torch.equal(other.layers[1].keys[:, :, :20], caches[1].layers[1].keys)
     assert {s.kernel(1) for _, s in measured_modules(sparse)} == {"masked_dense"}

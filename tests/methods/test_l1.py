@@ -57,15 +57,17 @@ def test_value_and_gradient_of_the_penalty():
             model(input_ids=rows, use_cache=False)
             for x1 in seen:
                 x1.retain_grad()
-            values[reduction] = penalty.value()
+            term = penalty.value()
+            values[reduction] = term.detach()
     assert float(values["neuron_sum"]) == pytest.approx(160 * float(values["neuron_mean"]), rel=1e-5)
     by_hand = 0.0
     for x1 in seen:
         for token in x1.detach().flatten(0, 1):
             by_hand += sum(abs(float(v)) for v in token) / (24 * 3)
     assert float(values["neuron_sum"]) == pytest.approx(by_hand, rel=1e-5)
-    values["neuron_mean"].backward()
-    assert not any(x1.grad[x1 == 0].any() for x1 in seen) and any(x1.grad.any() for x1 in seen)
+    term.backward()
+    last = seen[-1]  # earlier ones reach later penalties, too
+    assert not last.grad[last == 0].any() and last.grad.any()
     mlp = model.model.layers[-1].mlp
     assert mlp.gate_proj.weight.grad.any() and mlp.up_proj.weight.grad.any() and mlp.down_proj.weight.grad is None
 
@@ -129,19 +131,24 @@ def test_backward_on_kept_entries():
 
 def test_dead_neurons_are_counted_and_started_anew():
     """Check 9: never active in a step = dead; only their rows move, by r towards noise; r = 0 moves nothing."""
-    rows = torch.arange(24).view(2, 12)
+    rows = torch.arange(6).view(2, 3)  # so few tokens that parts of a step differ
     for share in (0.0, 0.1, 1.0):
         model = relu_model(layers=2)
         gates = [layer.mlp.gate_proj.weight for layer in model.model.layers]
         with torch.no_grad():
             gates[1][5:9] = 0.0  # z = 0 never fires
         before = [g.detach().clone() for g in gates]
+        seen = []
+        for layer in model.model.layers:
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0][0] != 0))
         with l1.L1Penalty(model, settings(reinit=share), 3) as penalty:
             for part in rows:  # the micro-batches of one step
                 model(input_ids=part[None], use_cache=False)
                 penalty.value()
             active = [penalty.active[i].clone() for i in (0, 1)]
             penalty.after_step(7)
+        fired = [torch.cat(seen[i::2]).any(0) for i in (0, 1)]
+        assert all(map(torch.equal, active, fired))  # of the step, not of its last micro-batch
         assert not active[1][5:9].any() and penalty.dead == {i: int((~a).sum()) for i, a in enumerate(active)}
         assert penalty.stats()["dead"] == sum(penalty.dead.values()) / 320 and not penalty.active
         for gate, old, live in zip(gates, before, active, strict=True):
@@ -175,11 +182,17 @@ def test_a_relu_state_is_not_applied_with_another_activation(tmp_path):
 def test_non_zeros_by_position_without_padding():
     """Check 12: means by position and layer by hand; padding counts nowhere."""
     model, rows = relu_model(frozen=True), torch.arange(60).view(3, 20)
-    seen = []
+    seen, live = [], []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append((a[0] != 0).sum(-1)))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, a: live.append(a[0] != 0))
     mask = torch.ones(3, 20, dtype=torch.bool)
     mask[1, 12:], mask[2, 1:] = False, False
+    few = torch.zeros_like(mask)
+    few[0, :2] = True
+    never = l1.non_zeros(model, rows, 3, few)["never_active"]
+    assert never == sum(int((~x1[few].any(0)).sum()) for x1 in live) / 320 > 0
+    seen.clear()
     actual = l1.non_zeros(model, rows, 3, mask)
     by_layer = torch.stack(seen).double()  # [layers, N, T]
     both = by_layer.mean(0)
