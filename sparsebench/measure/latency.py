@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsebench import engines, kernels
-from sparsebench.measure import clock, macs, memory, quality
+from sparsebench.measure import breakdown, clock, energy, macs, memory, quality
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
 from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
@@ -152,6 +152,9 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
         "kernel": hardware.kernel_name if counted else None, "device": str(device), "forward": sizes,
         "compile_seconds": 0.0, "warmup_seconds": seconds,
     }  # fmt: skip
+    if settings.energy:
+        calls = {side: forward(module, inputs[1]) for side, module in both.items()}
+        section["energy"] = energy.measure(calls, 1, "example", device)
     one = sizes["1"]
     section |= clock.noise({"dense forward": one["dense"], "sparse forward": one["sparse"]}, load)
     named = {f"forward, batch {max(inputs)}": peaks} if peaks else {}
@@ -281,7 +284,7 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
 
 
 def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
-    """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up).
+    """(decode section, executed MACs of a step, parity error, seconds of compiling and warm-up, energy).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
     kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
@@ -315,11 +318,17 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     if skipping:
         dense_times = times[f"dense/{section['dense_engine']}"]
         section |= clock.speedup(dense_times, curve[0][1]) | {"break_even": break_even(dense_times, curve)}
+    timed = {"dense": decoders[section["dense_engine"]], "sparse": decoder}
+    if settings.by_kernel:
+        section["by_kernel"] = breakdown.by_kernel(timed, text, device)
     about = {
         "parity_relative_error": errors.get("sparse", errors["dense"]),
         "compile_seconds": compile_seconds,
         "warmup_seconds": warmup_seconds,
     }
+    if settings.energy:
+        calls = {side: contender(each, text) for side, each in timed.items()}
+        about["energy"] = energy.measure(calls, text.block, "token", device)
     return section, steps[1.0].macs, about
 
 
