@@ -72,9 +72,39 @@ class Row:
         return self.sparse / self.dense if self.dense and self.sparse is not None else None
 
     @property
+    def latency(self) -> dict[str, Any]:
+        return self.record.get("latency") or {}
+
+    @property
     def roofline(self) -> float | None:
-        """The speed-up that the bytes promise: dense / sparse."""
-        return 1 / self.bytes if self.bytes else None
+        """The speed-up that the bytes promise, dense / sparse: of the timed step where its own were counted."""
+        return (self.latency.get("limit") or {}).get("speedup") or (1 / self.bytes if self.bytes else None)
+
+    @property
+    def of_limit(self) -> dict[str, float]:
+        """Share of the bytes limit of its machine that each step reached, as `of_limit_<side>`."""
+        return {f"of_limit_{side}": v for side, v in ((self.latency.get("limit") or {}).get("share") or {}).items()}
+
+    @property
+    def joules(self) -> dict[str, float]:
+        """Energy per token or example by side, where it was measured."""
+        energy = self.latency.get("energy") or {}
+        return {side: energy[side]["joules"] for side in ("dense", "sparse") if energy.get(side)}
+
+    @property
+    def by_kernel(self) -> dict[str, dict]:
+        """Where a step's time goes: what was told of each side, where anything was."""
+        section = (self.latency.get("decode") or {}).get("by_kernel") or {}
+        return {side: section[side] for side in ("dense", "sparse") if (section.get(side) or {}).get("ms")}
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """Times in ms over the batch: {batch, dense, sparse, kernel} of forward passes, or of decode with what any row keeps."""
+        decode = [
+            {**row, "dense": row.get("dense_ms"), "sparse": row.get("sparse_ms"), "kernel": row.get("kernel")}
+            for row in self.latency.get("batches") or []
+        ]
+        return decode or [times for times in self.times.values() if times.get("batch")]
 
 
 @dataclass

@@ -91,6 +91,19 @@ def lines_over(cells: list[dict], x: alt.X, y: alt.Y, title: str, look: dict, da
     return finished(alt.layer(*layers), title)
 
 
+def tooltip(metric: str) -> list[alt.Tooltip]:
+    """What is said of a point that stands for a setting."""
+    shares = (("sparsity", "sparsity"), ("work", "MACs"), ("ffn", "MACs of FFNs"))
+    return [
+        alt.Tooltip("run:N"), alt.Tooltip("figure:N", title=metric), alt.Tooltip("seeds:Q"),
+        *(alt.Tooltip(f"{name}:Q", title=title, format=".1%") for name, title in shares),
+        alt.Tooltip("sparse:Q", title="ms", format=".3f"), alt.Tooltip("per_s:Q", title="per second", format=".1f"),
+        alt.Tooltip("speedup:Q", title="speed-up", format=".2f"), alt.Tooltip("kernel:N"), alt.Tooltip("machine:N"),
+        alt.Tooltip("of_limit_dense:Q", title="dense, of the bytes limit", format=".0%"),
+        alt.Tooltip("of_limit_sparse:Q", title="sparse, of the bytes limit", format=".0%"),
+    ]  # fmt: skip
+
+
 def quoted(text: str) -> str:
     """A text inside a Vega expression."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

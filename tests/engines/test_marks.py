@@ -1,6 +1,7 @@
 """Where a step's time goes: roles of modules, own times of what is nested and of kernels that overlap, order of a graph."""
 
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_module_that_stands_for_several_maps_is_the_ffn():
 class Whole(SparseModule):
     """One kernel for a whole FFN."""
 
-    covers = {"0.gate": 1, "0.up": 1, "0.down": 1}
+    covers: ClassVar = {"0.gate": 1, "0.up": 1, "0.down": 1}
 
 
 class Slow(nn.Module):

@@ -19,7 +19,7 @@ import yaml
 
 from sparsebench.config.identity import digest
 from sparsebench.records import archive, record
-from sparsebench.report import charts, document, export, page, published, rows, tables, vega
+from sparsebench.report import charts, document, export, page, published, rows, step_tables, tables, vega
 from sparsebench.report import groups as grouping
 from tests.helpers import failed, laid, made, made_bench, vision, with_losses
 
@@ -269,7 +269,7 @@ def test_estimates_stand_apart_and_beside_the_measured_target(tmp_path):
     real["env"] = {"gpu": "NVIDIA H200", "hardware": {"device": "cuda:0", "dtype": "float32", "threads": 1}}
     real["config_hash"] = "real"
     _, groups, html, _ = reported(laid(tmp_path, guess, real))
-    table = tables.estimates(groups[0])
+    table = step_tables.estimates(groups[0])
     assert len(table.rows) == 1 and "1.70x" in table.rows[0][6] and "≈ 2.00x" in table.rows[0]
     assert "Estimates, not measurements" in html
     measured = tables.comparison(groups[0])
