@@ -50,9 +50,8 @@ def beside(rows: list[Row]) -> list[Beside]:
     """
     lines = []
     for row in rows:
-        mine = []
+        mine, settings = [], flat(row.record["config"])
         for entry in figures():
-            settings = flat(row.record["config"])
             if entry["method"] != row.method or measured(row, entry["metric"]) is None:
                 continue
             point = next((p for p in entry["points"] if same(settings.get(entry["key"]), p)), None)

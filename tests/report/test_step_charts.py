@@ -30,7 +30,8 @@ def measured(sparsity=0.5, noisy=False, **changes):
     section["energy"] = {"dense": {"joules": 0.02, "watts": 20.0}, "sparse": {"joules": 0.015, "watts": 19.0}, "per": "token",
                          "source": "RAPL, package-0", "reason": None}  # fmt: skip
     section["batches"] = [
-        {"batch": b, "dense_ms": 1.0 + b / 10, "sparse_ms": 0.5 + b / 4, "kernel": "cpu_numba", "simulated": b == 8, "union_density": 1 - 0.5**b}
+        {"batch": b, "dense_ms": 1.0 + b / 10, "sparse_ms": 0.5 + b / 4, "kernel": "cpu_numba", "simulated": b == 8,
+         "union_density": 1 - 0.5**b}
         for b in (1, 2, 4, 8)
     ]  # fmt: skip
     return content
@@ -77,7 +78,7 @@ def test_the_batch_axis_says_up_to_where_skipping_pays(written):
     noisy = dict(zip(table.head, table.rows[8], strict=True))
     assert noisy["speed-up"].endswith("(noisy)")
     specs = written[0].charts["group-1"]["charts"]
-    gain = [c for c in specs["batch-gain-0"]["layer"][0]["data"]["values"]]
+    gain = list(specs["batch-gain-0"]["layer"][0]["data"]["values"])
     assert {c["batch"] for c in gain} == {1, 2, 4} and not any("0.65" in c["run"] for c in gain)
     assert {c["batch"] for c in specs["batches-0"]["layer"][0]["data"]["values"]} == {1, 2, 4, 8}
 
