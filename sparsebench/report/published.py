@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from sparsebench.report.rows import Row, flat
+from sparsebench.report.rows import Row
 
 FILE = Path(str(files("sparsebench") / "assets")) / "published.yaml"
 SEEN = {
@@ -50,7 +50,7 @@ def beside(rows: list[Row]) -> list[Beside]:
     """
     lines = []
     for row in rows:
-        mine, settings = [], flat(row.record["config"])
+        mine, settings = [], row.settings
         for entry in figures():
             if entry["method"] != row.method or measured(row, entry["metric"]) is None:
                 continue

@@ -8,10 +8,10 @@ context and torch version.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsebench.config.identity import NOT_IDENTITY
 from sparsebench.records import archive, record
@@ -23,6 +23,7 @@ SCHEMA_1_EVAL = {  # the part of `eval` that a key of schema 1 belongs to now
     **dict.fromkeys(("test_examples", "examples_per_batch", "cue_conflict"), "classifier"),
     **dict.fromkeys(("tasks", "task_limit", "task_path"), "lm_eval"),
 }
+T = TypeVar("T")
 FFN_ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
 
 
@@ -55,6 +56,18 @@ class Row:
     machine: str = ""
     fit_seconds: float | None = None
     fronts: list[str] = field(default_factory=list)  # sparsity, work, time: where no other row is better in both
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what was worked out before: `once`
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, worked out only the first time: of a row, tables and charts ask the same many times."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]  # type: ignore[no-any-return]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings as dotted keys (see `flat`)."""
+        return self.once("settings", lambda: flat(self.record["config"]))
 
     @property
     def decode(self) -> dict:

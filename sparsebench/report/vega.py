@@ -5,6 +5,7 @@ Colour and marker stand for a curve, the same on the whole page.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -45,6 +46,7 @@ def as_png(svg: str) -> bytes:
     return vl_convert.svg_to_png(svg, scale=2)
 
 
+@functools.cache
 def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`."""
     return vl_convert.javascript_bundle(vl_version=VERSION)
