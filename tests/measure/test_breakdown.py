@@ -30,12 +30,16 @@ def test_a_fused_step_marks_its_own_roles(fused, text):
     assert set(actual["ms"]) == set(_step_numba.ROLES) == ROLES | {"embed"} and min(actual["ms"].values()) >= 0
     assert all(actual["ms"][role] > 0 for role in ROLES)
     total = sum(actual["ms"].values())
-    assert (
-        0.05 * actual["step_ms"] < total <= actual["step_ms"]
-    )  # marks lie inside the call; what is around it is Python
+    assert total <= actual["step_ms"]  # marks lie inside the call; what is around it is Python
     assert actual["unattributed"] == pytest.approx(1 - total / actual["step_ms"])
     assert actual["engine"] == "fused" and actual["steps"] >= breakdown.LEAST
-    assert actual["ms"]["gate_up"] > actual["ms"]["o"]  # six times the weights
+
+
+def test_a_larger_product_takes_longer(fused, text):
+    """Gate and up hold six times the weights of o; the least of several, since others may hold the processor up."""
+    runs = [breakdown.one_engine(fused, text, CPU)["ms"] for _ in range(5)]
+    gate_up, o = (min(run[role] for run in runs) for role in ("gate_up", "o"))
+    assert gate_up > 1.5 * o
 
 
 def test_marks_are_taken_in_passes_of_their_own(fused, text):
@@ -73,4 +77,4 @@ def test_an_eager_step_is_told_module_by_module(text):
     decoder = engines.Decoder(tiny_model(), text.prompt, 1, compiled=False)
     actual = breakdown.one_engine(decoder, text, CPU)
     assert list(actual["ms"]) == ["embed", "norm", "qkv", "attention", "o", "gate_up", "down", "ffn", "head"]
-    assert 0.2 * actual["step_ms"] < sum(actual["ms"].values()) <= actual["step_ms"]
+    assert 0 < sum(actual["ms"].values()) <= actual["step_ms"]
