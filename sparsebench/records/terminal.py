@@ -284,10 +284,8 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
         add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-", latency.get("noisy"))
         if part == "decode":
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
-    if latency.get("limit"):
-        share, speedup = latency["limit"]["share"], latency["limit"].get("speedup")
-        cells = (percent(share.get(side)) for side in ("dense", "sparse"))
-        grid.add_row("  of the bytes limit here", *cells, f"the bytes allow {speedup:.2f}x" if speedup else "")
+            if latency.get("limit"):
+                grid.add_row("  of the bytes limit here", *limit_cells(latency["limit"]))
     if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():
@@ -307,6 +305,13 @@ def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str, no
     cells = (f"{times[side]['p10_ms']:.3f} - {times[side]['p90_ms']:.3f}" for side in ("dense", "sparse"))
     within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if "speedup_p10" in times else ""
     grid.add_row("  p10 - p90", *cells, within)
+
+
+def limit_cells(limit: dict[str, Any]) -> tuple[str, ...]:
+    """Share of the bytes limit that each step reached, and the speed-up that the bytes allow."""
+    shares = (limit["share"].get(side) for side in ("dense", "sparse"))
+    cells = (percent(share) + " (cached)" * bool(share and share > 1) for share in shares)
+    return *cells, f"the bytes allow {limit['speedup']:.2f}x" if "speedup" in limit else ""
 
 
 def spread(times: dict[str, Any]) -> str:
