@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ def by_kernel(decoders: dict[str, Any], text: Any, device: torch.device) -> dict
 
 
 def one_engine(decoder: Any, text: Any, device: torch.device) -> dict[str, Any]:
-    """Medians over calls: {engine, how, ms by role, step_ms, unattributed, steps}, or {engine, how, reason} where nothing can be told."""
+    """{engine, how, ms by role, step_ms, unattributed, steps}, or {engine, how, reason} where nothing can be told.
+
+    On a CPU each call is marked by itself and medians are kept; on a GPU a profiler starts once for all calls.
+    """
     about = {"engine": decoder.engine, "how": decoder.marked_by}
 
     def call(i: int) -> float:
@@ -38,43 +42,38 @@ def one_engine(decoder: Any, text: Any, device: torch.device) -> dict[str, Any]:
         return timed(lambda: [decoder.step(token) for token in text.call(i)], device)
 
     before = [call(i) for i in range(text.untimed + 1)]
-    calls = max(LEAST, min(MOST, round(1e3 * SECONDS / before[-1])))
-    together = (
-        calls if device.type == "cuda" else 1
-    )  # a profiler starts once; what else a processor does is no part of a median
-    parts, spent = [], []
+    count = max(LEAST, min(MOST, round(1e3 * SECONDS / before[-1])))
+    numbers = range(len(before), len(before) + count)
     try:
-        for first in range(len(before), len(before) + calls, together):
-            took: list[float] = []
-            parts.append(
-                decoder.marked(lambda: took.extend(map(call, range(first, first + together))), together * text.block)
-            )
-            spent.append(sum(took) / together / text.block)
+        parts = [
+            marked(decoder, call, together, text.block)
+            for together in ([numbers] if device.type == "cuda" else [[i] for i in numbers])
+        ]
     except ValueError as error:
         return about | {"reason": str(error)}
     finally:
         decoder.rewind()
-    roles = sorted(
-        {role for each in parts for role in each}, key=lambda role: ORDER.index(role) if role in ORDER else len(ORDER)
-    )
-    by = {role: statistics.median(each.get(role, 0.0) for each in parts) for role in roles}
-    step_ms = statistics.median(spent)
-    return about | {
-        "ms": by, "step_ms": step_ms, "unattributed": max(0.0, 1 - sum(by.values()) / step_ms), "steps": calls * text.block,
-    }  # fmt: skip
+    roles = {role for by, _ in parts for role in by}
+    by = {role: statistics.median(each.get(role, 0.0) for each, _ in parts) for role in sorted(roles, key=place)}
+    step_ms = statistics.median(ms for _, ms in parts)
+    unattributed = max(0.0, 1 - sum(by.values()) / step_ms)
+    return about | {"ms": by, "step_ms": step_ms, "unattributed": unattributed, "steps": count * text.block}
+
+
+def marked(
+    decoder: Any, call: Callable[[int], float], numbers: Sequence[int], steps: int
+) -> tuple[dict[str, float], float]:
+    """(ms of a step by role, ms of a step) over the calls with these numbers, of so many steps each."""
+    spent: list[float] = []
+    by = decoder.marked(lambda: spent.extend(map(call, numbers)), len(numbers) * steps)
+    return by, sum(spent) / len(numbers) / steps
+
+
+def place(role: str) -> int:
+    """Where a role stands in a step."""
+    return ORDER.index(role) if role in ORDER else len(ORDER)
 
 
 ORDER = (
-    "embed",
-    "norm",
-    "qkv",
-    "attention",
-    "o",
-    "gate_up",
-    "down",
-    "ffn",
-    "head",
-    "products",
-    "norms and elementwise",
-    "copies",
-)
+    "embed", "norm", "qkv", "attention", "o", "gate_up", "down", "ffn", "head", "products", "norms and elementwise", "copies",
+)  # fmt: skip

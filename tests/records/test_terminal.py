@@ -53,7 +53,8 @@ def test_energy_and_the_bytes_limit_stand_where_they_were_measured():
     nothing = {"dense": None, "sparse": None, "per": "token", "source": None, "reason": "no counter"}
     record["latency"] |= {"energy": nothing}
     assert not any("energy" in each for each in lines(record))
-    record["latency"]["energy"] = {"dense": {"joules": 0.02}, "sparse": {"joules": 0.013}, "per": "token", "source": "NVML, the whole card"}  # fmt: skip
+    both = {"dense": {"joules": 0.02}, "sparse": {"joules": 0.013}}
+    record["latency"]["energy"] = {**both, "per": "token", "source": "NVML, the whole card"}
     record["latency"]["limit"] = {"share": {"dense": 0.81, "sparse": 1.2}, "speedup": 2.5}
     energy, limit = line(record, "energy per token, NVML"), line(record, "of the bytes limit")
     assert "20 mJ" in energy and "13 mJ" in energy and "0.650x" in energy
