@@ -456,9 +456,10 @@ def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs
     assert all("model llama-tiny instead of" in b.differs[0] for b in record)
     assert all("method.prompt=all instead of half" in b.differs for b in record)
     assert any("(unverified)" in b.source for b in record)
-    exact = copy.deepcopy(row)
-    exact.record["config"]["model"]["name"] = "llama2-7b"
-    exact.record["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    other = copy.deepcopy(row.record)
+    other["config"]["model"]["name"] = "llama2-7b"
+    other["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    exact = rows.make_row(row.path, other)
     mine = [b for b in published.beside([exact]) if b.metric == "perplexity" and "2408.14690" in b.source]
     assert len(mine) == 1 and [d.split()[0] for d in mine[0].differs] == ["data"]
 

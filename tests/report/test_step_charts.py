@@ -78,9 +78,9 @@ def test_the_batch_axis_says_up_to_where_skipping_pays(written):
     noisy = dict(zip(table.head, table.rows[8], strict=True))
     assert noisy["speed-up"].endswith("(noisy)")
     specs = written[0].charts["group-1"]["charts"]
-    gain = list(specs["batch-gain-0"]["layer"][0]["data"]["values"])
+    gain = specs["batch-gain-0"]["data"]["values"]
     assert {c["batch"] for c in gain} == {1, 2, 4} and not any("0.65" in c["run"] for c in gain)
-    assert {c["batch"] for c in specs["batches-0"]["layer"][0]["data"]["values"]} == {1, 2, 4, 8}
+    assert {c["batch"] for c in specs["batches-0"]["data"]["values"]} == {1, 2, 4, 8}
 
 
 def test_the_limit_of_the_machine_stands_beside_the_speedup(written):
