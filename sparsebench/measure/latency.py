@@ -100,9 +100,15 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     both = {"dense": prefill(dense), "sparse": prefill(sparse)}
     peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, {n: c.call for n, c in both.items()}, device)
     with clock.watching(threads_of(device)) as load:
-        decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware)
+        decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware)
         times, more_seconds = interleaved(list(both.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
+    text = Text.of(tokens, settings.context, dense)
+    if settings.by_kernel:  # when everything is timed: a profiler that was here may leave launches slower
+        decode["by_kernel"] = breakdown.by_kernel(timed, text, device)
+    if settings.energy:
+        steps = {side: contender(each, text) for side, each in timed.items()}
+        about["energy"] = energy.measure(steps, text.block, "token", device)
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
         "prefill": {
@@ -283,8 +289,8 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
     return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
-    """(decode section, executed MACs of a step, parity error, seconds of compiling and warm-up, energy).
+def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict, dict[str, Any]]:
+    """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up, the two decoders timed).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
     kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
@@ -318,18 +324,12 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     if skipping:
         dense_times = times[f"dense/{section['dense_engine']}"]
         section |= clock.speedup(dense_times, curve[0][1]) | {"break_even": break_even(dense_times, curve)}
-    timed = {"dense": decoders[section["dense_engine"]], "sparse": decoder}
-    if settings.by_kernel:
-        section["by_kernel"] = breakdown.by_kernel(timed, text, device)
     about = {
         "parity_relative_error": errors.get("sparse", errors["dense"]),
         "compile_seconds": compile_seconds,
         "warmup_seconds": warmup_seconds,
     }
-    if settings.energy:
-        calls = {side: contender(each, text) for side, each in timed.items()}
-        about["energy"] = energy.measure(calls, text.block, "token", device)
-    return section, steps[1.0].macs, about
+    return section, steps[1.0].macs, about, {"dense": decoders[section["dense_engine"]], "sparse": decoder}
 
 
 def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> dict[str, Any]:
