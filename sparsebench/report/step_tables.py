@@ -23,22 +23,28 @@ def where_time_goes(group: Group) -> Table | None:
     return Table(head, rows, set(range(3, len(roles) + 5)), set(), note, [row for row, _, _ in told]) if rows else None
 
 
+def pays(every: list[dict]) -> str:
+    """Up to which batch a sparse step is faster by a kernel that skips, from the smallest on."""
+    last = None
+    for each in sorted(every, key=lambda b: b["batch"]):
+        faster = each["dense"] and each["sparse"] and each["sparse"] < each["dense"]
+        if not faster or each.get("simulated"):
+            break
+        last = each["batch"]
+    return "nowhere" if last is None else f"up to {last}"
+
+
 def batches(group: Group) -> Table | None:
     """Decode over the batch, and up to which one skipping pays."""
     rows, runs = [], []
     for row in group.rows:
         every = row.batches if row.latency.get("batches") else []
-        paying = [
-            b["batch"]
-            for b in every
-            if b["dense"] and b["sparse"] and b["sparse"] < b["dense"] and not b.get("simulated")
-        ]
         for each in every:
             gain = each["dense"] / each["sparse"] if each["dense"] and each["sparse"] else None
             cells = (number(each[side], ".3f") for side in ("dense", "sparse"))
             speed = "simulated" if each.get("simulated") else number(gain, ".2f", "x") + " (noisy)" * bool(row.noisy)
             rows.append([row.label, str(each["batch"]), *cells, speed, number(each.get("union_density"), ".1%"),
-                         each["kernel"] or DASH, f"up to {max(paying)}" if paying else "nowhere"])  # fmt: skip
+                         each["kernel"] or DASH, "noisy" if row.noisy else pays(every)])  # fmt: skip
             runs.append(row)
     note = "Milliseconds of a step of all rows of the batch. Kept by any: channels that at least one of the rows keeps."
     head = ["run", "batch", "dense ms", "sparse ms", "speed-up", "kept by any", "kernel", "pays"]
