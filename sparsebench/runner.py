@@ -19,7 +19,7 @@ import torch
 
 from sparsebench import config, ranks, tasks
 from sparsebench.data.base import Data
-from sparsebench.measure import estimate, memory, neutral
+from sparsebench.measure import estimate, limit, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
 from sparsebench.records import machine, progress, state
@@ -86,6 +86,8 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     device = hardware.torch_device
     record.memory["peak_bytes"] = max(peak_before, memory.peak_bytes(device))
     record.memory["peak_of"] = "device" if device.type == "cuda" else "process"
+    if settings.measure.latency and "decode" in record.latency:  # after the peak: it reads memory of its own
+        record.latency["limit"] = limit.of_decode(record.latency["decode"], record.bytes, device)
     return record
 
 

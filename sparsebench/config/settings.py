@@ -72,6 +72,8 @@ class Measurement:
     context: int = setting(gt=0)
     prompt: int = setting(gt=1)
     batch: int = setting(gt=1)
+    by_kernel: bool
+    energy: bool
 
 
 @dataclass(kw_only=True)

@@ -2,12 +2,13 @@
 
 Every thread runs the same code on its share of outputs and heads and meets the others at barriers, five a layer; norm
 and compaction are repeated by each thread instead of shared, which is cheaper than another barrier. Float32 and
-bfloat16, sums in float32.
+bfloat16, sums in float32. Where marks are asked for, the first thread writes down how long each role took.
 """
 
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 from llvmlite import ir
@@ -20,6 +21,8 @@ from sparsebench.kernels._gather_numba import compact, gather, narrow, product, 
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
 WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
 RANK, LOW_A, LOW_B, COLUMNS = 28, 35, 42, 49  # of the low-rank remainder; rank 0 = none
+EMBED, NORMS, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD = range(8)  # places in the array of marks
+ROLES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head")
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,31 @@ def relax(typing, spins):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def now(typing):
+    """The monotonic clock in ns."""
+
+    def codegen(context, builder, signature, args):
+        pair = builder.gep(cgutils.alloca_once(builder, ir.ArrayType(I64, 2)), [I32(0), I32(0)])  # seconds and the rest
+        kind = ir.FunctionType(I32, [I32, I64.as_pointer()])
+        clock = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(clock, [I32(time.CLOCK_MONOTONIC), pair])
+        seconds, rest = builder.load(pair), builder.load(builder.gep(pair, [I64(1)]))
+        return builder.add(builder.mul(seconds, I64(10**9)), rest)
+
+    return types.int64(), codegen
+
+
+@njit(nogil=True, cache=True)
+def mark(marks, role, since):
+    """Add the ns since `since` to a role, and return now; nothing where no marks are taken (an empty array)."""
+    if marks.shape[0] == 0:
+        return 0
+    here = now()
+    marks[role] += here - since
+    return here
 
 
 @njit(nogil=True, cache=True)
@@ -217,8 +245,13 @@ def share_of(count, thread, threads, unit):
 
 @njit(nogil=True, cache=True)
 def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, head, cosine, sine, token, position,
-         residual, qkv, mixed, mid, added, scores, work, index, value, logits, state):  # fmt: skip
-    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index and value."""
+         residual, qkv, mixed, mid, added, scores, work, index, value, logits, state, marks):  # fmt: skip
+    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index and value.
+
+    marks: int64 [0], or [ROLES] to which the first thread adds the ns of each role, waiting for the others included.
+    """
+    marks = marks[:0] if thread > 0 else marks
+    since = now() if marks.shape[0] > 0 else 0
     hidden, inner, heads_, groups, head_dim, positions = sizes
     query, small = heads_ * head_dim, groups * head_dim
     q, k, v = qkv[:query], qkv[query : query + small], qkv[query + small :]
@@ -227,12 +260,14 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
     for i in range(lo, hi):
         residual[i] = widen(embedding[token, i])
     barrier(state, threads)
+    since = mark(marks, EMBED, since)
     for layer in range(table.shape[0]):
         row = table[layer]
         keys = carray(pointer(row[KEYS]), (groups, positions, head_dim), embedding.dtype)
         values = carray(pointer(row[VALUES]), (groups, positions, head_dim), embedding.dtype)
 
         normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
+        since = mark(marks, NORMS, since)
         a, b = share_of(query, thread, threads, 32)
         count = project(row, 0, keep_all, x[:hidden], q, query, a, b, embedding, index_, value_, -1)
         a, b = share_of(small, thread, threads, 32)
@@ -241,19 +276,23 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
         count = count if same_rule(row, 1, 2, keep_all) else -1
         project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, index_, value_, count)
         barrier(state, threads)
+        since = mark(marks, QKV, since)
 
         per_group = heads_ // groups
         for h in range(heads_ * thread // threads, heads_ * (thread + 1) // threads):
             attend(q, k, v, h, h // per_group, head_dim, keys, values, cosine[position], sine[position], position,
                    scores[thread], mixed, h % per_group == 0)  # fmt: skip
         barrier(state, threads)
+        since = mark(marks, ATTENTION, since)
 
         project(row, 3, keep_all, mixed, added, hidden, lo, hi, embedding, index_, value_, -1)
         for i in range(lo, hi):
             residual[i] += added[i]
         barrier(state, threads)
+        since = mark(marks, OUT, since)
 
         normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
+        since = mark(marks, NORMS, since)
         a, b = share_of(inner, thread, threads, 32)
         count = project(row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, index_, value_, -1)
         count = count if same_rule(row, 4, 5, keep_all) else -1
@@ -261,11 +300,15 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
         for i in range(a, b):
             mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
         barrier(state, threads)
+        since = mark(marks, GATE_UP, since)
 
         project(row, 6, keep_all, mid[0], added, hidden, lo, hi, embedding, index_, value_, -1)
         for i in range(lo, hi):
             residual[i] += added[i]
         barrier(state, threads)
+        since = mark(marks, DOWN, since)
     normed(residual, last_norm, eps, x[:hidden])
+    since = mark(marks, NORMS, since)
     lo, hi = share_of(head.shape[0], thread, threads, 16)
     dots(logits, head, x[:hidden], lo, hi)
+    mark(marks, HEAD, since)

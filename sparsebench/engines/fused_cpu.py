@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -36,7 +37,7 @@ class Decoder:
     Raises ValueError for a model that `unsupported` names.
     """
 
-    engine = "fused"
+    engine, marked_by = "fused", "the step's own marks, first thread"
 
     def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, keep_all: bool = False):
         problem = unsupported(module)
@@ -69,7 +70,7 @@ class Decoder:
             np.zeros((self.threads, hidden), np.float32), np.zeros((self.threads, widest + 1), np.int64),
             np.zeros((self.threads, widest + 1), np.float32), self.output, np.zeros(2, np.int64),
         )  # fmt: skip
-        self.position = self.length
+        self.position, self.marks = self.length, np.zeros(0, np.int64)
         self.threads = min({1, self.threads}, key=self.seconds_with)  # a small model is faster without a second thread
 
     def seconds_with(self, threads: int, rounds: int = 15) -> float:
@@ -111,7 +112,7 @@ class Decoder:
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]."""
         dynamic = (int(token), self.position)
-        rest = (self.threads, *self.fixed, *dynamic, *self.buffers)
+        rest = (self.threads, *self.fixed, *dynamic, *self.buffers, self.marks)
         others = [self.pool.submit(step, thread, *rest) for thread in range(1, self.threads)]
         step(0, *rest)
         wait(others)
@@ -123,6 +124,15 @@ class Decoder:
     def rewind(self) -> None:
         """Back to the end of the prompt."""
         self.position = self.length
+
+    def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:
+        """Milliseconds of a step by role while `take` takes so many, as the step itself marks them."""
+        self.marks = np.zeros(len(table.ROLES), np.int64)
+        try:
+            take()
+            return dict(zip(table.ROLES, (self.marks / 1e6 / steps).tolist(), strict=True))
+        finally:
+            self.marks = np.zeros(0, np.int64)
 
     def parity(self, token: torch.Tensor) -> dict[str, float]:
         """{"logits": relative error} against the same step in torch, fp32 and masked-dense, on the same cache."""

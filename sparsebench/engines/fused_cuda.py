@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import cache
-from sparsebench.engines import heads, llama_type, prefilled, rotary_tables
+from sparsebench.engines import heads, llama_type, marks, prefilled, rotary_tables
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
 from sparsebench.kernels.masked_dense import kept
@@ -49,6 +49,12 @@ class Launch:
     arguments: list
     tuning: Tuning
     reference: Callable[[], dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    @property
+    def role(self) -> str:
+        """What it is in a layer; a remainder's second product counts with the first."""
+        name = self.label.split(".")[1] if "." in self.label else self.label
+        return "attention" if name == "attend" else name
 
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -317,7 +323,7 @@ class Decoder:
     Raises ValueError for a model that `unsupported` names.
     """
 
-    engine = "fused"
+    engine, marked_by = "fused", "kernels in their order, profiler"
 
     def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, keep_all: bool = False):
         problem = unsupported(module)
@@ -347,6 +353,14 @@ class Decoder:
     def rewind(self) -> None:
         """Back to the end of the prompt."""
         self.steps.position.fill_(self.length)
+
+    def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:
+        """Milliseconds of a step by role while `take` takes so many; norms are inside the products that they stand before.
+
+        Raises ValueError where the profiler does not see the graph's kernels.
+        """
+        launches = self.steps.launches
+        return marks.by_order(take, steps, [each.name for each in launches], [each.role for each in launches])
 
     def parity(self, token: torch.Tensor) -> dict[str, float]:
         """Relative error per projection of a step taken kernel by kernel; rewinds afterwards."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import StaticCache
+
+from sparsebench.engines import marks
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -46,6 +49,21 @@ class Decoder:
         """Logits [1, 1, V] after one more token [1, 1]."""
         with torch.no_grad():
             return self.forward(input_ids=token, **self.given, use_cache=True).logits
+
+    @property
+    def marked_by(self) -> str:
+        return "kernels by name, profiler" if self.engine == "compiled" else "modules, marks around each"
+
+    def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:
+        """Milliseconds of a step by role (or, compiled, by kind of kernel) while `take` takes so many.
+
+        Raises ValueError where nothing can be told: on a CPU a compiled step has no marks.
+        """
+        if self.engine == "eager":
+            return marks.by_module(self.module, take, steps)
+        if next(self.module.parameters()).device.type != "cuda":
+            raise ValueError("a compiled step on a CPU has no marks")
+        return marks.by_name(take, steps)
 
     def rewind(self) -> None:
         """Back to the end of the prompt."""

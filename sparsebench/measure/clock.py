@@ -205,7 +205,10 @@ def break_even(dense: list[float], curve: dict[float, list[float]]) -> dict:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s of reading memory: a sum over 1 GiB (256 MiB on a CPU), best of several."""
-    values = torch.randn((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
+    """GB/s of reading memory: a sum over 1 GiB (256 MiB on a CPU), best of several; over less where a GPU is nearly full."""
+    count = 1 << 26
+    if device.type == "cuda":
+        count = min(1 << 28, torch.cuda.mem_get_info()[0] // 16)  # a quarter of the free bytes, as float32
+    values = torch.ones(count, device=device)
     times, _ = interleaved([Contender(lambda _: values.sum())], 3, 10, device)
     return values.numel() * 4 / min(times[0]) / 1e6

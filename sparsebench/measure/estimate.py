@@ -25,6 +25,7 @@ import math
 import torch
 
 from sparsebench.measure.clock import Contender, interleaved, read_bandwidth
+from sparsebench.measure.limit import sparse_bytes
 
 LABEL = "estimate, not a measurement"
 SAME_RATIO = "equals the local ratio: what bounds both steps here bounds both there"
@@ -78,7 +79,7 @@ def predict(target, record, bandwidth_gbs: float, tflops: float) -> dict:
         raise ValueError("hardware.estimate needs a measured decode step, and this kind of model has none")
     work = {
         "dense": (record.bytes["dense"], record.macs["dense"]),
-        "sparse": (sparse_bytes(decode, record), record.macs["executed"]),
+        "sparse": (sparse_bytes(decode, record.bytes), record.macs["executed"]),
     }
     here = str(record.latency.get("device")).partition(":")[0]
     fitted = line((decode.get("break_even") or {}).get("points", [])) if here == target.device else None
@@ -109,12 +110,6 @@ def predict(target, record, bandwidth_gbs: float, tflops: float) -> dict:
         },
         "cautions": ([SAME_RATIO] if same else []) + cautions(efficiency, here, target, record.latency),
     }
-
-
-def sparse_bytes(decode: dict, record) -> float:
-    """Bytes that the timed sparse step read: of its own tokens where they were counted."""
-    points = (decode.get("break_even") or {}).get("points", [])
-    return next((p["bytes"] for p in points if p["sparsity"] == decode["sparsity"]), record.bytes["sparse"])
 
 
 def split_times(

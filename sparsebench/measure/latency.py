@@ -21,7 +21,7 @@ from torch import nn
 
 from sparsebench import engines, kernels
 from sparsebench.engines import check
-from sparsebench.measure import clock, macs, memory, quality
+from sparsebench.measure import breakdown, clock, energy, macs, memory, quality
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
 from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
@@ -106,9 +106,15 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         parity = {"parity_relative_error": check.check_parity(errors, next(sparse.parameters()).dtype)}
     peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, {n: c.call for n, c in both.items()}, device)
     with clock.watching(threads_of(device)) as load:
-        decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware)
+        decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware)
         times, more_seconds = interleaved(list(both.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
+    text = Text.of(tokens, settings.context, dense)
+    if settings.by_kernel:  # when everything is timed: a profiler that was here may leave launches slower
+        decode["by_kernel"] = breakdown.by_kernel(timed, text, device)
+    if settings.energy:
+        steps = {side: contender(each, text) for side, each in timed.items()}
+        about["energy"] = energy.measure(steps, text.block, "token", device)
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
         "prefill": {
@@ -158,6 +164,9 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
         "kernel": hardware.kernel_name if counted else None, "device": str(device), "forward": sizes,
         "compile_seconds": 0.0, "warmup_seconds": seconds,
     }  # fmt: skip
+    if settings.energy:
+        calls = {side: forward(module, inputs[1]) for side, module in both.items()}
+        section["energy"] = energy.measure(calls, 1, "example", device)
     one = sizes["1"]
     section |= clock.noise({"dense forward": one["dense"], "sparse forward": one["sparse"]}, load)
     named = {f"forward, batch {max(inputs)}": peaks} if peaks else {}
@@ -286,8 +295,8 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
     return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
-    """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up).
+def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict, dict[str, Any]]:
+    """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up, the two decoders timed).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
     kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
@@ -326,7 +335,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
         "compile_seconds": compile_seconds,
         "warmup_seconds": warmup_seconds,
     }
-    return section, steps[1.0].macs, about
+    return section, steps[1.0].macs, about, {"dense": decoders[section["dense_engine"]], "sparse": decoder}
 
 
 def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> dict[str, Any]:

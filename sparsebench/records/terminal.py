@@ -18,10 +18,11 @@ PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  #
 
 
 def scaled(value: float | None, unit: str = "") -> str:
-    """1234567 -> 1.23 M."""
+    """1234567 -> 1.23 M; small amounts of a unit have prefixes, too."""
     if value is None:
         return "-"
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    small = ((1.0, ""), (1e-3, "m"), (1e-6, "µ")) if unit else ()
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), *small):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
@@ -283,11 +284,17 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
         add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-", latency.get("noisy"))
         if part == "decode":
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
+            if latency.get("limit"):
+                grid.add_row("  of the bytes limit here", *limit_cells(latency["limit"]))
     if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():
         label = f"forward, batch {times['batch']} (ms), {times['kernel'] or 'dense'}"
         add_times(grid, label, times, "no speed-up claimed", latency.get("noisy"))
+    energy = latency.get("energy") or {}
+    if energy.get("source"):
+        joules = {side: energy[side]["joules"] for side in ("dense", "sparse")}
+        grid.add_row(f"energy per {energy['per']}, {energy['source']}", *sides(joules, "J"))
 
 
 def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str, noisy: bool | None) -> None:
@@ -298,6 +305,13 @@ def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str, no
     cells = (f"{times[side]['p10_ms']:.3f} - {times[side]['p90_ms']:.3f}" for side in ("dense", "sparse"))
     within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if "speedup_p10" in times else ""
     grid.add_row("  p10 - p90", *cells, within)
+
+
+def limit_cells(limit: dict[str, Any]) -> tuple[str, ...]:
+    """Share of the bytes limit that each step reached, and the speed-up that the bytes allow."""
+    shares = (limit["share"].get(side) for side in ("dense", "sparse"))
+    cells = (percent(share) + " (cached)" * bool(share and share > 1) for share in shares)
+    return *cells, f"the bytes allow {limit['speedup']:.2f}x" if "speedup" in limit else ""
 
 
 def spread(times: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def temporary_files(folder: Path | None) -> Iterator[None]:
 
 
 def charts(record: dict[str, Any]) -> dict[str, Any]:
-    """What a run's page shows beside its figures: sparsity by layer, cost by part, times with their spread."""
+    """What a run's page shows beside its figures: sparsity by layer, cost by part, times with their spread, a step by role."""
     import wandb
 
     layers: dict[str, list[tuple[float, float]]] = {}
@@ -156,6 +156,14 @@ def charts(record: dict[str, Any]) -> dict[str, Any]:
         shown["cost"] = wandb.Table(columns=["what", "value"], data=costs)
     if times:
         shown["latency"] = wandb.Table(columns=["what", "median ms", "p10 ms", "p90 ms"], data=times)
+    roles = [
+        [role, side, ms]
+        for side, told in (((record.get("latency") or {}).get("decode") or {}).get("by_kernel") or {}).items()
+        if isinstance(told, dict)
+        for role, ms in told.get("ms", {}).items()
+    ]
+    if roles:
+        shown["step by role"] = wandb.Table(columns=["role", "model", "ms"], data=roles)
     return shown
 
 

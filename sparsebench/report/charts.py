@@ -22,9 +22,9 @@ from sparsebench.records.terminal import uncertain
 from sparsebench.report import patterns
 from sparsebench.report.groups import Group, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
-from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, without_schema
+from sparsebench.report.step_charts import MOST_LINES, MOST_MAPS, nearest_half, of_machine
+from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, tooltip, without_schema
 
-MOST_MAPS, MOST_LINES = 12, 24  # heat maps and curves of one chart: more can't be read
 FAR = 20  # worst over best quality above which the axis is logarithmic
 
 
@@ -70,7 +70,7 @@ def point(same: list[Row], href: str | None) -> dict[str, Any]:
             for e, c in (("low", "p10"), ("high", "p90"))
             if time.get(f"speedup_{c}")
         }
-        place |= {"per_s": row.per_second("sparse"), "roofline": row.roofline}
+        place |= {"per_s": row.per_second("sparse"), "roofline": row.roofline, **row.of_limit}
     return {k: v for k, v in place.items() if v is not None}
 
 
@@ -87,16 +87,6 @@ def dense_point(group: Group) -> dict[str, Any] | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality over a cost
-
-
-def tooltip(metric: str) -> list[alt.Tooltip]:
-    shares = (("sparsity", "sparsity"), ("work", "MACs"), ("ffn", "MACs of FFNs"))
-    return [
-        alt.Tooltip("run:N"), alt.Tooltip("figure:N", title=metric), alt.Tooltip("seeds:Q"),
-        *(alt.Tooltip(f"{name}:Q", title=title, format=".1%") for name, title in shares),
-        alt.Tooltip("sparse:Q", title="ms", format=".3f"), alt.Tooltip("per_s:Q", title="per second", format=".1f"),
-        alt.Tooltip("speedup:Q", title="speed-up", format=".2f"), alt.Tooltip("kernel:N"), alt.Tooltip("machine:N"),
-    ]  # fmt: skip
 
 
 def against(
@@ -149,40 +139,15 @@ def against(
     return finished(alt.layer(*layers), title)
 
 
-def roofline(look: dict[str, tuple[str, str]], drawn: list[dict], machine: str) -> Spec | None:
-    """Measured speed-up over the speed-up that the bytes promise, on one machine; on the diagonal nothing is lost."""
-    drawn = [p for p in drawn if "roofline" in p and p["machine"] == machine]
-    if not drawn:
-        return None
-    top = 1.08 * max(max(p["roofline"], p["speedup"]) for p in drawn)
-    low = min(0.95, *(0.95 * p["speedup"] for p in drawn))
-    diagonal = alt.Chart(alt.InlineData([{"x": v, "y": v} for v in (low, top)]))
-    even = alt.Chart(alt.InlineData([{"y": 1}])).mark_rule(color="#bb3333", strokeDash=[3, 3]).encode(y="y:Q")
-    colours = palette(look, list(dict.fromkeys(p["series"] for p in drawn)))
-    base = alt.Chart(alt.NamedData("points")).transform_filter(
-        f"isValid(datum.roofline) && datum.machine == {quoted(machine)}"
-    )
-    x = alt.X("roofline:Q", title="dense bytes / sparse bytes of a step", scale=alt.Scale(zero=False))
-    y = alt.Y("speedup:Q", title="measured speed-up", scale=alt.Scale(zero=False))
-    layers = [
-        diagonal.mark_line(color="#9aa4b1").encode(x=alt.X("x:Q"), y="y:Q"), even,
-        base.mark_rule().encode(x, y="speedup_low:Q", y2="speedup_high:Q", color=colours["color"]),
-        base.mark_point(size=55, filled=True, opacity=1).encode(x, y, **colours, href="href:N", tooltip=tooltip("quality")),
-    ]  # fmt: skip
-    return finished(alt.layer(*layers), f"Speed-up against the bytes roofline, {machine.partition(',')[0]}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Other questions
 
 
 def heat_map(group: Group) -> Spec | None:
     """Measured sparsity of every map: layer by role, for each curve's setting nearest to half."""
-    rows = [r for r in group.rows if r.method != "dense" and r.sparsity is not None]
-    nearest = {r.series: r for r in sorted(rows, key=lambda r: -abs(r.sparsity - 0.5))}  # type: ignore[operator]
     cells = [
         {"series": series, "layer": layer, "role": role, "sparsity": value}
-        for series, row in sorted(nearest.items())[:MOST_MAPS]
+        for series, row in nearest_half([r for r in group.rows if r.method != "dense"])[:MOST_MAPS]
         for layer, role, value in sites(row.record)
     ]
     if not cells:
@@ -200,56 +165,6 @@ def heat_map(group: Group) -> Spec | None:
     ).properties(width=min(max(9 * count, 80), 330 // columns), height=max(14 * len(roles), 30))  # fmt: skip
     chart = rect.facet(facet=alt.Facet("series:N", title=None, header=alt.Header(labelLimit=190)), columns=columns)
     return without_schema(chart.properties(title="Where the sparsity lies, by map, measured"))
-
-
-def break_even(rows: list[Row], look: dict, machine: str) -> Spec | None:
-    """Time of a sparse step over its sparsity, at the operating point and with lower thresholds; dense beside it."""
-    rows = [r for r in rows if r.machine == machine and not r.noisy]
-    sections = [(r, ((r.record.get("latency") or {}).get("decode") or {}).get("break_even") or {}) for r in rows]
-    cells = [
-        {"series": r.series, "run": r.label, "sparsity": p["sparsity"], "times dense": p["median_ms"] / r.decode["dense"],
-         "low": p["p10_ms"] / r.decode["dense"], "high": p["p90_ms"] / r.decode["dense"]}
-        for r, section in sections[:MOST_LINES] for p in section.get("points") or []
-    ]  # fmt: skip
-    x = alt.X("sparsity:Q", title="sparsity of the step", axis=alt.Axis(format="%"))
-    y = alt.Y("times dense:Q", title="time / dense time", scale=alt.Scale(zero=False))
-    spec = lines_over(cells, x, y, f"Break-even: where a sparse step gets faster, {machine.partition(',')[0]}", look)
-    if spec:
-        spec["layer"].append({"data": {"values": [{"y": 1}]}, "mark": {"type": "rule", "color": "#bb3333", "strokeDash": [3, 3]},
-                              "encoding": {"y": {"field": "y", "type": "quantitative"}}})  # fmt: skip
-    return spec
-
-
-def engines(rows: list[Row], machine: str) -> Spec | None:
-    """What a step takes in every engine that was timed, dense and sparse, for each curve's setting nearest to half."""
-    rows = [r for r in rows if r.machine == machine and r.sparsity is not None and not r.noisy]
-    nearest = {r.series: r for r in sorted(rows, key=lambda r: -abs(r.sparsity - 0.5))}  # type: ignore[operator]
-    cells = [
-        {"series": series, "engine": name, "ms": t["median_ms"], "low": t.get("p10_ms"), "high": t.get("p90_ms")}
-        for series, row in sorted(nearest.items())[:MOST_MAPS]
-        for name, t in (((row.record.get("latency") or {}).get("decode") or {}).get("engines") or {}).items()
-    ]  # fmt: skip
-    if not cells:
-        return None
-    base = alt.Chart(alt.InlineData(cells)).encode(y=alt.Y("series:N", title=None), yOffset="engine:N")
-    colour = alt.Color("engine:N", scale=alt.Scale(scheme="tableau10"))
-    tips = [alt.Tooltip("series:N"), alt.Tooltip("engine:N"), alt.Tooltip("ms:Q", format=".3f")]
-    bars = base.mark_bar().encode(x=alt.X("ms:Q", title="ms of a step, median"), color=colour, tooltip=tips)
-    spread = base.mark_rule().encode(x="low:Q", x2="high:Q")
-    title = f"Time of a step by engine, {machine.partition(',')[0]}"
-    return finished(alt.layer(bars, spread), title, height=max(60, 14 * len(cells)))
-
-
-def batches(rows: list[Row], look: dict, machine: str) -> Spec | None:
-    """Time per example over the batch size, dense and sparse."""
-    cells = [
-        {"series": r.series, "run": f"{r.label} {side}", "model": side, "batch": t["batch"], "ms": t[side] / t["batch"]}
-        for r in [r for r in rows if r.machine == machine][:MOST_LINES] for t in r.times.values() if t.get("batch")
-        for side in ("dense", "sparse")
-    ]  # fmt: skip
-    x = alt.X("batch:Q", title="batch", scale=alt.Scale(type="log", base=2))
-    y = alt.Y("ms:Q", title="ms per example", scale=alt.Scale(type="log"))
-    return lines_over(cells, x, y, f"Time per example over the batch, {machine.partition(',')[0]}", look, dash="model")
 
 
 def training(rows: list[Row], look: dict) -> Spec | None:
@@ -318,16 +233,9 @@ def of_group(
             r.decode["dense"] for r in group.rows if r.machine == machine and r.decode.get("speedup") and not r.noisy
         ]
         charts[f"time-{number}"] = timed(group, look, here, machine, statistics.median(dense) if dense else None)
-        charts[f"roofline-{number}"] = roofline(look, drawn, machine)
-        charts[f"engines-{number}"] = engines(group.rows, machine)
-        charts[f"break-even-{number}"] = break_even(group.rows, look, machine)
-        charts[f"batches-{number}"] = batches(group.rows, look, machine)
+        charts |= {f"{k}-{number}": v for k, v in of_machine(group.rows, drawn, look, machine).items()}
     charts["patterns"] = patterns.ladder(group)
-    charts |= {
-        "maps": heat_map(group),
-        "training": training(group.rows, look),
-        "estimates": estimates(group, look),
-    }
+    charts |= {"maps": heat_map(group), "training": training(group.rows, look), "estimates": estimates(group, look)}
     return {name: spec for name, spec in charts.items() if spec is not None}, {"points": drawn}
 
 

@@ -45,7 +45,7 @@ from sparsebench.report.export import as_markdown
 from sparsebench.report.groups import protocol
 from sparsebench.report.published import SEEN, same
 from sparsebench.report.quantities import Estimate
-from sparsebench.report.rows import Row, flat
+from sparsebench.report.rows import Row
 from sparsebench.report.tables import DASH, Table
 from sparsebench.report.trials import AXES, AXIS_WORDS, EQUAL_WORDS, Missing, by_place, machine_of, measured, pools
 
@@ -267,7 +267,7 @@ def differs(claim: Claim, sides: dict[str, list[Row]]) -> Iterator[str]:
         yield f"{row.metric} instead of {setting['metric']}"
     if claim.timed and "machine" in setting:
         yield f"machine instead of {setting['machine']}"
-    configs = [flat(each.record["config"]) for rows in sides.values() for each in rows]
+    configs = [each.settings for rows in sides.values() for each in rows]
     for key, value in setting.get("with", {}).items():
         others = sorted({str(c[key]) for c in configs if key in c and not same(c[key], value)})
         if others:

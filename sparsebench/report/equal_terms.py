@@ -130,6 +130,11 @@ def error(evidence: Evidence | None, seed_variance: float, seeds: int = 1) -> fl
 
 
 def evidence(row: Row, side: str = "sparse") -> Evidence | None:
+    """`unpacked_evidence`, unpacked once."""
+    return row.once(("evidence", side), lambda: unpacked_evidence(row, side))
+
+
+def unpacked_evidence(row: Row, side: str) -> Evidence | None:
     """From the losses that a record keeps, on the scale of NLL or of the share of right answers; None without them.
 
     Losses that can't be read, or that don't fit each other, count as none.

@@ -36,7 +36,7 @@ from sparsebench.records import archive
 from sparsebench.report import tables
 from sparsebench.report.export import as_markdown
 from sparsebench.report.groups import Group, groups
-from sparsebench.report.rows import Row, flat, make_row
+from sparsebench.report.rows import Row, make_row
 from sparsebench.report.tables import DASH, Table
 
 FILE = "experiments.yaml"
@@ -236,7 +236,7 @@ def check_seeds(same: list[Row], key: tuple, title: str) -> None:
 
 
 def settings(row: Row) -> dict:
-    return {k: v for k, v in flat(row.record["config"]).items() if k != "seed" and v is not None}
+    return {k: v for k, v in row.settings.items() if k != "seed" and v is not None}
 
 
 def sortable(value: Any) -> tuple:

@@ -41,6 +41,10 @@ def figures(row: Row) -> dict[str, Any]:
         "sparse_ms": time.get("sparse"), "sparse_p10_ms": time.get("sparse_p10"), "sparse_p90_ms": time.get("sparse_p90"),
         "dense_per_s": row.per_second("dense"), "sparse_per_s": row.per_second("sparse"), "speedup": time.get("speedup"),
         "speedup_p10": time.get("speedup_p10"), "speedup_p90": time.get("speedup_p90"), "roofline": row.roofline,
+        "dense_of_limit": row.of_limit.get("of_limit_dense"), "sparse_of_limit": row.of_limit.get("of_limit_sparse"),
+        "read_bandwidth_gbs": (latency.get("limit") or {}).get("read_bandwidth_gbs"),
+        "dense_joules": row.joules.get("dense"), "sparse_joules": row.joules.get("sparse"),
+        "energy_source": (latency.get("energy") or {}).get("source"),
         "break_even_sparsity": break_even.get("sparsity"), "noisy": row.noisy,
         "dense_engine": time.get("dense_engine"), "sparse_engine": time.get("sparse_engine"), "kernel": time.get("kernel"),
         "weight_bytes_dense": memory.get("dense_weight_bytes"), "weight_bytes_sparse": memory.get("weight_bytes"),
@@ -61,7 +65,14 @@ def doubled(macs: float | None) -> float | None:
 
 def lines(groups: list[Group]) -> list[dict[str, Any]]:
     """One line per finished run, with the number of its group on the page (the dense model may stand in several)."""
-    return [{"group": i + 1, **figures(row)} for i, group in enumerate(groups) for row in group.rows]
+    every = [(i + 1, row, roles(row)) for i, group in enumerate(groups) for row in group.rows]
+    names = dict.fromkeys(name for _, _, told in every for name in told)
+    return [{"group": i, **figures(row), **{name: told.get(name) for name in names}} for i, row, told in every]
+
+
+def roles(row: Row) -> dict[str, float]:
+    """Milliseconds of a step by side and role, e.g. `dense_gate_up_ms`, where marks were taken."""
+    return {f"{side}_{role}_ms": ms for side, told in row.by_kernel.items() for role, ms in told["ms"].items()}
 
 
 def as_csv(groups: list[Group]) -> str:
@@ -76,7 +87,7 @@ def as_csv(groups: list[Group]) -> str:
 WHOLE, SWITCHES = ("group", "seed", "cores"), ("higher_is_better", "little_text", "noisy")
 TEXT = ("name", "label", "series", "method", "model", "dataset", "metric", "dense_engine", "sparse_engine", "kernel",
         "machine", "device", "sparsebench", "torch", "transformers", "commit", "started_at", "command", "estimate_target",
-        "config_hash", "record")  # fmt: skip
+        "energy_source", "config_hash", "record")  # fmt: skip
 
 
 def as_parquet(groups: list[Group]) -> bytes:

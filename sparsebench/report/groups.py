@@ -93,7 +93,7 @@ def label(rows: list[Row]) -> None:
     """
     for method in {r.method for r in rows}:
         mine = [r for r in rows if r.method == method]
-        settings = [flat(r.record["config"]) for r in mine]
+        settings = [r.settings for r in mine]
         keys = [k for k in differing(settings) if tells(k)]
         apart = telling_apart(mine, settings)
         kinds = {dtype_of(row) for row in mine}
@@ -125,7 +125,9 @@ def tells(key: str) -> bool:
 
 
 def differing(settings: list[dict]) -> list[str]:
-    return sorted({k for s in settings for k in s if len({repr(t.get(k)) for t in settings}) > 1})
+    """The keys whose values are not the same everywhere."""
+    keys = {k for s in settings for k in s}
+    return sorted(k for k in keys if len({repr(s.get(k)) for s in settings}) > 1)
 
 
 def telling_apart(rows: list[Row], settings: list[dict]) -> list[str]:
@@ -185,9 +187,10 @@ def repeats(rows: list[Row], everywhere: bool = False) -> list[list[Row]]:
     sets: dict[str, list[Row]] = {}
     left_out = (*NOT_IDENTITY, "seed", *(("hardware", "measure") if everywhere else ()))
     for row in rows:
-        settings = {k: v for k, v in row.record["config"].items() if k not in left_out}
-        dtype = ((row.record.get("env") or {}).get("hardware") or {}).get("dtype")
-        sets.setdefault(digest([settings, dtype if everywhere else row.machine]), []).append(row)
+        key = row.once(("repeats", everywhere), lambda row=row: digest(
+            [{k: v for k, v in row.record["config"].items() if k not in left_out}, dtype_of(row) if everywhere else row.machine]
+        ))  # fmt: skip
+        sets.setdefault(key, []).append(row)
     if everywhere:
         return [list({r.record["config"].get("seed"): r for r in same}.values()) for same in sets.values()]
     return list(sets.values())

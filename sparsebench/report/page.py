@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from sparsebench.bench import output as bench
 from sparsebench.records import archive, files, record
-from sparsebench.report import charts, claims, document, equal_terms, export, published, tables, vega
+from sparsebench.report import charts, claims, document, equal_terms, export, published, step_tables, tables, vega
 from sparsebench.report.escape import markdown, marked_down
 from sparsebench.report.groups import Group, groups
 from sparsebench.report.rows import Collection, Row
@@ -292,7 +292,8 @@ def one_group(page: Page, group: Group, number: int, look: dict) -> None:
     page.table(tables.comparison(group), rows_named=True)
     at_equal_terms(page, group)
     for title, table in (("Further metrics", tables.metrics(group)), ("Over seeds", tables.seeds(group)),
-                         ("Estimates", tables.estimates(group))):  # fmt: skip
+                         ("Where a step's time goes", step_tables.where_time_goes(group)),
+                         ("Over the batch", step_tables.batches(group)), ("Estimates", step_tables.estimates(group))):  # fmt: skip
         if table is not None:
             page.title(title)
             page.table(table)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from sparsebench.report.rows import Row, flat
+from sparsebench.report.rows import Row
 
 FILE = Path(str(files("sparsebench") / "assets")) / "published.yaml"
 SEEN = {
@@ -50,9 +50,8 @@ def beside(rows: list[Row]) -> list[Beside]:
     """
     lines = []
     for row in rows:
-        mine = []
+        mine, settings = [], row.settings
         for entry in figures():
-            settings = flat(row.record["config"])
             if entry["method"] != row.method or measured(row, entry["metric"]) is None:
                 continue
             point = next((p for p in entry["points"] if same(settings.get(entry["key"]), p)), None)

@@ -8,10 +8,10 @@ context and torch version.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsebench.config.identity import NOT_IDENTITY
 from sparsebench.records import archive, record
@@ -23,6 +23,7 @@ SCHEMA_1_EVAL = {  # the part of `eval` that a key of schema 1 belongs to now
     **dict.fromkeys(("test_examples", "examples_per_batch", "cue_conflict"), "classifier"),
     **dict.fromkeys(("tasks", "task_limit", "task_path"), "lm_eval"),
 }
+T = TypeVar("T")
 FFN_ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
 
 
@@ -55,6 +56,18 @@ class Row:
     machine: str = ""
     fit_seconds: float | None = None
     fronts: list[str] = field(default_factory=list)  # sparsity, work, time: where no other row is better in both
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what was worked out before: `once`
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, worked out only the first time: of a row, tables and charts ask the same many times."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]  # type: ignore[no-any-return]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings as dotted keys (see `flat`)."""
+        return self.once("settings", lambda: flat(self.record["config"]))
 
     @property
     def decode(self) -> dict:
@@ -72,9 +85,39 @@ class Row:
         return self.sparse / self.dense if self.dense and self.sparse is not None else None
 
     @property
+    def latency(self) -> dict[str, Any]:
+        return self.record.get("latency") or {}
+
+    @property
     def roofline(self) -> float | None:
-        """The speed-up that the bytes promise: dense / sparse."""
-        return 1 / self.bytes if self.bytes else None
+        """The speed-up that the bytes promise, dense / sparse: of the timed step where its own were counted."""
+        return (self.latency.get("limit") or {}).get("speedup") or (1 / self.bytes if self.bytes else None)
+
+    @property
+    def of_limit(self) -> dict[str, float]:
+        """Share of the bytes limit of its machine that each step reached, as `of_limit_<side>`."""
+        return {f"of_limit_{side}": v for side, v in ((self.latency.get("limit") or {}).get("share") or {}).items()}
+
+    @property
+    def joules(self) -> dict[str, float]:
+        """Energy per token or example by side, where it was measured."""
+        energy = self.latency.get("energy") or {}
+        return {side: energy[side]["joules"] for side in ("dense", "sparse") if energy.get(side)}
+
+    @property
+    def by_kernel(self) -> dict[str, dict]:
+        """Where a step's time goes: what was told of each side, where anything was."""
+        section = (self.latency.get("decode") or {}).get("by_kernel") or {}
+        return {side: section[side] for side in ("dense", "sparse") if (section.get(side) or {}).get("ms")}
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """Times in ms over the batch: {batch, dense, sparse, kernel} of forward passes, or of decode with what any row keeps."""
+        decode = [
+            {**row, "dense": row.get("dense_ms"), "sparse": row.get("sparse_ms"), "kernel": row.get("kernel")}
+            for row in self.latency.get("batches") or []
+        ]
+        return decode or [times for times in self.times.values() if times.get("batch")]
 
 
 @dataclass

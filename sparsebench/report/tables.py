@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sparsebench.records import archive, terminal
 from sparsebench.records.terminal import rounded, scaled, uncertain
 from sparsebench.report.equal_terms import Point, Standing
-from sparsebench.report.groups import Group, differences, on_target, over_seeds
+from sparsebench.report.groups import Group, differences, over_seeds
 from sparsebench.report.rows import Row
 
 DASH = "–"
@@ -33,28 +33,51 @@ def comparison(group: Group) -> Table:
     """The rows of one group, by method and sparsity; those on a front are marked."""
     metric = group.protocol["metric"]
     head = ["run", "front", "asked", "sparsity", "dense", metric, "change", "MACs", "executed", "bytes", "dense ms",
-            "sparse ms", "per s", "speed-up", "roofline", "kernel", "fit s"]  # fmt: skip
+            "sparse ms", "per s", "speed-up", "roofline", "of limit", "J dense", "J sparse", "kernel", "fit s"]  # fmt: skip
     rows = [
         [
             row.label, ", ".join(row.fronts), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
             known(row.dense, row.dense_stderr), known(row.sparse, row.sparse_stderr), change(row), number(row.macs, ".1%"),
             number(row.executed, ".1%"), number(row.bytes, ".1%"), spread(row.decode, "dense"), spread(row.decode, "sparse"),
-            number(row.per_second("sparse"), ".1f"), speedup(row), number(row.roofline, ".2f", "x"), kernels(row.decode),
-            number(row.fit_seconds, ".1f"),
+            number(row.per_second("sparse"), ".1f"), speedup(row), number(row.roofline, ".2f", "x"), of_limit(row),
+            *joules(row), kernels(row.decode), number(row.fit_seconds, ".1f"),
         ]
         for row in group.rows
     ]  # fmt: skip
     note = (
-        "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or time "
-        "on its machine. Sparsity is measured on test tokens and model-wide, asked is what was set. ± is the standard error "
-        "over the test set; that of the change is paired. MACs and bytes are shares of the dense model's per decoded "
-        "token: MACs counted, executed as the kernel ran, bytes of weights and cache read. Roofline: the speed-up that "
-        "the bytes promise. Times are medians with p10 and p90 in brackets; dense is the fastest dense engine of the run "
-        "on the untouched model, named before the kernel. “simulated” means that no kernel skipped work, so no speed-up "
-        "is claimed; “noisy” that spread or load of the machine make the times worthless."
+        "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or "
+        "time on its machine. Sparsity is measured on test tokens and model-wide, asked is what was set. ± is the "
+        "standard error over the test set; that of the change is paired. MACs and bytes are shares of the dense "
+        "model's per decoded token: MACs counted, executed as the kernel ran, bytes of weights and cache read. "
+        "Roofline: the speed-up that the bytes promise; of limit: how much of the bytes limit of its machine (bytes "
+        "over read bandwidth, measured in the run) the dense and the sparse step reached, above 100 % from a cache. "
+        "J: joules per token, idle power included. Times are medians with p10 and p90 in brackets; dense is the "
+        "fastest dense engine of the run on the untouched model, named before the kernel. “simulated” means that no "
+        "kernel skipped work, so no speed-up is claimed; “noisy” that spread or load of the machine make the times "
+        "worthless."
     )
     marked = {i for i, row in enumerate(group.rows) if row.fronts}
-    return Table(head, rows, set(range(2, 15)) | {16}, marked, note, list(group.rows))
+    table = Table(head, rows, {*range(2, 18), 19}, marked, note, list(group.rows))
+    return without_empty(table, {"of limit", "J dense", "J sparse"})
+
+
+def without_empty(table: Table, names: set[str]) -> Table:
+    """The table without those of the named columns that hold nothing in any row."""
+    empty = {i for i, name in enumerate(table.head) if name in names and all(row[i] == DASH for row in table.rows)}
+    kept = [i for i in range(len(table.head)) if i not in empty]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    numeric = {place for place, i in enumerate(kept) if i in table.numeric}
+    return Table([table.head[i] for i in kept], rows, numeric, table.marked, table.note, table.runs)
+
+
+def of_limit(row: Row) -> str:
+    """Shares of the bytes limit that the dense and the sparse step reached."""
+    return " / ".join(f"{share:.0%}" for share in row.of_limit.values()) or DASH
+
+
+def joules(row: Row) -> tuple[str, str]:
+    """Energy per token or example, dense and sparse."""
+    return number(row.joules.get("dense"), ".3g"), number(row.joules.get("sparse"), ".3g")
 
 
 def known(value: float | None, stderr: float | None) -> str:
@@ -134,25 +157,6 @@ def seeds(group: Group) -> Table | None:
     ]
     head = ["setting", "seeds", "sparsity, mean ± s.d.", f"{group.protocol['metric']}, mean ± s.d."]
     return Table(head, rows, {1, 2, 3}, set()) if rows else None
-
-
-def estimates(group: Group) -> Table | None:
-    """Predicted times of absent targets, beside the same run measured on the target where the records hold one."""
-    rows = []
-    for row in group.rows:
-        estimate = row.record.get("estimate")
-        if not estimate:
-            continue
-        decode, real = estimate["decode"], on_target(row, group)
-        rows.append([
-            row.label, estimate["target"], f"≈ {decode['dense_ms']:.3f}", f"≈ {decode['sparse_ms']:.3f}",
-            f"≈ {decode['speedup']:.2f}x", estimate["fitted_on"]["device"],
-            f"{spread(real.decode, 'dense')}, {spread(real.decode, 'sparse')}, {speedup(real)}" if real else DASH,
-            "; ".join(estimate["cautions"]) or DASH,
-        ])  # fmt: skip
-    head = ["run", "target", "dense ms", "sparse ms", "speed-up", "fitted on", "measured on the target", "caution"]
-    note = "Estimates, not measurements: the target's roofline over the efficiency measured on the present device."
-    return Table(head, rows, {2, 3, 4}, set(), note) if rows else None
 
 
 def protocols(groups: list[Group]) -> Table | None:
@@ -245,11 +249,13 @@ def totals(rows: list[Row]) -> str:
 def every_run(groups: list[Group]) -> Table:
     """Every finished run with the figures that people ask for, protocols one after the other."""
     head = ["protocol", "run", "model", "data", "method", "metric", "dense", "sparse", "sparsity", "MACs", "bytes",
-            "dense MFLOPs", "sparse MFLOPs", "dense ms", "sparse ms", "dense per s", "sparse per s", "speed-up", "kernel",
-            "machine", "load / cores", "weights MB", "peak MB", "fit s", "torch", "sparsebench", "commit", "hash"]  # fmt: skip
+            "dense MFLOPs", "sparse MFLOPs", "dense ms", "sparse ms", "dense per s", "sparse per s", "speed-up", "of limit",
+            "J dense", "J sparse", "kernel", "machine", "load / cores",
+            "weights MB", "peak MB", "fit s", "torch", "sparsebench", "commit", "hash"]  # fmt: skip
     runs = [(i + 1, row) for i, group in enumerate(groups) for row in group.rows]
-    return Table(head, [run_cells(i, row) for i, row in runs], {0, *range(6, 18), *range(20, 24)}, set(),
-                 runs=[row for _, row in runs])  # fmt: skip
+    numeric = {0, *range(6, 21), *range(23, 27)}
+    table = Table(head, [run_cells(i, row) for i, row in runs], numeric, set(), runs=[row for _, row in runs])
+    return without_empty(table, {"of limit", "J dense", "J sparse"})
 
 
 def run_cells(number_of_group: int, row: Row) -> list[str]:
@@ -265,8 +271,8 @@ def run_cells(number_of_group: int, row: Row) -> list[str]:
         row.metric or DASH, known(row.dense, row.dense_stderr), known(row.sparse, row.sparse_stderr),
         number(row.sparsity, ".1%"), number(row.macs, ".1%"), number(row.bytes, ".1%"), *flops,
         spread(row.decode, "dense"), spread(row.decode, "sparse"),
-        *(number(row.per_second(side), ".1f") for side in ("dense", "sparse")), speedup(row), kernels(row.decode),
-        row.machine, f"{load:.1f} / {cores}" if load is not None else DASH, *sizes, number(row.fit_seconds, ".1f"),
+        *(number(row.per_second(side), ".1f") for side in ("dense", "sparse")), speedup(row), of_limit(row), *joules(row),
+        kernels(row.decode), row.machine, f"{load:.1f} / {cores}" if load is not None else DASH, *sizes, number(row.fit_seconds, ".1f"),
         str(versions.get("torch") or DASH), str(versions.get("sparsebench") or DASH),
         (env.get("git_commit") or DASH)[:7], archive.key(record)[:10],
     ]  # fmt: skip

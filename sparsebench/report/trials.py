@@ -15,10 +15,10 @@ from sparsebench.config.identity import digest
 from sparsebench.records import archive
 from sparsebench.report import quantities
 from sparsebench.report.experiments import selected
-from sparsebench.report.groups import Group, protocol
+from sparsebench.report.groups import Group, differing, protocol
 from sparsebench.report.published import same
 from sparsebench.report.quantities import Estimate, Quantity, linear, over_seeds, quality, read_curve
-from sparsebench.report.rows import Row, flat
+from sparsebench.report.rows import Row
 from sparsebench.report.tables import busy
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def by_place(rows: list[Row], timed: bool) -> list[list[Row]]:
     """
     places: dict[str, list[Row]] = {}
     for row in rows:
-        places.setdefault(digest([terms(row, timed), machine_of(row, timed)]), []).append(row)
+        key = row.once(("place", timed), lambda row=row: digest([terms(row, timed), machine_of(row, timed)]))
+        places.setdefault(key, []).append(row)
     return list(places.values())
 
 
@@ -63,10 +64,9 @@ def alike(claim: Claim, sides: dict[str, list[Row]]) -> Iterator[tuple[dict[str,
     for name, rows in sides.items():
         side = claim.sides[name]
         hidden = {*side.get("vary", ()), *side.get("ignore", ()), *side["where"]}
-        settings = [{k: v for k, v in flat(r.record["config"]).items() if k.startswith("method.") and k not in hidden}
+        settings = [{k: v for k, v in r.settings.items() if k.startswith("method.") and k not in hidden}
                     for r in rows]  # fmt: skip
-        keys = {k for s in settings for k in s if len({repr(t.get(k)) for t in settings}) > 1}
-        keys |= set(claim.equal) - hidden
+        keys = set(differing(settings)) | set(claim.equal) - hidden
         split[name] = {}
         for row, own in zip(rows, settings, strict=True):
             told = {k: own.get(k) for k in sorted(keys)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import wandb
 
 from sparsebench.records import tracking
-from sparsebench.report import equal_terms, export, tables
+from sparsebench.report import equal_terms, export, step_tables, tables
 from sparsebench.report.groups import Group, groups
 from sparsebench.report.rows import Collection
 
@@ -64,7 +64,7 @@ def as_wandb(table: tables.Table) -> wandb.Table:
 
 
 def comparisons(group: Group) -> dict[str, tables.Table]:
-    """A protocol's tables: its rows, its curves at equal terms and the comparisons that can be quoted."""
+    """A protocol's tables: its rows, its curves at equal terms, the comparisons that can be quoted, and its steps."""
     made = {"table": tables.comparison(group)}
     every = equal_terms.standings(group)
     quoted = tables.comparisons(every)
@@ -73,7 +73,11 @@ def comparisons(group: Group) -> dict[str, tables.Table]:
         for each in every:
             by_axis.setdefault(f"at equal {each.axis.name} {each.axis.machine}".strip(), []).append(each)
         made |= {"comparisons": quoted} | {name: tables.equal_terms(those) for name, those in by_axis.items()}
-    return made
+    steps = {
+        "where a step's time goes": step_tables.where_time_goes(group),
+        "over the batch": step_tables.batches(group),
+    }
+    return made | {name: table for name, table in steps.items() if table is not None}
 
 
 def plots(group: Group) -> dict:

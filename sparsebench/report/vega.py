@@ -5,6 +5,7 @@ Colour and marker stand for a curve, the same on the whole page.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -45,6 +46,7 @@ def as_png(svg: str) -> bytes:
     return vl_convert.svg_to_png(svg, scale=2)
 
 
+@functools.cache
 def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`."""
     return vl_convert.javascript_bundle(vl_version=VERSION)
@@ -89,6 +91,19 @@ def lines_over(cells: list[dict], x: alt.X, y: alt.Y, title: str, look: dict, da
     if len(cells) <= MOST_STEPS * 2:
         layers.append(base.mark_point(size=40, filled=True, opacity=1).encode(x, y, **colours, tooltip=tips))
     return finished(alt.layer(*layers), title)
+
+
+def tooltip(metric: str) -> list[alt.Tooltip]:
+    """What is said of a point that stands for a setting."""
+    shares = (("sparsity", "sparsity"), ("work", "MACs"), ("ffn", "MACs of FFNs"))
+    return [
+        alt.Tooltip("run:N"), alt.Tooltip("figure:N", title=metric), alt.Tooltip("seeds:Q"),
+        *(alt.Tooltip(f"{name}:Q", title=title, format=".1%") for name, title in shares),
+        alt.Tooltip("sparse:Q", title="ms", format=".3f"), alt.Tooltip("per_s:Q", title="per second", format=".1f"),
+        alt.Tooltip("speedup:Q", title="speed-up", format=".2f"), alt.Tooltip("kernel:N"), alt.Tooltip("machine:N"),
+        alt.Tooltip("of_limit_dense:Q", title="dense, of the bytes limit", format=".0%"),
+        alt.Tooltip("of_limit_sparse:Q", title="sparse, of the bytes limit", format=".0%"),
+    ]  # fmt: skip
 
 
 def quoted(text: str) -> str:

@@ -8,6 +8,7 @@ import transformers
 
 from sparsebench import engines
 from sparsebench.engines import fused_cuda
+from sparsebench.measure import breakdown, clock, energy, latency
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
 
@@ -60,3 +61,38 @@ def test_cuda_greedy_tokens_come_from_the_device():
         fused.step()
         values.append(int(fused.steps.token))
     assert values == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["fused", "compiled", "eager"])
+def test_a_step_is_told_by_role_and_its_parts_fill_its_time(engine):
+    """At sizes where kernels are longer than the gaps between them; fused: norms are inside the products behind them."""
+    model = llama(torch.float16, hidden=2048, inner=5504, heads=16, groups=16, layers=4)
+    ids = torch.randint(0, 1000, (100,), device="cuda")
+    text = latency.Text.of(ids, 64, model)
+    decoder = engines.decoder(model, text.prompt, text.block, None, engine) if engine != "fused" else None
+    if decoder is None:
+        engines.channel_major(model)
+        decoder = fused_cuda.Decoder(model, text.prompt, text.block)
+    latency.warm(decoder, text)
+    actual = breakdown.one_engine(decoder, text, torch.device("cuda"))
+    roles = {"qkv", "attention", "o", "gate_up", "down", "head"}
+    wanted = {"fused": roles | {"embed"}, "compiled": {"products"}, "eager": roles | {"embed", "norm", "ffn"}}[engine]
+    assert "reason" not in actual and set(actual["ms"]) >= wanted, actual
+    total = sum(actual["ms"].values())
+    assert 0.3 * actual["step_ms"] < total < 1.5 * actual["step_ms"], actual
+    assert 0 <= actual["unattributed"] < 0.7
+    if engine == "fused":
+        assert actual["ms"]["gate_up"] > actual["ms"]["o"]  # five times the weights
+
+
+@pytest.mark.gpu
+def test_energy_of_a_product_is_that_of_a_card_at_work():
+    """Between a card's idle power and more than any card draws; twice the products of a call cost about twice as much."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+    once, twice = (clock.Contender(lambda _, n=n: [a @ a for _ in range(n)]) for n in (50, 100))
+    actual = energy.measure({"dense": twice, "sparse": once}, 1, "token", torch.device("cuda"))
+    if actual["reason"]:
+        pytest.skip(actual["reason"])
+    assert 20 < actual["dense"]["watts"] < 2000
+    assert 1.2 < actual["dense"]["joules"] / actual["sparse"]["joules"] < 3.5

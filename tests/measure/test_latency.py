@@ -65,7 +65,7 @@ def test_nan_never_passes_parity():
 
 
 def settings():
-    return SimpleNamespace(samples=30, warmup=3, context=8, prompt=8)
+    return SimpleNamespace(samples=30, warmup=3, context=8, prompt=8, by_kernel=True, energy=False)
 
 
 def hardware(kernel, engine="auto"):

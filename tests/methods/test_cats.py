@@ -102,7 +102,7 @@ def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
     rule = method(sparsity=0.7)
     model = rule.apply(tiny_model(), rule.fit(Loaded(tiny_model(), None, {}), data, worker), worker)
     assert engines.choose(model, worker.hardware) == "eager"
-    settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
+    settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16, by_kernel=False, energy=False)
     actual = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert (
         actual["kernel"] == "cpu_numba"

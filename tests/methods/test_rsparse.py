@@ -313,7 +313,7 @@ def test_latency_of_a_hybrid_model_runs_the_skipping_kernel(engine, data, tmp_pa
     model = rule.apply(tiny_model(), fitted(rule, data, tmp_path), worker)
     assert any(m.low_rank is not None for m in sparse_maps(model).values())
     assert engines.choose(model, worker.hardware) == engine
-    settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16)
+    settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16, by_kernel=False, energy=False)
     actual = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert actual["kernel"] == "cpu_numba" and actual["decode"]["sparse_engine"] == engine
     assert actual["decode"]["speedup"] > 0 and 0 < actual["parity_relative_error"] < 1e-4

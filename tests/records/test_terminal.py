@@ -47,6 +47,20 @@ def line(values: dict, word: str) -> str:
     return next(each for each in lines(values) if word in each)
 
 
+def test_energy_and_the_bytes_limit_stand_where_they_were_measured():
+    record = record_with()
+    assert not any("energy" in each or "limit" in each for each in lines(record))
+    nothing = {"dense": None, "sparse": None, "per": "token", "source": None, "reason": "no counter"}
+    record["latency"] |= {"energy": nothing}
+    assert not any("energy" in each for each in lines(record))
+    both = {"dense": {"joules": 0.02}, "sparse": {"joules": 0.013}}
+    record["latency"]["energy"] = {**both, "per": "token", "source": "NVML, the whole card"}
+    record["latency"]["limit"] = {"share": {"dense": 0.81, "sparse": 1.2}, "speedup": 2.5}
+    energy, limit = line(record, "energy per token, NVML"), line(record, "of the bytes limit")
+    assert "20 mJ" in energy and "13 mJ" in energy and "0.650x" in energy
+    assert "81.00%" in limit and "120.00% (cached)" in limit and "the bytes allow 2.50x" in limit
+
+
 def test_medians_stand_with_their_spread_and_the_dense_engine_by_name():
     record = record_with()
     decode = line(record, "decode, context 128")

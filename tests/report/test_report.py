@@ -21,7 +21,7 @@ import yaml
 from sparsebench.config.identity import digest
 from sparsebench.records import archive, record
 from sparsebench.report import __main__ as report_command
-from sparsebench.report import charts, document, export, page, published, rows, tables, vega
+from sparsebench.report import charts, document, export, page, published, rows, step_tables, tables, vega
 from sparsebench.report import groups as grouping
 from tests.helpers import failed, laid, made, made_bench, vision, with_losses
 
@@ -271,7 +271,7 @@ def test_estimates_stand_apart_and_beside_the_measured_target(tmp_path):
     real["env"] = {"gpu": "NVIDIA H200", "hardware": {"device": "cuda:0", "dtype": "float32", "threads": 1}}
     real["config_hash"] = "real"
     _, groups, html, _ = reported(laid(tmp_path, guess, real))
-    table = tables.estimates(groups[0])
+    table = step_tables.estimates(groups[0])
     assert len(table.rows) == 1 and "1.70x" in table.rows[0][6] and "≈ 2.00x" in table.rows[0]
     assert "Estimates, not measurements" in html
     measured = tables.comparison(groups[0])
@@ -455,9 +455,10 @@ def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs
     assert all("model llama-tiny instead of" in b.differs[0] for b in record)
     assert all("method.prompt=all instead of half" in b.differs for b in record)
     assert any("(unverified)" in b.source for b in record)
-    exact = copy.deepcopy(row)
-    exact.record["config"]["model"]["name"] = "llama2-7b"
-    exact.record["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    other = copy.deepcopy(row.record)
+    other["config"]["model"]["name"] = "llama2-7b"
+    other["config"]["method"] |= {"prompt": "half", "allocation": "greedy"}
+    exact = rows.make_row(row.path, other)
     mine = [b for b in published.beside([exact]) if b.metric == "perplexity" and "2408.14690" in b.source]
     assert len(mine) == 1 and [d.split()[0] for d in mine[0].differs] == ["data"]
 
