@@ -77,14 +77,17 @@ def test_the_table_of_a_group_has_the_column_only_where_something_was_searched(t
 
 
 def test_models_share_a_figure_and_targets_are_curves(tmp_path):
-    contents = [run(m, s, t, channels=c) for m, s, t, c in (
-        ("small", 1e8, "input", 0.30), ("large", 1e9, "input", 0.35), ("small", 1e8, "intermediate", 0.40), ("large", 1e9, "intermediate", 0.50),
-    )]  # fmt: skip
+    sizes, shares = {"small": 1e8, "large": 1e9}, {"input": (0.30, 0.35), "intermediate": (0.40, 0.50)}
+    contents = [
+        run(name, sizes[name], target, channels=share)
+        for target, pair in shares.items()
+        for name, share in zip(sizes, pair, strict=True)
+    ]
     rows = collected(tmp_path, *contents).finished
     table = critical.table(rows)
     assert {line[0] for line in table.rows} == {"topp input", "topp intermediate"} and len(table.rows) == 4
     (spec,) = critical.chart(rows).values()
-    values = spec["layer"][0]["data"]["values"]
+    values = (spec.get("data") or spec["layer"][0]["data"])["values"]
     assert {(v["series"], v["parameters"], v["channels"]) for v in values} == {
         ("topp input", 1e8, 0.3), ("topp input", 1e9, 0.35), ("topp intermediate", 1e8, 0.4), ("topp intermediate", 1e9, 0.5),
     }  # fmt: skip
@@ -106,7 +109,7 @@ def test_different_demands_and_single_models_make_no_figure(tmp_path):
 
 def test_published_and_claimed_figures_are_read(tmp_path):
     rows = collected(
-        tmp_path, run("gemma3-1b", 1e9, "intermediate", channels=0.45), run("gemma3-1b", 1e9, "input")
+        tmp_path, run("gemma3-1b", 1e9, "intermediate", channels=0.44), run("gemma3-1b", 1e9, "input")
     ).finished
     lines = {
         b.row.record["config"]["method"]["target"]: b for b in published.beside(rows) if b.metric == "critical_sparsity"
@@ -121,4 +124,4 @@ def test_published_and_claimed_figures_are_read(tmp_path):
         **{**vars(claim), "tests": claim.tests[:1], "sides": {k: claim.sides[k] for k in ("middle", "input")}}
     )
     (line,) = verdicts(rows, [both])
-    assert line.verdict == "not decided" and "3.0 ± 1.4" in line.measured.replace("+", ""), line
+    assert line.verdict == "not decided" and "2.0 ± 1.4" in line.measured.replace("+", ""), line

@@ -29,6 +29,8 @@ class BlockSearch:
 
 def project(p: torch.Tensor, sizes: torch.Tensor, budget: float, top: float) -> torch.Tensor:
     """p clipped to [0, top] and shifted by one constant until its weighted mean is the budget; float64 [L]."""
+    if budget == 0:
+        return torch.zeros_like(p)
     shares = sizes.double() / sizes.sum()
     low, high = -top - float(p.max()), top - float(p.min())
     for _ in range(200):
