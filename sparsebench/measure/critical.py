@@ -93,7 +93,7 @@ class Crossing:
 def crossing(at: Callable[[float], Point], ends: tuple[float, float], demand, resolution: float) -> Crossing:
     """Bisect a knob between its ends (least, most dropped). demand(point): whether it passes.
 
-    resolution: of the measured sparsity, where the search ends. Unreachable: the end that drops least does not pass;
+    resolution: of the measured sparsity, by both axes, where the search ends. Unreachable: the end that drops least does not pass;
     beyond the range: the last setting that the method takes still passes.
     """
     least, most = ends
@@ -110,8 +110,9 @@ def crossing(at: Callable[[float], Point], ends: tuple[float, float], demand, re
         return True
 
     def close(passed: float, failed: float) -> bool:
-        a, b = at(passed).sparsity, at(failed).sparsity
-        near = a is not None and b is not None and abs(a - b) <= resolution
+        a, b = at(passed), at(failed)
+        known = a.kept is not None and b.kept is not None
+        near = known and max(abs(a.sparsity - b.sparsity), abs(a.channels - b.channels)) <= resolution
         return near or abs(failed - passed) <= FINEST * abs(most - least)
 
     point = at(furthest(passes, least, most, close))

@@ -33,7 +33,9 @@ def search(
         def at(value: float) -> critical.Point:
             try:
                 module = sparse(value)
-            except ValueError:  # a setting that the method refuses
+            except ValueError:  # a setting further out that the method refuses
+                if value == knob.least:
+                    raise
                 return critical.Point(value, None, None, None, None)
             metrics, counters = task.score(module, split, limit, settings, metric)
             kept = critical.kept(metric, whole, critical.pieces_of(metric, metrics))

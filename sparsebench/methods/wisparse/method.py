@@ -99,7 +99,9 @@ class WiSparse(Method):
             text = self.search_text(data, rows)
             extra["search"] = self.search_blocks(module, blocks, state, text, work, costs)
         if self.ladder:
-            extra["ladder_on_dev"] = self.climbed(module, blocks, state, sequences, norms, data, work)
+            extra["ladder_on_dev"] = {"sparsity": self.sparsity} | self.climbed(
+                module, blocks, state, sequences, norms, data, work
+            )
         return state
 
     def norms(self, module: nn.Module, blocks: list[Block]) -> exponent.Norms:
