@@ -20,7 +20,7 @@ from tests.helpers import Rows, built, logits, tiny_model, work
 
 SEARCH = {"population": 6, "generations": 3, "mutation": 0.1, "tokens": 128, "seed": 0}
 QUICK = {"prompt": "all", "calibration_tokens": 256, "ladder": False, "search": SEARCH,
-         "greedy": {"step": 0.25, "stop": 0.9, "error_tokens": 0.25}}  # fmt: skip
+         "greedy": {"step": 0.5, "stop": 0.8, "error_tokens": 0.25}}  # fmt: skip
 
 
 def method(**changes) -> WiSparse:
