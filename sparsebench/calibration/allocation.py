@@ -64,6 +64,7 @@ class Table:
     uniform_error: torch.Tensor  # [rows]
     sparsity: torch.Tensor  # [rows, roles]
     runs: int = 0  # of the block, over all sequences: what the search cost
+    norm: float = 1.0  # of the block's dense output, l2 over the compared tokens: what errors are a part of
 
     def at(self, target: float) -> Shares:
         """Per-role sparsities at exactly this effective sparsity, linear between rows and from the dense block."""
@@ -116,7 +117,7 @@ def greedy(
                 limit = functools.partial(threshold, layer)
                 error = BlockError(model, block, named, hidden, outputs, limit, by_role, tokens)
                 table = search(block, model, error, settings, units and units(block))
-                table.runs = error.runs
+                table.runs, table.norm = error.runs, norm_of(outputs, tokens)
                 keep_table(part := State(), layer, table)
                 write(part, folder / f"greedy-{layer}.safetensors")
             tables.append(table_of(part, layer))
@@ -124,6 +125,11 @@ def greedy(
             if progress is not None:
                 progress(layer + 1, len(blocks))
     return tables
+
+
+def norm_of(outputs: list[torch.Tensor], tokens: int) -> float:
+    """l2 norm of the last `tokens` of each sequence of outputs [B, T, D]."""
+    return float(sum(o[:, -tokens:].double().square().sum() for o in outputs)) ** 0.5
 
 
 def add_tables(
@@ -177,12 +183,12 @@ def keep_table(state: State, layer: int, table: Table) -> None:
     state.info.setdefault("roles", table.roles)
     for name in TABLE:
         state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
-    state.info.setdefault("block_runs", {})[str(layer)] = table.runs
+    state.info.setdefault("blocks", {})[str(layer)] = {"runs": table.runs, "norm": table.norm}
 
 
 def table_of(state: State, layer: int) -> Table:
-    runs = state.info.get("block_runs", {}).get(str(layer), 0)
-    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE), runs)
+    known = state.info.get("blocks", {}).get(str(layer), {})
+    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE), **known)
 
 
 def search(

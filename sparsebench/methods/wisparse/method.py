@@ -160,7 +160,7 @@ class WiSparse(Method):
         sizes = torch.tensor([sum(size(module, s) for s in b.sites.values()) for b in blocks], dtype=torch.float64)
         tables = [table_of(state, block.index) for block in blocks]
         levels = np.arange(0, self.top + 1e-9, budgets.LEVELS)
-        errors = np.array([[table.error_at(float(p)) ** 2 for p in levels] for table in tables])
+        errors = np.array([[relative(table, float(p)) ** 2 for p in levels] for table in tables])
         additive = budgets.additive(errors, sizes, self.sparsity, self.top)
         report: dict[str, Any] = {"budget": self.sparsity}
         with self.swapped(module, blocks, state, work) as set_shares:
@@ -172,7 +172,7 @@ class WiSparse(Method):
             state.tensors["blocks"], evaluations = additive, 2
             if self.over_blocks == "evolution" and self.sparsity > 0:
                 generator = torch.Generator().manual_seed(self.search.seed)
-                at_budget = torch.tensor([table.error_at(self.sparsity) for table in tables])
+                at_budget = torch.tensor([relative(table, self.sparsity) for table in tables])
                 rules = (sizes, self.sparsity, self.top, self.search)
                 state.tensors["blocks"], report["history"] = evolve(
                     fitness, len(blocks), self.search, work.folder, work.log,
@@ -263,6 +263,11 @@ class WiSparse(Method):
                     rule = {"scale": self.scale(state, site, work), "prompt": self.prompt}
                     swap(module, site, self.threshold(state, site, p), kernel=work.hardware.kernel_name, **rule)
         return module
+
+
+def relative(table: Table, p: float) -> float:
+    """A block's output error at sparsity p as a part of its output: the residual stream grows with depth, and errors with it."""
+    return table.error_at(p) / table.norm
 
 
 def groups(block: Block) -> list[tuple[str, ...]]:
