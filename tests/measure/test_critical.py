@@ -129,7 +129,10 @@ def own_text(count, start):
     return rows
 
 
-@pytest.mark.parametrize(("name", "metric"), [("topp", "perplexity"), ("teal", "next_token"), ("cats", "perplexity")])
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("topp", "perplexity"), ("teal", "next_token"), pytest.param("cats", "perplexity", marks=pytest.mark.slow)],
+)
 def test_a_whole_search_is_what_its_parts_say(name, metric, tmp_path):
     """On dev the chosen setting keeps the share and its neighbour does not; both are measured again by hand."""
     kind = KINDS["language"]
