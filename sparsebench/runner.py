@@ -24,6 +24,7 @@ from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
 from sparsebench.records import machine, progress, state
 from sparsebench.records.record import Record
+from sparsebench.tasks import critical
 
 
 def run(configuration: dict[str, Any], record: Record, folder: Path, track: Callable[[dict[str, Any]], None]) -> Record:
@@ -49,7 +50,8 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
 
     progress.begin("dense model: evaluating")
     dense = task.assess(loaded, loaded.module, data, settings)
-    untouched = copy.deepcopy(loaded.module) if settings.measure.latency or task.keeps_dense else None
+    needed_later = settings.measure.latency or settings.eval.critical.enabled or task.keeps_dense
+    untouched = copy.deepcopy(loaded.module) if needed_later else None
 
     inputs, expected = neutral.probe(loaded.module, data)
     progress.begin(f"{method.name}: fitting")
@@ -59,6 +61,9 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     if not ranks.first():
         return record
     state.keep(work.output_dir / "states" / record.fit["state"], folder)
+    if settings.eval.critical.enabled:
+        progress.begin("critical sparsity: searching on dev")
+        record.extra["critical"] = critical.search(task, untouched, method, fitted, work, data, settings)
     module = method.apply(loaded.module, fitted, work)
     record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
 

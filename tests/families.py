@@ -63,9 +63,11 @@ def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
 METHODS = {  # the training-free methods and the probes; sparsity of inputs or neurons
     "teal": (), "teal_rotated": (), "wina": (), "wina_plain": (), "larosa": (), "rsparse": (), "cats": (), "duogpt": (),
     "topk": ("method.train=null", "method.activation=null", "method.keep=0.5", "method.probe_sequences=4"),
+    "topp": ("method.p=0.8",),
+    "wisparse": ("method.allocation=uniform", "method.alpha=[0.5]", "method.ladder=false"),
     "qsparse": ("method.train=null", "method.activation=null", "method.probe_sequences=4"),
 }  # fmt: skip
-CALIBRATED = ("teal", "teal_rotated", "wina", "wina_plain", "larosa", "rsparse", "cats", "duogpt")
+CALIBRATED = ("topp", "wisparse", "teal", "teal_rotated", "wina", "wina_plain", "larosa", "rsparse", "cats", "duogpt")
 ROWS = torch.randint(1, 320, (12, 16), generator=torch.Generator().manual_seed(11))
 
 
@@ -144,6 +146,10 @@ def kept_entries(x, rule):
     if hasattr(rule, "count"):  # the lowest index wins a tie, and with one value head heads tie at a text's first token
         order = score.argsort(dim=-1, descending=True, stable=True)[..., : rule.count]
         return torch.zeros_like(score).scatter(-1, order, 1).bool()
+    if hasattr(rule, "selection"):  # entry by entry, the largest first, until they hold the share
+        ordered, order = score.double().sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        return torch.zeros_like(score).scatter(-1, order, (before < 0.8 * ordered.sum(-1, keepdim=True)).float()).bool()
     count = rule.top_k
     if count is None:
         return score > rule.threshold

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -36,6 +38,7 @@ class Greedy:
 
 ALLOCATIONS = ("uniform", "greedy")
 Shares = dict[str, float]  # sparsity by role
+Units = dict[str, tuple[str, ...]]  # roles that step together, by a name
 
 
 def check(method: Any) -> None:
@@ -60,6 +63,18 @@ class Table:
     greedy_error: torch.Tensor  # [rows]
     uniform_error: torch.Tensor  # [rows]
     sparsity: torch.Tensor  # [rows, roles]
+    runs: int = 0  # of the block, over all sequences: what the search cost
+    norm: float = 1.0  # of the block's dense output, l2 over the compared tokens: what errors are a part of
+
+    def at(self, target: float) -> Shares:
+        """Per-role sparsities at exactly this effective sparsity, linear between rows and from the dense block."""
+        places = [0.0, *self.effective.tolist()]
+        columns = zip(self.roles, self.sparsity.T.tolist(), strict=True)
+        return {role: float(np.interp(target, places, [0.0, *column])) for role, column in columns}
+
+    def error_at(self, target: float) -> float:
+        """The path's block-output error at an effective sparsity, linear between rows."""
+        return float(np.interp(target, [0.0, *self.effective.tolist()], [0.0, *self.greedy_error.tolist()]))
 
     def nearest(self, target: float) -> Shares:
         """Per-role sparsities of the row nearest to `target`; all zero where the dense block is nearer."""
@@ -80,13 +95,14 @@ def greedy(
     folder: Path,
     scales: dict[tuple[int, str], torch.Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    units: Callable[[Block], Units] | None = None,
 ) -> list[Table]:
     """Spread sparsity inside each block, one block at a time, on the dense inputs of that block (errors not propagated).
 
     Every round tries one more step alpha * n_q / n_j on each map j and keeps the step with the least block-output error
     (l2 norm over the error tokens of all sequences). `threshold(layer, role, p)` gives t; `scales` gives c per
-    (layer, role). `folder` keeps the tables of finished blocks: calling again goes on after them. Memory: the model, two
-    hidden states per sequence and what BlockError keeps.
+    (layer, role); `units` the maps of a block that step together (None: each alone). `folder` keeps the tables of finished
+    blocks: calling again goes on after them. Memory: the model, two hidden states per sequence and what BlockError keeps.
     """
     with torch.no_grad():
         hidden, arguments = block_inputs(model, blocks, sequences, batch_size)
@@ -100,13 +116,20 @@ def greedy(
             if part is None:
                 limit = functools.partial(threshold, layer)
                 error = BlockError(model, block, named, hidden, outputs, limit, by_role, tokens)
-                keep_table(part := State(), layer, search(block, model, error, settings))
+                table = search(block, model, error, settings, units and units(block))
+                table.runs, table.norm = error.runs, norm_of(outputs, tokens)
+                keep_table(part := State(), layer, table)
                 write(part, folder / f"greedy-{layer}.safetensors")
             tables.append(table_of(part, layer))
             hidden = outputs
             if progress is not None:
                 progress(layer + 1, len(blocks))
     return tables
+
+
+def norm_of(outputs: list[torch.Tensor], tokens: int) -> float:
+    """l2 norm of the last `tokens` of each sequence of outputs [B, T, D]."""
+    return float(sum(o[:, -tokens:].double().square().sum() for o in outputs)) ** 0.5
 
 
 def add_tables(
@@ -125,6 +148,7 @@ def add_tables(
     """
     if method.allocation != "greedy":
         return
+    start = time.perf_counter()
     tables = greedy(
         model,
         blocks,
@@ -140,6 +164,16 @@ def add_tables(
     )
     for block, table in zip(blocks, tables, strict=True):
         keep_table(state, block.index, table)
+    state.info.setdefault("extra", {})["search_cost"] = {"inside": cost(tables, sequences, start)}
+
+
+def cost(tables: list[Table], sequences: torch.Tensor, start: float) -> dict[str, float]:
+    """What a search inside blocks cost: runs of one block over all sequences, the same in passes of the whole model."""
+    runs = sum(table.runs for table in tables)
+    return {
+        "block_runs": runs, "forward_passes": runs / len(tables), "tokens_per_pass": sequences.numel(),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
 
 
 TABLE = ("effective", "greedy_error", "uniform_error", "sparsity")
@@ -149,28 +183,44 @@ def keep_table(state: State, layer: int, table: Table) -> None:
     state.info.setdefault("roles", table.roles)
     for name in TABLE:
         state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
+    state.info.setdefault("blocks", {})[str(layer)] = {"runs": table.runs, "norm": table.norm}
 
 
 def table_of(state: State, layer: int) -> Table:
-    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE))
+    known = state.info.get("blocks", {}).get(str(layer), {})
+    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE), **known)
 
 
-def search(block: Block, model: nn.Module, error: Callable[[Shares, Shares], float], settings: Greedy) -> Table:
-    """The greedy path of one block for a given error(trial, path), where `path` is what is accepted so far."""
+def search(
+    block: Block,
+    model: nn.Module,
+    error: Callable[[Shares, Shares], float],
+    settings: Greedy,
+    units: Units | None = None,
+) -> Table:
+    """The greedy path of one block for a given error(trial, path), where `path` is what is accepted so far.
+
+    units: maps that step together and share a sparsity; None: each map alone. With one unit the path is uniform.
+    """
     sizes = {role: model.get_submodule(site.path).weight.numel() for role, site in block.sites.items()}
+    units = units or {role: (role,) for role in sizes}
+    weight = {unit: sum(sizes[r] for r in roles) for unit, roles in units.items()}
     total = sum(sizes.values())
     reference = sizes.get("q", min(sizes.values()))  # alpha is in units of the query map
     sparsity = dict.fromkeys(sizes, 0.0)
     rows = []
     while sum(sizes[r] * sparsity[r] for r in sizes) / total < settings.stop:
         trials = {}
-        for role, p in sparsity.items():
+        for unit, roles in units.items():
+            p = sparsity[roles[0]]
             if p < 1:  # a step may pass 1 on a small map: clamp
-                trial = {**sparsity, role: min(1.0, p + settings.step * reference / sizes[role])}
-                trials[role] = (error(trial, sparsity), trial)
-        best = min(trials, key=lambda role: trials[role][0])
+                raised = min(1.0, p + settings.step * reference / weight[unit])
+                trial = {**sparsity, **dict.fromkeys(roles, raised)}
+                trials[unit] = (error(trial, sparsity), trial)
+        best = min(trials, key=lambda unit: trials[unit][0])
         block_error, sparsity = trials[best]
         effective = sum(sizes[r] * sparsity[r] for r in sizes) / total
-        uniform = error(dict.fromkeys(sizes, effective), sparsity)
+        alone = len(units) == 1
+        uniform = block_error if alone else error(dict.fromkeys(sizes, effective), sparsity)
         rows.append((effective, block_error, uniform, list(sparsity.values())))
     return Table(list(sizes), *(torch.tensor(column) for column in zip(*rows, strict=True)))

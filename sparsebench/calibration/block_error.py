@@ -81,6 +81,7 @@ class BlockError:
         self.sites, self.maps = block.sites, {r: model.get_submodule(s.path) for r, s in block.sites.items()}
         self.threshold, self.scales, self.tokens = functools.cache(threshold), scales, tokens
         self.kept: dict[tuple[int, str], tuple[tuple, torch.Tensor]] = {}
+        self.runs = 0  # how often it was called: the cost of a search
 
     def decided_by(self, role: str, sparsity: dict[str, float]) -> tuple:
         """The sparsities that a map's output depends on: its own and those of maps that read earlier tensors."""
@@ -90,6 +91,7 @@ class BlockError:
 
     def __call__(self, sparsity: dict[str, float], path: dict[str, float]) -> float:
         """The distance at a sparsity by role; `path`: those that the next calls start from."""
+        self.runs += 1
         keys = {r: self.decided_by(r, sparsity) for r in self.sites}
         fixed = {r for r in self.sites if keys[r] == self.decided_by(r, path)}
         total = torch.zeros((), dtype=torch.float64, device=self.outputs[0].device)

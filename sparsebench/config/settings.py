@@ -44,6 +44,16 @@ class NeuronMetrics:
 
 
 @dataclass(kw_only=True)
+class CriticalSparsity:
+    """The largest sparsity that keeps a share of the dense metric (measure/critical.py)."""
+
+    enabled: bool
+    share: float = setting(gt=0, lt=1)
+    metric: str | None = setting(choices=("perplexity", "next_token", "accuracy"))
+    resolution: float = setting(gt=0, lt=0.5)
+
+
+@dataclass(kw_only=True)
 class Harness:
     """Tasks of lm-eval on the live model (measure/lm_eval.py)."""
 
@@ -59,6 +69,7 @@ class Evaluation:
     text: TextEvaluation
     classifier: ClassifierEvaluation
     neurons: NeuronMetrics
+    critical: CriticalSparsity
     lm_eval: Harness
 
 
@@ -122,6 +133,9 @@ class MethodPart(Part, Protocol):
 
     kinds: ClassVar[tuple[str, ...]]
     operating_point: ClassVar[tuple[str, ...]]
+
+    @property
+    def knob(self) -> tuple[str, float, float] | None: ...
 
     def fit(self, loaded: Any, data: Any, work: Any) -> Any: ...
 
@@ -188,6 +202,8 @@ def mismatches(settings: Settings) -> list[str]:
         )
     if settings.eval.neurons.enabled and model.kind != "language":
         problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
+    if settings.eval.critical.enabled:
+        problems += critical_problems(settings)
     if settings.hardware.estimate and model.kind != "language":
         problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
     if settings.eval.lm_eval.tasks and model.kind != "language":
@@ -202,4 +218,21 @@ def mismatches(settings: Settings) -> list[str]:
             problems += part.problems(settings)
         except ValueError as error:  # an input that can't be read is a problem of its setting
             problems.append(" ".join(str(error).split()))
+    return problems
+
+
+def critical_problems(settings: Settings) -> list[str]:
+    """Why critical sparsity can't be searched: a method without a knob, a metric of another kind of model."""
+    problems, method, metric = [], settings.method, settings.eval.critical.metric
+    if method.knob is None:
+        problems.append(
+            f"eval.critical.enabled needs a method with one number that sets its sparsity without a new fit, got method="
+            f"{method.name} with the operating point ({', '.join(method.operating_point)})"
+        )
+    known = ("perplexity", "next_token") if settings.model.kind == "language" else ("accuracy",)
+    if metric is not None and metric not in known:
+        problems.append(
+            f"eval.critical.metric must be one of {', '.join(known)} or null for model={settings.model.name} "
+            f"({settings.model.kind}), got {metric}"
+        )
     return problems

@@ -21,6 +21,7 @@ from torch import nn
 from sparsebench.config.settings import NeuronMetrics
 from sparsebench.data.text import batches
 from sparsebench.measure import quality
+from sparsebench.measure.bisection import furthest
 from sparsebench.modules.neuron_sparse import last_map, neuron_norms, product
 from sparsebench.modules.x1 import watching
 from sparsebench.records.progress import shown
@@ -143,21 +144,28 @@ def search(module: nn.Module, sequences: torch.Tensor, batch_size: int, settings
         return index, [float(layer.candidates[i]) for layer, i in zip(layers, index, strict=True)]
 
     lowest, highest = [0] * len(layers), [len(layer.candidates) - 1 for layer in layers]
-    low, high = 0.0, 1.0
-    below, epsilons = at(low, lowest, highest)  # neurons without any effect
+    below, epsilons = at(0.0, lowest, highest)  # neurons without any effect
     above = highest
     nll, share = dropped(module, epsilons, sequences, batch_size)
-    point = {"cett": low, "ratio": math.exp(nll - dense), "epsilon": epsilons, "sparsity": share}
-    while settings.increase > 0 and high - low > SMALLEST_STEP and abs(point["ratio"] - target) > PRECISION:
-        level = (low + high) / 2
+    point = {"cett": 0.0, "ratio": math.exp(nll - dense), "epsilon": epsilons, "sparsity": share}
+
+    def passes(level: float) -> bool:
+        nonlocal below, above, point
         index, epsilons = at(level, below, above)
         nll, share = dropped(module, epsilons, sequences, batch_size)
         ratio = math.exp(min(nll - dense, 700.0))
-        if ratio < target or abs(ratio - target) <= PRECISION:
-            low, below = level, index
-            point = {"cett": level, "ratio": ratio, "epsilon": epsilons, "sparsity": share}
-        else:
-            high, above = level, index
+        if ratio >= target and abs(ratio - target) > PRECISION:
+            above = index
+            return False
+        below = index
+        point = {"cett": level, "ratio": ratio, "epsilon": epsilons, "sparsity": share}
+        return True
+
+    def close(low: float, high: float) -> bool:
+        return high - low <= SMALLEST_STEP or abs(point["ratio"] - target) <= PRECISION
+
+    if settings.increase > 0:
+        furthest(passes, 0.0, 1.0, close)
     return point | {"target": target, "reached": abs(point["ratio"] - target) <= 1e-3}
 
 

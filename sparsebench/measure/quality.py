@@ -20,33 +20,45 @@ from sparsebench.records import progress
 ECE_BINS = 15  # of equal width (docs/methods/metrics.md, Accuracy and ECE)
 
 
-def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int) -> dict:
+def perplexity(module: nn.Module, sequences: torch.Tensor, batch_size: int, guesses: bool = False) -> dict:
     """exp of the token-mean NLL over disjoint windows `sequences` [N, T]; every token but a window's first is scored.
 
     Sums are taken in float64 over tokens (never a mean of window means). `losses`: NLL of every scored token, float32
-    array [N, T - 1]. Raises FloatingPointError where the NLL is not finite.
+    array [N, T - 1]. guesses: also `right` bool [N, T - 1], tokens whose logit is the largest. Raises FloatingPointError
+    where the NLL is not finite.
     """
-    total, count, losses = 0.0, 0, []
+    total, count, losses, right = 0.0, 0, [], []
     for batch in progress.shown(batches(sequences, batch_size, module), -(-len(sequences) // batch_size)):
         logits = module(input_ids=batch, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += float(nll.double().sum())
         count += nll.numel()
         losses.append(nll.view(len(batch), -1).float().cpu().numpy())
+        if guesses:
+            right.append((logits.argmax(-1) == batch[:, 1:]).cpu().numpy())
     if not math.isfinite(total):
         raise FloatingPointError("the model's negative log-likelihood is not finite (NaN or infinite weights?)")
     nll = total / count
     return {
-        "perplexity": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count, "losses": np.concatenate(losses)
+        "perplexity": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count, "losses": np.concatenate(losses),
+        **({"right": np.concatenate(right)} if guesses else {}),
     }  # fmt: skip
 
 
-def language_quality(module: nn.Module, split, limit: int | None, batch_size: int) -> tuple[dict, dict]:
-    """(metrics, counters): perplexity on a split, with sparsity counted at every sparse module in the same pass."""
+def language_quality(
+    module: nn.Module, split, limit: int | None, batch_size: int, guesses: bool = False
+) -> tuple[dict, dict]:
+    """(metrics, counters): perplexity on a split, with sparsity counted at every sparse module in the same pass.
+
+    guesses: also `right_pieces`, whose mean is the share of tokens that the model ranks first.
+    """
     sequences = split.sequences(limit)
     with sparsity.counting(module) as counters:
-        metrics = perplexity(module, sequences, batch_size)
-    metrics["pieces"] = uncertainty.Pieces.of(metrics.pop("losses"), split.scored_documents(len(sequences)).numpy())
+        metrics = perplexity(module, sequences, batch_size, guesses)
+    documents = split.scored_documents(len(sequences)).numpy()
+    metrics["pieces"] = uncertainty.Pieces.of(metrics.pop("losses"), documents)
+    if guesses:
+        metrics["right_pieces"] = uncertainty.Pieces.of(metrics.pop("right"), documents)
     metrics["sequences"] = len(sequences)
     metrics["fingerprint"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
     return metrics, counters

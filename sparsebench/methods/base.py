@@ -7,7 +7,7 @@ method.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from sparsebench.config.settings import Settings
     from sparsebench.models import Loaded
 
-__all__ = ["Method", "State", "Work"]
+__all__ = ["Knob", "Method", "State", "Work"]
+
+
+class Knob(NamedTuple):
+    """The one number of a method's operating point that trades quality for sparsity, and where it drops least and most."""
+
+    name: str
+    least: float
+    most: float
 
 
 class Method:
@@ -50,6 +58,11 @@ class Method:
     def requested(self) -> float | None:
         """The sparsity asked for (a field `sparsity`), or None where the method has no such number."""
         return vars(self).get("sparsity")
+
+    @property
+    def knob(self) -> Knob | None:
+        """What a search for critical sparsity turns (eval.critical); None where no single number decides, or it needs a fit."""
+        return Knob("sparsity", 0.0, 0.99) if "sparsity" in self.operating_point else None
 
     @property
     def prompt_policy(self) -> str:

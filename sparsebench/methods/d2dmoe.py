@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.experts import clustering, conversion, passes, routers
-from sparsebench.methods.base import Method, Work
+from sparsebench.methods.base import Knob, Method, Work
 from sparsebench.modules.activations import activation_of
 from sparsebench.modules.expert_ffn import ExpertFFN
 from sparsebench.modules.input_sparse import replace
@@ -128,6 +128,11 @@ class D2DMoE(Method):
             raise ValueError(
                 f"regulariser must be hoyer_clamped or l1_clamped where the activation is kept, got {self.regulariser!r}"
             )
+
+    @property
+    def knob(self) -> Knob:
+        """tau keeps experts near the largest (more of it, fewer), or until their shares reach it (more of it, more)."""
+        return Knob("tau", *((0.0, 1.0) if self.select == "max" else (1.0, 0.0)))
 
     def problems(self, settings: Any) -> list[str]:
         problems = conversion.problems(self, settings)

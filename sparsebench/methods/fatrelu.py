@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.measure import quality
+from sparsebench.measure.bisection import furthest
 from sparsebench.methods.base import Method, Work
 from sparsebench.modules.activation_map import maps_of, needed_maps
 from sparsebench.records.state import State
@@ -80,15 +81,8 @@ def search(
             layer.threshold = threshold
             return accuracy() >= floor - 1e-12
 
-        passed, failed = 0.0, upper
-        if passes(upper):
-            passed = upper
-        while passed < upper and failed - passed > tolerance:
-            middle = (passed + failed) / 2
-            if passes(middle):
-                passed = middle
-            else:
-                failed = middle
+        whole = passes(upper)
+        passed = upper if whole else furthest(passes, 0.0, upper, lambda a, b: b - a <= tolerance)
         layer.threshold = thresholds[layer.site] = passed
         progress({"fit/fatrelu_maps_done": index + 1, "fit/fatrelu_maps": len(maps)})
     return thresholds

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.experts import clustering, conversion, passes, routers
-from sparsebench.methods.base import Method, Work
+from sparsebench.methods.base import Knob, Method, Work
 from sparsebench.modules.expert_ffn import ExpertFFN, Router
 from sparsebench.records.state import State
 from sparsebench.training import finetune
@@ -56,6 +56,10 @@ class MoEfication(Method):
     def requested(self) -> float:
         """Share of experts skipped."""
         return 1 - self.keep
+
+    @property
+    def knob(self) -> Knob:
+        return Knob("keep", 1.0, 0.01)
 
     def problems(self, settings: Any) -> list[str]:
         return conversion.problems(self, settings)

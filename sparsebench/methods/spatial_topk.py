@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsebench.config import NAME_PATTERN, setting
-from sparsebench.methods.base import Method, Work
+from sparsebench.methods.base import Knob, Method, Work
 from sparsebench.methods.fatrelu import needs_maps
 from sparsebench.modules.activation_map import needed_maps
 from sparsebench.records.state import State
@@ -22,6 +22,10 @@ class SpatialTopK(Method):
     kinds: ClassVar = ("vision",)
     neutral: ClassVar = {"keep": 1.0}
     operating_point: ClassVar = ("keep", "sites")
+
+    @property
+    def knob(self) -> Knob:
+        return Knob("keep", 1.0, 0.01)
 
     def problems(self, settings: Any) -> list[str]:
         return needs_maps(settings)

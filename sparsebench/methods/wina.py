@@ -75,7 +75,8 @@ class Wina(Method):
             add_tables(self, state, module, blocks, sequences, work, lambda s, p: self.threshold(state, s, p), scales)
         state.tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
         state.tensors |= {f"basis.{layer}.{group}": basis for (layer, group), basis in bases.items()}
-        state.info["extra"] = {"channels_of_k_without_effect": lossless(scales, blocks)} if self.rotate else {}
+        if self.rotate:
+            state.info.setdefault("extra", {})["channels_of_k_without_effect"] = lossless(scales, blocks)
         return state
 
     def inputs(self, module, blocks, sequences, work: Work) -> dict:

@@ -80,12 +80,14 @@ class InputSparseLinear(SparseModule, LinearMap):
             return masked_dense.kept(x, self.threshold, self.scale)
         return (top_k_kept(x, self.top_k, self.scale) & (x != 0)) | (self.threshold < 0)
 
+    def rule(self, x: torch.Tensor) -> dict:
+        """What a kernel is told of the channels to keep: a threshold where that says all, else the mask of x [..., n]."""
+        return {"threshold": self.threshold, "scale": self.scale} if self.top_k is None else {"keep": self.keep(x)}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.counter is None and per_row(x) == 1:
-            rule = {"threshold": self.threshold, "scale": self.scale}
-            rule = rule if self.top_k is None else {"keep": self.keep(x)}
             return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
-                x, self.weight, self.bias, **rule, low_rank=self.low_rank
+                x, self.weight, self.bias, **self.rule(x), low_rank=self.low_rank
             )
         keep, dense = self.keep(x), left_dense(self.prompt, x)
         if self.counter is not None:

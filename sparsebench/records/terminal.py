@@ -192,6 +192,8 @@ def table(record: dict[str, Any]) -> Table:
         grid.add_row(label, *both, change(name, metric))
     if record["sparsity"]:
         sparsity_rows(grid, record["sparsity"])
+    if (record.get("extra") or {}).get("critical"):
+        critical_row(grid, record["extra"]["critical"])
     if record["macs"]:
         cost_rows(grid, record["macs"])
     if record["bytes"]:
@@ -259,6 +261,24 @@ def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:
         grid.add_row(f"  {role} ({count} {measured.get('sites', 'maps')})", before, percent(share), "")
     if measured.get("weights", 0) > 0.01:
         grid.add_row("weight sparsity (measured)", "-", f"{measured['weights']:.2%}", "")
+
+
+def critical_row(grid: Table, section: dict[str, Any]) -> None:
+    """Critical sparsity with its interval, and the setting of the knob that gives it; never clipped."""
+    label = f"critical sparsity on dev: {section['share']:.0%} of {section['metric'].replace('_', ' ')} kept"
+    where = section["status"] if section["value"] is None else f"{section['knob']}={section['value']:.4g}"
+    grid.add_row(label, "", critical(section), where)
+
+
+def critical(section: dict[str, Any]) -> str:
+    """42.0% [41.2%, 42.9%]; `at least` where the method's whole range passes, `unreachable` where none of it does."""
+    if section["sparsity"] is None:
+        return str(section["status"])
+    least = "at least " if section["status"].startswith("beyond") else ""
+    if section["low"] is None and section["high"] is None:
+        return f"{least}{section['sparsity']:.1%}"
+    low, high = ("?" if section[end] is None else f"{section[end]:.1%}" for end in ("low", "high"))
+    return f"{least}{section['sparsity']:.1%} [{low}, {high}]"
 
 
 def percent(share: float | None) -> str:

@@ -19,7 +19,9 @@ from urllib.parse import quote
 
 from sparsebench.bench import output as bench
 from sparsebench.records import archive, files, record
-from sparsebench.report import charts, claims, document, equal_terms, export, published, step_tables, tables, vega
+from sparsebench.report import (
+    charts, claims, critical, document, equal_terms, export, published, step_tables, tables, vega,
+)  # fmt: skip
 from sparsebench.report.escape import markdown, marked_down
 from sparsebench.report.groups import Group, groups
 from sparsebench.report.rows import Collection, Row
@@ -172,6 +174,7 @@ def build(collection: Collection, title: str, folder: Path | None = None) -> tup
         made = [(subtitle, table) for subtitle, table in make(collection.finished) if table is not None]
         if made:
             across(page, anchor, name, text, made)
+    critical_sparsity(page, collection.finished)
     if len(parts) > 1:
         page.open("protocols", "Protocols differ")
         page.text(
@@ -218,6 +221,20 @@ def across(page: Page, anchor: str, name: str, text: str, made: list[tuple[str, 
         if subtitle:
             page.title(subtitle)
         page.table(table)
+    page.close()
+
+
+def critical_sparsity(page: Page, rows: list[Row]) -> None:
+    """The searches of all runs, and the figure against the model's size where there are several models."""
+    table = critical.table(rows)
+    if table is None:
+        return
+    page.open("critical", "Critical sparsity")
+    page.text(critical.TEXT)
+    page.table(table)
+    charts = critical.chart(rows)
+    if charts:
+        page.plots(charts, {}, "across")
     page.close()
 
 

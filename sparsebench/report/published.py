@@ -77,6 +77,9 @@ def measured(row: Row, metric: str) -> tuple[float | None, float] | None:
     if metric == "x1_zero":
         neurons = ((row.record.get("extra") or {}).get("neurons") or {}).get("sparse") or {}
         return None if neurons.get(metric) is None else (None, neurons[metric])
+    if metric == "critical_sparsity":
+        channels = row.critical.get("channels")
+        return None if channels is None else (None, channels)
     quality = (row.record.get("quality") or {}).get(metric)
     return None if quality is None or quality["sparse"] is None else (quality["dense"], quality["sparse"])
 

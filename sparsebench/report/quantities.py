@@ -154,13 +154,23 @@ def shape_bias(row: Row, side: str = "sparse") -> Quantity | None:
 
 
 def recorded(row: Row, path: str) -> Quantity | None:
-    """The number at a dotted path of the record, or `part / whole` or `one - other` of two. Costs are counts."""
+    """The number at a dotted path of the record, or `part / whole` or `one - other` of two.
+
+    Costs are counts; other figures have the error that stands beside them as <name>_stderr.
+    """
     first, sign, second = path.partition(" / ") if " / " in path else path.partition(" - ")
     values = [at(row.record, each) for each in (first, second) if each]
     if not all(isinstance(v, (int, float)) for v in values) or (sign == " / " and not values[1]):
         return None
     value = values[0] if not sign else values[0] / values[1] if sign == " / " else values[0] - values[1]
-    return Quantity(float(value), error=0.0 if path.startswith(("macs.", "bytes.")) else None)
+    errors = [
+        0.0 if each.startswith(("macs.", "bytes.")) else at(row.record, f"{each}_stderr")
+        for each in (first, second)
+        if each
+    ]
+    if sign == " / " or not all(isinstance(e, (int, float)) for e in errors):
+        return Quantity(float(value), error=0.0 if path.startswith(("macs.", "bytes.")) else None)
+    return Quantity(float(value), error=math.hypot(*errors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

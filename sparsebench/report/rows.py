@@ -70,6 +70,11 @@ class Row:
         return self.once("settings", lambda: flat(self.record["config"]))
 
     @property
+    def critical(self) -> dict:
+        """What a search for critical sparsity left (measure/critical.py), or nothing."""
+        return (self.record.get("extra") or {}).get("critical") or {}
+
+    @property
     def decode(self) -> dict:
         """The timing that stands for the row: decode, or the first one there is."""
         return self.times.get("decode") or next(iter(self.times.values()), {})

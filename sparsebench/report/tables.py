@@ -44,6 +44,10 @@ def comparison(group: Group) -> Table:
         ]
         for row in group.rows
     ]  # fmt: skip
+    if any(row.critical for row in group.rows):
+        head.append("critical")
+        for cells, row in zip(rows, group.rows, strict=True):
+            cells.append(terminal.critical(row.critical) if row.critical else DASH)
     note = (
         "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or "
         "time on its machine. Sparsity is measured on test tokens and model-wide, asked is what was set. ± is the "
@@ -54,7 +58,8 @@ def comparison(group: Group) -> Table:
         "J: joules per token, idle power included. Times are medians with p10 and p90 in brackets; dense is the "
         "fastest dense engine of the run on the untouched model, named before the kernel. “simulated” means that no "
         "kernel skipped work, so no speed-up is claimed; “noisy” that spread or load of the machine make the times "
-        "worthless."
+        "worthless. Critical, where it was searched: the largest sparsity measured on dev at which the method keeps "
+        "the demanded share of the dense metric, with 95 %."
     )
     marked = {i for i, row in enumerate(group.rows) if row.fronts}
     table = Table(head, rows, {*range(2, 18), 19}, marked, note, list(group.rows))

@@ -50,6 +50,7 @@ class Task(ABC, Generic[A]):
     """What a kind of model and data means for measuring."""
 
     kind: ClassVar[str]
+    keepable: ClassVar[tuple[str, ...]]  # metrics of which critical sparsity keeps a share, the main one first
     keeps_dense: ClassVar[bool] = False  # whether `illustrate` needs the dense model beside the sparse one
 
     @abstractmethod
@@ -66,6 +67,19 @@ class Task(ABC, Generic[A]):
 
         Raises FloatingPointError where the model's outputs are not finite.
         """
+
+    @abstractmethod
+    def score(
+        self, module: nn.Module, split: Any, limit: int | None, settings: Settings, metric: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(metrics with the parts of `metric`, counters by site) of one model on a split, at most `limit` rows of it."""
+
+    def dev_limit(self, settings: Settings) -> int | None:
+        """Rows of dev on which a setting is chosen; None = all."""
+        return None
+
+    def test_limit(self, settings: Settings) -> int | None:
+        return settings.eval.classifier.test_examples
 
     @abstractmethod
     def compare(self, dense: A, sparse: A, data: Data, settings: Settings) -> Comparison:

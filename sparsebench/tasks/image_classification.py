@@ -52,6 +52,7 @@ class ImageAssessment(Assessment):
 
 class ImageClassification(Task[ImageAssessment]):
     kind = "vision"
+    keepable = ("accuracy",)
     keeps_dense = True
 
     def batch_size(self, evaluation):
@@ -82,6 +83,9 @@ class ImageClassification(Task[ImageAssessment]):
             nonzero_bytes=sum(int(torch.count_nonzero(w)) * w.element_size() for w in layers),
             matrix_bytes=macs.matrices_of(module),
         )
+
+    def score(self, module, split, limit, settings, metric):
+        return quality.classification_quality(module, split, limit, settings.eval.classifier.examples_per_batch)
 
     def compare(self, dense, sparse, data, settings):
         test, requested = data.test, settings.method.requested

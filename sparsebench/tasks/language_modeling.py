@@ -24,6 +24,7 @@ class LanguageAssessment(Assessment):
 
 class LanguageModeling(Task[LanguageAssessment]):
     kind = "language"
+    keepable = ("perplexity", "next_token")
 
     def batch_size(self, evaluation):
         return evaluation.text.batch_size
@@ -51,6 +52,16 @@ class LanguageModeling(Task[LanguageAssessment]):
             zero_weights=sparsity.zero_weights(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},
         )
+
+    def score(self, module, split, limit, settings, metric):
+        size = settings.eval.text.batch_size
+        return quality.language_quality(module, split, limit, size, guesses=metric == "next_token")
+
+    def dev_limit(self, settings):
+        return settings.eval.text.dev_sequences
+
+    def test_limit(self, settings):
+        return settings.eval.text.test_sequences
 
     def compare(self, dense, sparse, data, settings):
         method, test = settings.method, data.test

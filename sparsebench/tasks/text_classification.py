@@ -30,6 +30,7 @@ class TextAssessment(Assessment):
 
 class TextClassification(Task[TextAssessment]):
     kind = "classification"
+    keepable = ("accuracy",)
 
     def batch_size(self, evaluation):
         return min(evaluation.classifier.examples_per_batch, 64)
@@ -49,6 +50,9 @@ class TextClassification(Task[TextAssessment]):
             attention_macs=size * float(lengths.square().mean()),
             matrix_bytes=macs.matrices_of(module),
         )
+
+    def score(self, module, split, limit, settings, metric):
+        return quality.classification_quality(module, split, limit, self.batch_size(settings.eval))
 
     def compare(self, dense, sparse, data, settings):
         protocol = {"split": "test", "max_tokens": data.test.max_tokens, "padding": "masked, not counted"}

@@ -5,7 +5,9 @@ import torch
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
+from sparsebench.modules.cut import Cut, CutFFN, CutLinear, Shared
 from sparsebench.modules.input_sparse import InputSparseLinear
+from tests.helpers import tiny_model
 from tests.kernel_checks import KERNEL_SHAPES, LIMIT, check_triton, error, inputs
 
 
@@ -103,3 +105,18 @@ def test_cuda_product_refuses_what_it_can_not_do():
     x, weight, *_ = (t.cuda() for t in inputs(16, 12, 2, torch.float16))
     with pytest.raises(ValueError, match="one row"):
         cuda_gather.input_sparse_linear(x, weight.t().contiguous().t(), threshold=torch.tensor(0.5, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["cuda_triton", "cuda_gather"])
+def test_gpu_cuts_of_one_token(kernel, dtype):
+    """Top-p: the mask of a token goes to the kernels that skip, for a map and for a gated FFN chosen by gate or by up."""
+    x, cut = torch.randn(1, 1, 64, device="cuda", dtype=dtype), Cut("topp", 0.7)
+    mlp = tiny_model().to("cuda", dtype).model.layers[0].mlp
+    linear = CutLinear(torch.nn.Linear(64, 136, device="cuda", dtype=dtype), "0.up", Shared(cut, 1), kernel=kernel)
+    with torch.no_grad():
+        for module in (linear, *(CutFFN(mlp, 0, by, cut=cut, kernel=kernel) for by in ("gate", "up"))):
+            assert module.kernel(1).startswith("cuda_")
+            actual, module.kernel_name = module(x), "masked_dense"
+            assert error(actual, module(x).float()) < LIMIT[dtype]

@@ -16,7 +16,7 @@ from torch import nn
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.measure import sparsity
 from sparsebench.measure.quality import language_quality
-from sparsebench.methods.base import Method, Work
+from sparsebench.methods.base import Knob, Method, Work
 from sparsebench.methods.prosparse import l1, predictor
 from sparsebench.modules import base, x1
 from sparsebench.modules.activations import FATReLU, ShiftedReLU
@@ -100,6 +100,11 @@ class ProSparse(Method):
     def takes_threshold(self) -> bool:
         """FATReLU follows ProSparse and its constant-lambda control; the others are reported as they were trained."""
         return self.control in (None, "constant_lambda")
+
+    @property
+    def knob(self) -> Knob | None:
+        """The threshold, where nothing was trained for another one."""
+        return Knob("threshold", 0.0, max(self.thresholds)) if self.takes_threshold and not self.approximate else None
 
     def coefficient(self, step: int) -> float:
         """lambda of a step counted from 0."""

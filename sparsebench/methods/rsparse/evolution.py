@@ -1,7 +1,9 @@
-"""Evolutionary search over vectors in [0, 1]: differential mutation, group by group, the fittest survive.
+"""Evolutionary search over vectors in [0, 1]: the fittest of parents and children survive; children by differential
+mutation, group by group, or as a method breeds them.
 
-A candidate differs from its parent in one group of coordinates: x1 + 0.5 (x2 - x3) of three members, crossed with the
-parent coordinate by coordinate. Parents and children compete for the places (mu + lambda), so the best never gets worse.
+A candidate of differential mutation differs from its parent in one group of coordinates: x1 + 0.5 (x2 - x3) of three
+members, crossed with the parent coordinate by coordinate. Parents and children compete for the places (mu + lambda), so
+the best never gets worse.
 After every group of every generation all is written down; a search that was killed goes on from there to the same end.
 """
 
@@ -12,6 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,18 +41,24 @@ class Evolution:
 def evolve(
     fitness: Callable[[torch.Tensor], float],
     size: int,
-    settings: Evolution,
+    settings: Any,
     folder: Path,
     track: Callable[[dict], None] = lambda row: None,
+    *,
+    first: torch.Tensor | None = None,
+    breed: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[dict]]:
     """The vector [size] in [0, 1] with the least `fitness` found, and the history [{generation, group, best, mean}].
 
-    The first population is uniform but for one member of all ones. `folder` keeps the search's state until it is done
+    settings: Evolution, or any dataclass with population, generations and seed where `breed` makes the children of a
+    generation from its members [population, size]. The first population is `first`, else uniform random but for one member
+    of all ones. `folder` keeps the search's state until it is done
     and for good: calling again with the same settings answers from it.
     """
     path = folder / "search.safetensors"
     generator = torch.Generator().manual_seed(settings.seed)
-    groups = list(torch.arange(size).split(settings.group))
+    everything = torch.arange(size)
+    groups = [everything] if breed else list(everything.split(settings.group))
     known = state.read(path)
     if known is not None and known.info.get("settings") == vars(settings) and known.tensors["members"].shape[1] == size:
         members, scores = known.tensors["members"], known.tensors["scores"]
@@ -57,14 +66,16 @@ def evolve(
         history = known.info["history"]
         log.info("search: resumed after %d of %d rounds", len(history) - 1, settings.generations * len(groups))
     else:
-        members = torch.rand(settings.population, size, generator=generator, dtype=torch.float64)
-        members[0] = 1.0
+        if first is None:
+            first = torch.rand(settings.population, size, generator=generator, dtype=torch.float64)
+            first[0] = 1.0
+        members = first
         scores = torch.tensor([fitness(x) for x in members], dtype=torch.float64)
         history = []
         note(path, members, scores, generator, history, settings, track, 0, 0)
     for done in range(len(history) - 1, settings.generations * len(groups)):
         generation, group = divmod(done, len(groups))
-        children = offspring(members, groups[group], settings, generator)
+        children = breed(members, generator) if breed else offspring(members, groups[group], settings, generator)
         born = torch.tensor([fitness(x) for x in children], dtype=torch.float64)
         everyone, all_scores = torch.cat([members, children]), torch.cat([scores, born])
         best = all_scores.argsort(stable=True)[: settings.population]
@@ -85,9 +96,7 @@ def offspring(members: torch.Tensor, group: torch.Tensor, settings: Evolution, g
     return children
 
 
-def note(
-    path: Path, members, scores, generator, history: list, settings: Evolution, track, generation: int, group: int
-):
+def note(path: Path, members, scores, generator, history: list, settings: Any, track, generation: int, group: int):
     """Add a row to the history and write everything down."""
     row = {"generation": generation, "group": group, "best": float(scores.min()), "mean": float(scores.mean())}
     history.append(row)
