@@ -22,6 +22,8 @@ from sparsebench.data.base import Data
 from sparsebench.measure import estimate, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
+from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.masking import share_rules
 from sparsebench.records import machine, progress, state
 from sparsebench.records.record import Record
 
@@ -60,6 +62,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
         return record
     state.keep(work.output_dir / "states" / record.fit["state"], folder)
     module = method.apply(loaded.module, fitted, work)
+    share_rules(module, InputSparseLinear)
     record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
 
     progress.begin("sparse model: evaluating")
@@ -78,6 +81,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
         timing = task.time(untouched, module, data, settings)
         record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)
         record.memory["peaks"], peak_before = timing.peaks, max(peak_before, timing.highest)
+        record.extra |= timing.extra
         if hardware.estimate:
             rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
             record.estimate = estimate.predict(hardware, record, *rates)

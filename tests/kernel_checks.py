@@ -153,7 +153,9 @@ def check_selective_attention(attention, dtype, shapes, device="cpu") -> None:
         generator = torch.Generator().manual_seed(positions)
         q = torch.randn(batch, groups * shared, head_dim, generator=generator).to(dtype)
         keys, values = (torch.randn(batch, groups, positions, head_dim, generator=generator).to(dtype) for _ in "kv")
-        lengths = torch.tensor([positions, *torch.randint(1, positions + 1, (batch - 1,), generator=generator).tolist()])
+        lengths = torch.tensor(
+            [positions, *torch.randint(1, positions + 1, (batch - 1,), generator=generator).tolist()]
+        )
         for kept in {0, 1, (groups + 1) // 2, groups}:
             order = torch.rand(batch, groups, generator=generator).argsort(-1)
             keep = order < kept

@@ -72,6 +72,8 @@ class Measurement:
     context: int = setting(gt=0)
     prompt: int = setting(gt=1)
     batch: int = setting(gt=1)
+    batches: list[int] | None = setting(gt=0)
+    chunk: int | None = setting(gt=1, le=32)
 
 
 @dataclass(kw_only=True)

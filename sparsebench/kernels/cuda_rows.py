@@ -72,7 +72,11 @@ def tuning_for(rows: int) -> Tuning:
 
 
 def run_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: torch.Tensor, scale: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [B, n], weight [n, m] -> [B, m] in one launch; needs `reserve(.., m)`."""
     batch, (n, m), device = x.shape[0], weight.shape, weight.device.index
@@ -93,7 +97,14 @@ def run_rows(
 
 def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int):
     """A kernel for the weight's type and device, compiled the first time."""
-    defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": 64, "GROUP": 1, "SPLITS": 1}
+    defines = {
+        "WARPS": tuning.warps,
+        "LOADS": tuning.loads,
+        "WIDE": tuning.wide,
+        "HEAD_DIM": 64,
+        "GROUP": 1,
+        "SPLITS": 1,
+    }
     if weight.dtype == torch.bfloat16:
         defines["BF16"] = 1
     return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines)
