@@ -32,7 +32,9 @@ DECODE = {
 
 @pytest.mark.parametrize("threshold", [0.3, 1.2])
 def test_every_batch_is_timed_with_its_union_and_says_what_ran(threshold):
-    section, _ = few_rows.batches(tiny_model(), sparse_copy(threshold), text(), DECODE, SETTINGS, hardware("cpu_numba"))
+    section, union = few_rows.batches(
+        tiny_model(), sparse_copy(threshold), text(), DECODE, SETTINGS, hardware("cpu_numba")
+    )
     assert [row["batch"] for row in section] == [1, 2, 4, 16]
     kinds = [(row["kernel"], row["simulated"], "speedup" in row) for row in section]
     assert kinds == [("cpu_numba", False, True)] * 3 + [("masked_dense", True, False)]
