@@ -19,6 +19,7 @@ from typing import Any
 import altair as alt
 
 from sparsebench.records.terminal import uncertain
+from sparsebench.report import unions
 from sparsebench.report.groups import Group, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
 from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, without_schema
@@ -322,6 +323,7 @@ def of_group(
         charts[f"break-even-{number}"] = break_even(group.rows, look, machine)
         charts[f"batches-{number}"] = batches(group.rows, look, machine)
     charts |= {"maps": heat_map(group), "training": training(group.rows, look), "estimates": estimates(group, look)}
+    charts |= {"union": unions.over_batch(group.rows, look), "chunk": unions.over_chunk(group.rows, look)}
     return {name: spec for name, spec in charts.items() if spec is not None}, {"points": drawn}
 
 
