@@ -46,7 +46,7 @@ class Rows:
         """`rows` texts out of tokens [n]. Raises ValueError where there are too few for a text of their own each."""
         length = min(context + len(like.following), max(context + 2 * width, len(tokens) // rows))
         stride = (len(tokens) - length) // max(1, rows - 1)
-        if stride < 1 or length < context + width:
+        if (rows > 1 and stride < 1) or length < context + width:
             raise ValueError(
                 f"measure.batches: {rows} different texts of {context + width} tokens need more text than the "
                 f"{len(tokens)} tokens of the test split"
@@ -61,14 +61,19 @@ class Rows:
         return [self.following[:, start : start + self.width] for start in starts]
 
 
+def dropping(sparse: nn.Module) -> list:
+    """The sparse modules that drop something: a map that its method left dense, stored for a fused step, does not."""
+    return [module for _, module in measured_modules(sparse) if float(module.threshold) >= 0]
+
+
 def kernels_used(sparse: nn.Module, rows: int) -> str | None:
     """The backends that serve one token of each of so many rows, joined; None where nothing is sparse."""
-    return ", ".join(sorted({m.kernel_of_rows(rows) for _, m in measured_modules(sparse)})) or None
+    return ", ".join(sorted({m.kernel_of_rows(rows) for m in dropping(sparse)})) or None
 
 
 def skips(sparse: nn.Module, rows: int) -> bool:
     """Whether that many rows really skip at every sparse module."""
-    used = [module.kernel_of_rows(rows) for _, module in measured_modules(sparse)]
+    used = [module.kernel_of_rows(rows) for module in dropping(sparse)]
     return bool(used) and all(kernels.load(name).SKIPS for name in used)
 
 

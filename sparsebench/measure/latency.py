@@ -90,13 +90,16 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     device = hardware.torch_device
     tokens = tokens.to(device)
     prompt = tokens[: settings.prompt][None]
+    start = time.perf_counter()
     contenders, refused = prefills({"dense": dense, "sparse": sparse}, prompt, hardware)
+    compile_seconds = time.perf_counter() - start
     eager = {side: contenders[f"{side}/eager"].call for side in ("dense", "sparse")}
     peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, eager, device)
     with clock.watching(threads_of(device)) as load:
         decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware)
         times, more_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
+    about["compile_seconds"] += compile_seconds
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
         "prefill": fastest({name: summary(each) for name, each in zip(contenders, times, strict=True)}) | {
@@ -284,7 +287,7 @@ class Step:
 
 def describe(dense: nn.Module, sparse: nn.Module, measured: dict[str, SiteSparsity], context: int, skips: bool) -> Step:
     """Sparsity, MACs and bytes of a step in which `measured` was counted."""
-    dense_costs, outside = macs.dense_sites(dense), macs.outside_blocks(sparse, context, measured)
+    dense_costs, outside = macs.dense_sites(dense), macs.outside_blocks(sparse, context, measured if skips else None)
     costs = dense_costs | macs.site_costs(sparse, measured)
     weights = {site: int(cost.dense_macs) for site, cost in dense_costs.items()}
     shares = dict.fromkeys(weights, 0.0) | {site: each.sparsity for site, each in measured.items()}

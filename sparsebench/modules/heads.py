@@ -53,6 +53,7 @@ class HeadSparseOutput(SparseModule, LinearMap):
             self.register_buffer(name, tensor, persistent=False)
         self.layer, self.site, self.heads, self.units, self.kept = layer, f"{layer}.{SITE}", heads, units, kept
         self.router, self.by_output, self.prompt, self.kernel_name = router, by_output, prompt, kernel
+        self.attends = False  # whether attention around it calls `attend`
         self.hidden: torch.Tensor | None = None  # input of the attention around it, where a router reads it
         self.before: torch.Tensor | None = None  # scores [B, units] of the last token of the last prompt (previous)
         kernels.chain(kernel)
@@ -74,7 +75,7 @@ class HeadSparseOutput(SparseModule, LinearMap):
         return self.kernel_of_rows(1) if tokens == 1 else "masked_dense"
 
     def kernel_of_rows(self, rows: int) -> str:
-        if not self.known_before:
+        if not self.known_before or not self.attends:
             return "masked_dense"
         return kernels.name_of(kernels.providing(self.kernel_name, "selective_attention"))
 
@@ -110,7 +111,7 @@ class HeadSparseOutput(SparseModule, LinearMap):
             keep = keep | dense.unsqueeze(-1)
         channels = keep.repeat_interleave(x.shape[-1] // self.units, -1)
         x = torch.where(channels, x, 0)
-        if self.counter is None and per_row(x) == 1 and self.known_before:
+        if self.counter is None and per_row(x) == 1 and self.known_before and self.attends:
             backend = kernels.serving(self.kernel_name, x, self.weight)
             return backend.input_sparse_linear(x, self.weight, self.bias, keep=channels)
         return F.linear(x, self.weight, self.bias)
@@ -169,7 +170,13 @@ def attend(module, query, key, value, attention_mask, dropout: float = 0.0, scal
 
 def served(sparse: HeadSparseOutput, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether a call goes to the kernel: one token per sequence, no padding, no window, selection known."""
-    if query.shape[2] != 1 or not sparse.known_before or sparse.counter is not None or CALLS[-1].mask is not None:
+    if (
+        query.shape[2] != 1
+        or not sparse.known_before
+        or not sparse.attends
+        or sparse.counter is not None
+        or CALLS[-1].mask is not None
+    ):
         return False
     if getattr(module, "sliding_window", None) or sparse.kernel_name == "masked_dense":
         return False
@@ -193,14 +200,17 @@ def swap(model: nn.Module, block: Block, *arguments, **rule) -> HeadSparseOutput
     if sparse.router == "trained":
         attention.register_forward_pre_hook(note_hidden, with_kwargs=True)
     follow(model)
-    if sparse.known_before:
+    if sparse.known_before and replaceable(model):
+        sparse.attends = True
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
         model.config._attn_implementation = IMPLEMENTATION
     return sparse
 
 
-def kept_shares(model: nn.Module, measured: dict[str, SiteSparsity]) -> dict[int, float]:
-    """Share of heads kept by sparse tokens, by layer; layers that keep all are not named."""
-    modules = [m for m in model.modules() if isinstance(m, HeadSparseOutput)]
-    return {m.layer: 1 - measured[m.site].sparsity_of_sparse_tokens for m in modules if m.site in measured}
+def replaceable(model: nn.Module) -> bool:
+    """Whether the model's attention is torch's own, called by name: no soft caps, no sinks, no function of its own."""
+    config = model.config
+    plain = not getattr(config, "attn_logit_softcapping", None) and not hasattr(config, "attention_sink")
+    named = getattr(type(model), "_supports_attention_backend", False) and getattr(type(model), "_supports_sdpa", False)
+    return plain and named and config._attn_implementation in ("sdpa", IMPLEMENTATION)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsebench.calibration.histograms import observe
 from sparsebench.config import NAME_PATTERN, setting
@@ -103,9 +104,7 @@ class Polar(Method):
     def apply(self, module, state: State, work: Work):
         """Put head-sparse output projections into all layers but the first, and neuron-sparse FFNs where asked for."""
         blocks, config, kernel = find_blocks(module), module.config, work.hardware.kernel_name
-        if "o" not in blocks[0].sites or isinstance(
-            module.get_submodule(blocks[0].sites["o"].path), input_sparse.Conv1D
-        ):
+        if "o" not in blocks[0].sites or isinstance(module.get_submodule(blocks[0].sites["o"].path), Conv1D):
             raise ValueError(f"method=polar takes models with a linear output projection, got {type(module).__name__}")
         count, units, _ = self.units(config)
         like = next(module.parameters())
