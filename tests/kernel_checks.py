@@ -172,3 +172,17 @@ def check_selective_attention(attention, dtype, shapes, device="cpu") -> None:
                 assert not y.view(batch, groups, -1)[~keep].any()
                 if kept:
                     assert error(y, expected) < LIMIT[dtype], (batch, groups, shared, head_dim, positions, kept)
+
+
+def check_mask(device: str) -> None:
+    """One kernel compares and selects: with and without a scale, and tokens that stay whole; odd sizes."""
+    from sparsebench.kernels._triton_mask import keep_or_zero
+
+    torch.manual_seed(0)
+    threshold = torch.tensor(0.6, device=device)
+    for scale in (None, torch.rand(70, device=device) + 0.5):
+        for dense in (None, torch.rand(3, 5, device=device) < 0.3):
+            x = torch.randn(3, 5, 70, device=device)
+            keep = masked_dense.kept(x, threshold, scale)
+            keep = keep if dense is None else keep | dense.unsqueeze(-1)
+            assert torch.equal(keep_or_zero(x, threshold, scale, dense), torch.where(keep, x, 0))

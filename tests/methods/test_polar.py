@@ -35,7 +35,7 @@ def polar(model, tmp_path, kernel="cpu_numba", **changes):
     loaded = Loaded(module=model, tokenizer=None, info={})
     place = work(tmp_path)
     state = method.fit(loaded, SimpleNamespace(fit=Text()), place)
-    place.hardware.kernel = kernel
+    place.hardware.kernel_name = kernel
     return method.apply(model, state, place), state
 
 

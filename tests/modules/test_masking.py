@@ -1,11 +1,5 @@
 """The masked input of many tokens is made once, by one kernel on a GPU, and is what masking means."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
 from sparsebench.kernels import masked_dense
@@ -54,33 +48,6 @@ def test_a_prompt_policy_is_kept():
     x = torch.randn(2, 4, 8)
     kept = masking.masked(x, sparse)
     assert torch.equal(kept[:, :2], x[:, :2]) and torch.equal(kept[:, 2:], torch.where(x.abs() > 0.9, x, 0)[:, 2:])
-
-
-INTERPRETED = """
-import torch
-from sparsebench.kernels._triton_mask import keep_or_zero
-torch.manual_seed(0)
-for scale in (None, torch.rand(70) + 0.5):
-    for dense in (None, torch.rand(3, 5) < 0.3):
-        x, t = torch.randn(3, 5, 70), torch.tensor(0.6)
-        keep = x.abs() * (1 if scale is None else scale) > t
-        keep = keep if dense is None else keep | dense.unsqueeze(-1)
-        assert torch.equal(keep_or_zero(x, t, scale, dense), torch.where(keep, x, 0))
-print("checked")
-"""
-
-
-def test_the_kernel_through_tritons_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.stdout.strip() == "checked", done.stderr
 
 
 def test_masked_is_masked_dense():
