@@ -66,15 +66,23 @@ def dropping(sparse: nn.Module) -> list:
     return [module for _, module in measured_modules(sparse) if float(module.threshold) >= 0]
 
 
-def kernels_used(sparse: nn.Module, rows: int) -> str | None:
-    """The backends that serve one token of each of so many rows, joined; None where nothing is sparse."""
-    return ", ".join(sorted({m.kernel_of_rows(rows) for m in dropping(sparse)})) or None
+def serving(sparse: nn.Module, rows: int, width: int = 1) -> set[str]:
+    """The backends that serve `rows` tokens, `width` of each text; attention over kept heads takes one of each."""
+    return {
+        "masked_dense" if module.unit == "heads" and width > 1 else module.kernel_of_rows(rows)
+        for module in dropping(sparse)
+    }
 
 
-def skips(sparse: nn.Module, rows: int) -> bool:
+def skips(sparse: nn.Module, rows: int, width: int = 1) -> bool:
     """Whether that many rows really skip at every sparse module."""
-    used = [module.kernel_of_rows(rows) for module in dropping(sparse)]
+    used = serving(sparse, rows, width)
     return bool(used) and all(kernels.load(name).SKIPS for name in used)
+
+
+def named(backends: set[str]) -> str | None:
+    """Backends for the record; None where nothing is sparse."""
+    return ", ".join(sorted(backends)) or None
 
 
 def apart(call: Any) -> Any:
@@ -91,7 +99,7 @@ def contenders(dense: nn.Module, sparse: nn.Module, text: Rows, hardware: Any, t
     """(contenders by name, the eager sparse decoder, why some are missing); checks the kernels against masked-dense."""
     room, rows = text.block * text.width, text.prompt.shape[0] * text.width
     compiled = [True] if hardware.torch_device.type == "cuda" and hardware.engine != "eager" else []
-    real, ran, refused, eager = hardware.skips and skips(sparse, rows), {}, {}, None
+    real, ran, refused, eager = hardware.skips and skips(sparse, rows, text.width), {}, {}, None
     for side, module in (("dense", dense), ("sparse", sparse)):
         for fast in (False, *compiled):
             name = f"{side}/{'compiled' if fast else 'eager'}"
@@ -134,14 +142,14 @@ def timed(dense: nn.Module, sparse: nn.Module, text: Rows, settings: Any, hardwa
         side: min((n for n in engines if n.startswith(side)), key=lambda n: engines[n]["median_ms"])
         for side in ("dense", "sparse")
     }
-    real = hardware.skips and skips(sparse, rows)
+    real = hardware.skips and skips(sparse, rows, text.width)
     pair = {
         f"{side}_{end}": engines[name][f"{what}_ms"]
         for side, name in best.items()
         for end, what in (("ms", "median"), ("p10_ms", "p10"), ("p90_ms", "p90"))
     }
     pair |= {f"{side}_engine": name.partition("/")[2] for side, name in best.items()}
-    pair |= {"kernel": kernels_used(sparse, rows), "simulated": not real, "refused": refused}
+    pair |= {"kernel": named(serving(sparse, rows, text.width)), "simulated": not real, "refused": refused}
     pair |= {"engines": {name: each["median_ms"] for name, each in engines.items()}}
     return pair | (clock.speedup(taken[best["dense"]], taken[best["sparse"]]) if real else {})
 
@@ -179,7 +187,7 @@ def batches(
     section = []
     for batch in sizes:
         if batch == 1:
-            row = of_decode(decode, kernels_used(sparse, 1), "speedup" in decode)
+            row = of_decode(decode, named(serving(sparse, 1)), "speedup" in decode)
         else:
             row = timed(dense, sparse, Rows.of(tokens, batch, settings.context, 1, like), settings, hardware)
         density = 1 - figures[str(batch)]["sparsity"] if str(batch) in figures else 1.0

@@ -4,7 +4,7 @@ A product of several tokens reads a weight row if any of them keeps its channel,
 Figures per group of L tokens (docs/methods/chunk.md, docs/methods/polar.md):
     sparsity   share of (group, unit) pairs that no token of the group keeps: union or chunk-level sparsity, CLS_L
     tokens     share of (token, unit) pairs dropped, over the very tokens of these groups: TLS
-    excess     sparsity / tokens^L: 1 where the tokens' masks are independent
+    excess     sparsity / tokens^L: 1 where the tokens' masks are independent (sums over sites of both)
     reuse      mean over neighbours of |S_t and S_t+1| / |S_t|;  jaccard: of |S_t and S_t+1| / |S_t or S_t+1|
 Chunks are aligned inside a document; tails are dropped and counted. Masks are merged on the fly and never stored.
 """
@@ -147,10 +147,10 @@ def summarise(model: nn.Module, counters: dict[str, UnionCounter], weights: dict
             key: model_wide({name: here[maps[name]][key] if name in maps else 0.0 for name in weights}, weights)
             for key in ("sparsity", "tokens")
         }
-        excesses = [f["sparsity"] / f["tokens"] ** size for f in here.values() if f["tokens"] > 0]
+        alone = sum(f["tokens"] ** size for f in here.values())  # what independent tokens would leave
         section[str(size)] = {
             **whole,
-            "excess": sum(excesses) / len(excesses) if excesses else None,
+            "excess": sum(f["sparsity"] for f in here.values()) / alone if alone else None,
             "kinds": {
                 kind: sum(values) / len(values)
                 for kind in sorted({modules[site].unit for site in here})
