@@ -89,9 +89,9 @@ def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
     return model.eval().requires_grad_(False)
 
 
-def sparse_copy(threshold=0.3, kernel="cpu_numba"):
-    """The tiny Llama with every block map input-sparse at one threshold."""
-    model = tiny_model()
+def sparse_copy(threshold=0.3, kernel="cpu_numba", model=None):
+    """The tiny Llama (or a model given) with every block map input-sparse at one threshold."""
+    model = tiny_model() if model is None else model
     for block in find_blocks(model):
         for site in block.sites.values():
             swap(model, site, threshold, kernel=kernel)

@@ -130,7 +130,7 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     if keep is not None:
         rows = torch.where(keep.reshape(rows.shape), rows, 0)
         threshold, scale = torch.zeros((), device=x.device), None
-    y = rows_linear(rows, weight.t(), bias, threshold, None if scale is None else scale.float())
+    y = rows_linear(rows, weight.t(), bias, threshold.float(), None if scale is None else scale.float())
     y = y.view(*x.shape[:-1], -1)
     if low_rank is not None:
         a, b = low_rank

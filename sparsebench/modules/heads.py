@@ -77,7 +77,10 @@ class HeadSparseOutput(SparseModule, LinearMap):
     def kernel_of_rows(self, rows: int) -> str:
         if not self.known_before or not self.attends:
             return "masked_dense"
-        return kernels.name_of(kernels.providing(self.kernel_name, "selective_attention"))
+        backend = kernels.providing(self.kernel_name, "selective_attention")
+        size = (1, self.weight.shape[1] // self.heads)
+        q, keys = (self.weight.new_empty(1, *shape) for shape in ((self.heads, size[1]), (self.units, *size)))
+        return kernels.name_of(backend) if serves(backend, q, keys) else "masked_dense"
 
     def lengths(self, x: torch.Tensor) -> torch.Tensor:
         """Score [..., units] of the heads' outputs x [..., heads * size]."""
@@ -180,9 +183,13 @@ def served(sparse: HeadSparseOutput, module: nn.Module, query: torch.Tensor, key
         return False
     if getattr(module, "sliding_window", None) or sparse.kernel_name == "masked_dense":
         return False
-    backend = kernels.providing(sparse.kernel_name, "selective_attention")
-    problem = getattr(backend, "unsupported_selective_attention", lambda *_: None)
-    return problem(query[:, :, 0], key) is None
+    return serves(kernels.providing(sparse.kernel_name, "selective_attention"), query[:, :, 0], key)
+
+
+def serves(backend, q: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether a backend's attention takes queries [B, H, D] and keys [B, groups, P, D]."""
+    problem = getattr(backend, "unsupported_selective_attention", None)
+    return problem is None or problem(q, keys) is None
 
 
 def note_hidden(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -67,15 +67,16 @@ def test_few_rows_compile_and_capture():
 def test_masking_on_the_gpu_is_masking(prompt):
     torch.manual_seed(0)
     for scale in (None, torch.rand(96)):
-        sparse = InputSparseLinear(torch.nn.Linear(96, 32), "0.q", 0.8, scale=scale, prompt=prompt).cuda().half()
+        linear = torch.nn.Linear(96, 32, device="cuda", dtype=torch.float16)
+        sparse = InputSparseLinear(linear, "0.q", 0.8, scale=None if scale is None else scale.cuda(), prompt=prompt)
         x = torch.randn(3, 10, 96, device="cuda").half()
-        kept = masked_dense.kept(x.float(), sparse.threshold.float(), sparse.scale)
+        kept = masked_dense.kept(x.float(), sparse.threshold, sparse.scale)
         kept[:, :5] |= prompt == "half"
         assert torch.equal(masking.masked(x, sparse), torch.where(kept, x, 0))
 
 
 def gpu_copy(threshold=0.5):
-    return sparse_copy(threshold, kernel="cuda_gather").cuda().half()
+    return sparse_copy(threshold, "cuda_gather", tiny_model().cuda().half())
 
 
 @pytest.mark.gpu
@@ -120,7 +121,7 @@ def test_batches_and_verify_are_timed_on_the_gpu():
 @pytest.mark.gpu
 def test_a_prompt_is_not_slower_for_its_masks():
     """Compiled, masks are joined to what stands before them; medians of the fastest engines within 15 percent."""
-    dense, sparse = tiny_model(hidden_size=512, intermediate_size=1024, num_attention_heads=8), None
+    dense = tiny_model(hidden_size=512, intermediate_size=1024, num_attention_heads=8)
     dense = dense.cuda().half()
     from sparsebench.engines import channel_major, sharing_copy
 
