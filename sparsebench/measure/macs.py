@@ -118,12 +118,12 @@ def account(
 
     Decode skips what the sparse tokens dropped. `executed` stays None until a kernel ran: only timing can fill it.
     """
-    whole = dense_outside or outside
+    untouched = dense_outside or outside
     dense_macs = sum(c.dense_macs for c in dense.values())
     overhead = sum(c.overhead_macs for c in sparse.values())
     sparse_macs = sum(c.sparse_macs for c in sparse.values()) + overhead
     macs = {
-        "dense": dense_macs + whole.macs,
+        "dense": dense_macs + untouched.macs,
         "sparse": sparse_macs + outside.macs,
         "executed": None,
         "overhead": overhead,
@@ -138,7 +138,7 @@ def account(
         "per_site": {name: asdict(cost) for name, cost in sparse.items()},
     }
     traffic = {
-        "dense": sum(c.dense_bytes for c in dense.values()) + whole.bytes,
+        "dense": sum(c.dense_bytes for c in dense.values()) + untouched.bytes,
         "sparse": read_bytes(sparse, outside),
         "unit": f"bytes of weights and KV cache read per decoded token, batch 1, context {context}",
         "parts": {"head": outside.head_bytes, "kv_cache": outside.cache_bytes},
