@@ -188,6 +188,10 @@ def mismatches(settings: Settings) -> list[str]:
         )
     if settings.eval.neurons.enabled and model.kind != "language":
         problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
+    for key in ("batches", "chunk"):
+        if getattr(settings.measure, key) is not None and model.kind != "language":
+            value = getattr(settings.measure, key)
+            problems.append(f"measure.{key} must be null for model={model.name} ({model.kind}), got {value}")
     if settings.hardware.estimate and model.kind != "language":
         problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
     if settings.eval.lm_eval.tasks and model.kind != "language":
