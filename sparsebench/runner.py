@@ -22,6 +22,8 @@ from sparsebench.data.base import Data
 from sparsebench.measure import estimate, limit, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
+from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.masking import share_rules
 from sparsebench.records import machine, progress, state
 from sparsebench.records.record import Record
 from sparsebench.tasks import critical
@@ -65,6 +67,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
         progress.begin("critical sparsity: searching on dev")
         record.extra["critical"] = critical.search(task, untouched, method, fitted, work, data, settings)
     module = method.apply(loaded.module, fitted, work)
+    share_rules(module, InputSparseLinear)
     record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
 
     progress.begin("sparse model: evaluating")
@@ -83,6 +86,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
         timing = task.time(untouched, module, data, settings)
         record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)
         record.memory["peaks"], peak_before = timing.peaks, max(peak_before, timing.highest)
+        record.extra |= timing.extra
         if hardware.estimate:
             rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
             record.estimate = estimate.predict(hardware, record, *rates)

@@ -45,7 +45,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="session")
 def emulated():
-    """A function (dtype, group, splits) -> library with decode.cu's kernels for the CPU.
+    """A function (source=decode.cu, **defines) -> library with the kernels of a CUDA file for the CPU.
 
     A library lies in the tests' cache under the digest of everything it is made of: other processes and later sessions
     take it from there.
@@ -55,36 +55,28 @@ def emulated():
         pytest.skip("needs g++ to build the CUDA kernels for the CPU")
     folder = Path(os.environ["SPARSEBENCH_CACHE"], "cuda-on-cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    source = Path(__file__).with_name("kernels") / "cuda_on_cpu.cpp"
+    beside = Path(__file__).with_name("kernels")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    made_of = [version, *(Path(p).read_bytes() for p in (source, source.with_suffix(".h"), cuda_gather.SOURCE))]
 
     @functools.cache
-    def library(flags: tuple[str, ...]) -> ctypes.CDLL:
-        content = hashlib.sha256(b"\0".join([*made_of, *(flag.encode() for flag in flags)])).hexdigest()
+    def library(cuda: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+        main = beside / ("cuda_on_cpu.cpp" if cuda == cuda_gather.SOURCE else cuda.with_suffix("").name + "_on_cpu.cpp")
+        files = (main, beside / "cuda_on_cpu.h", cuda, cuda_gather.SOURCE)
+        made_of = [version, *(path.read_bytes() for path in files), *(flag.encode() for flag in flags)]
+        content = hashlib.sha256(b"\0".join(made_of)).hexdigest()
         target = folder / f"{content}.so"
         with FileLock(target.with_suffix(".lock")):
             if not target.exists():
                 partial = target.with_suffix(".partial")
-                path = f'-DDECODE_CU="{cuda_gather.SOURCE}"'
-                command = [
-                    compiler,
-                    "-std=c++20",
-                    "-O1",
-                    "-shared",
-                    "-fPIC",
-                    "-pthread",
-                    *flags,
-                    path,
-                    source,
-                    "-o",
-                    partial,
-                ]
-                subprocess.run(command, check=True)
+                fixed = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+                sources = [f'-DDECODE_CU="{cuda}"', f'-DCUDA_SOURCE="{cuda}"', main]
+                subprocess.run([compiler, *fixed, *flags, *sources, "-o", partial], check=True)
                 partial.rename(target)
         return ctypes.CDLL(str(target))
 
-    return lambda **defines: library(tuple(f"-D{k}={v}" for k, v in sorted(defines.items())))
+    return lambda source=cuda_gather.SOURCE, **defines: library(
+        source, tuple(f"-D{k}={v}" for k, v in sorted(defines.items()))
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,9 @@ from sparsebench.measure import macs, quality, sparsity, uncertainty
 from sparsebench.methods.base import Work
 from sparsebench.models import Loaded
 from sparsebench.modules.activation_map import isolate
+from sparsebench.modules.input_sparse import swap
 from sparsebench.records import record
+from sparsebench.sites import find_blocks
 from sparsebench.training.loop import Training
 
 COMMAND = Path(sys.executable).with_name("sparsebench")
@@ -85,6 +87,15 @@ def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model.eval().requires_grad_(False)
+
+
+def sparse_copy(threshold=0.3, kernel="cpu_numba", model=None):
+    """The tiny Llama (or a model given) with every block map input-sparse at one threshold."""
+    model = tiny_model() if model is None else model
+    for block in find_blocks(model):
+        for site in block.sites.values():
+            swap(model, site, threshold, kernel=kernel)
+    return model
 
 
 GGUF_KINDS = {

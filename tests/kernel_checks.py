@@ -141,3 +141,48 @@ def check_router(dtype, device="cpu"):
 
 
 MARGIN = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def check_selective_attention(attention, dtype, shapes, device="cpu") -> None:
+    """Equal to dense attention followed by masking, for ragged lengths, no, one, some and all groups kept.
+
+    shapes: (sequences, groups, heads of a group, head size, positions). What a sequence does not keep, or what lies
+    behind its tokens, is NaN in its cache: it must not be read, or not matter.
+    """
+    for batch, groups, shared, head_dim, positions in shapes:
+        generator = torch.Generator().manual_seed(positions)
+        q = torch.randn(batch, groups * shared, head_dim, generator=generator).to(dtype)
+        keys, values = (torch.randn(batch, groups, positions, head_dim, generator=generator).to(dtype) for _ in "kv")
+        lengths = torch.tensor(
+            [positions, *torch.randint(1, positions + 1, (batch - 1,), generator=generator).tolist()]
+        )
+        for kept in {0, 1, (groups + 1) // 2, groups}:
+            order = torch.rand(batch, groups, generator=generator).argsort(-1)
+            keep = order < kept
+            expected = masked_dense.selective_attention(q.float(), keys.float(), values.float(), keep, lengths, 0.3)
+            poisoned = [t.clone() for t in (keys, values)]
+            behind = torch.arange(positions) >= lengths.view(-1, 1)
+            for t in poisoned:
+                t[~keep] = float("nan")
+                t[behind.unsqueeze(1).expand(t.shape[:3])] = float("nan")
+            given = [t.to(device) for t in (q, *poisoned, keep, lengths)]
+            for _ in range(2):
+                y = attention(*given, 0.3).cpu()
+                assert y.shape == q.shape and y.dtype == dtype
+                assert not y.view(batch, groups, -1)[~keep].any()
+                if kept:
+                    assert error(y, expected) < LIMIT[dtype], (batch, groups, shared, head_dim, positions, kept)
+
+
+def check_mask(device: str) -> None:
+    """One kernel compares and selects: with and without a scale, and tokens that stay whole; odd sizes."""
+    from sparsebench.kernels._triton_mask import keep_or_zero
+
+    torch.manual_seed(0)
+    threshold = torch.tensor(0.6, device=device)
+    for scale in (None, torch.rand(70, device=device) + 0.5):
+        for dense in (None, torch.rand(3, 5, device=device) < 0.3):
+            x = torch.randn(3, 5, 70, device=device)
+            keep = masked_dense.kept(x, threshold, scale)
+            keep = keep if dense is None else keep | dense.unsqueeze(-1)
+            assert torch.equal(keep_or_zero(x, threshold, scale, dense), torch.where(keep, x, 0))

@@ -85,6 +85,8 @@ class Measurement:
     batch: int = setting(gt=1)
     by_kernel: bool
     energy: bool
+    batches: list[int] | None = setting(gt=0)
+    chunk: int | None = setting(gt=1, le=32)
 
 
 @dataclass(kw_only=True)
@@ -204,6 +206,10 @@ def mismatches(settings: Settings) -> list[str]:
         problems.append(f"eval.neurons.enabled must be false for model={model.name} ({model.kind}), got true")
     if settings.eval.critical.enabled:
         problems += critical_problems(settings)
+    for key in ("batches", "chunk"):
+        if getattr(settings.measure, key) is not None and model.kind != "language":
+            value = getattr(settings.measure, key)
+            problems.append(f"measure.{key} must be null for model={model.name} ({model.kind}), got {value}")
     if settings.hardware.estimate and model.kind != "language":
         problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
     if settings.eval.lm_eval.tasks and model.kind != "language":

@@ -22,7 +22,7 @@ class Decoder:
 
     Args:
         module: a causal LM of transformers, dense or with sparse modules.
-        prompt: int64 [1, C], put into the cache at once.
+        prompt: int64 [B, C], put into the cache at once; B rows are B texts.
         room: tokens that may follow.
         compiled: torch.compile(mode="reduce-overhead", fullgraph=True) of the one-token step.
     """
@@ -46,7 +46,7 @@ class Decoder:
         )
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """Logits [1, 1, V] after one more token [1, 1]."""
+        """Logits [B, k, V] after k more tokens of each text [B, k]."""
         with torch.no_grad():
             return self.forward(input_ids=token, **self.given, use_cache=True).logits
 
@@ -65,11 +65,12 @@ class Decoder:
             raise ValueError("a compiled step on a CPU has no marks")
         return marks.by_name(take, steps)
 
-    def rewind(self) -> None:
-        """Back to the end of the prompt."""
+    def rewind(self, length: int | None = None) -> None:
+        """Back to the end of the prompt, or to so many tokens (no sliding windows)."""
+        length = self.length if length is None else length
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.length)
+            layer.cumulative_length.fill_(length)
             if hasattr(layer, "cumulative_length_int"):  # sliding-window layers keep a Python copy
-                layer.cumulative_length_int = self.length
+                layer.cumulative_length_int = length
         for held, kept in self.windows:
             held.copy_(kept)

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 ROWS = 8  # channels per pass
 VECTOR = 32  # floats per step: one or two cache lines of weights
+PIECE = 512  # outputs whose weights of one pass (16 KB in fp32) and sums fit the first cache
 AHEAD = 1024  # bytes; found best of none, 512, 1024 and the next eight channels
 FLOAT, I16, I32, I64, BYTE = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.IntType(8)
 
@@ -130,14 +131,19 @@ def widen(typing, value):
 
 @njit(nogil=True, cache=True)
 def gather(y, weight, index, values, count, lo, hi):
-    """y[b, lo:hi] = sum_k values[b, k] * weight[index[k], lo:hi]; the channels of a pass stay in cache for all rows b."""
+    """y[b, lo:hi] = sum_k values[b, k] * weight[index[k], lo:hi].
+
+    With several rows b, a pass goes over PIECE outputs at a time, whose weights stay in the first cache for all rows.
+    """
     for b in range(y.shape[0]):
         for j in range(lo, hi):
             y[b, j] = 0
+    piece = max(1, hi - lo) if y.shape[0] == 1 else PIECE
     k = 0
     while k + ROWS <= count:
-        for b in range(y.shape[0]):
-            pass_many(y, weight, index, values, b, k, lo, hi)
+        for start in range(lo, hi, piece):
+            for b in range(y.shape[0]):
+                pass_many(y, weight, index, values, b, k, start, min(start + piece, hi))
         k += ROWS
     while k < count:
         for b in range(y.shape[0]):

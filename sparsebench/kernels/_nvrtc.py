@@ -51,7 +51,8 @@ def module(file: Path, device: int, **defines: int) -> Any:
 
     torch.cuda.init()
     major, minor = torch.cuda.get_device_capability(device)
-    return checked(driver.cuModuleLoadData(compile_cubin(file.read_text(), f"sm_{major}{minor}", defines)))
+    beside = (f"--include-path={file.parent}",)
+    return checked(driver.cuModuleLoadData(compile_cubin(file.read_text(), f"sm_{major}{minor}", defines, beside)))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sparsebench.kernels import _conv_numba, masked_dense
+from sparsebench.kernels import _conv_numba, _heads_numba, masked_dense
 from sparsebench.kernels._gather_numba import VECTOR, compact, finish, gather, linear, listed_dots
 
 RANK = 10
@@ -150,6 +150,29 @@ def map_sparse_conv2d(x, rows, bias, stride, padding, dilation):
         out += bias.detach()
     _conv_numba.scatter(x[0].contiguous().numpy(), rows.numpy(), out.numpy(), stride, padding, dilation)
     return out.permute(2, 0, 1)[None]
+
+
+def unsupported_selective_attention(q: torch.Tensor, keys: torch.Tensor) -> str | None:
+    """Why a call can't be served; q [B, H, D], keys [B, groups, P, D]."""
+    if q.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != q.dtype:
+        return f"cpu_numba serves float32 and bfloat16, got queries {q.dtype} and keys {keys.dtype}"
+    return None
+
+
+def selective_attention(q, keys, values, keep, lengths, scaling):
+    """As masked_dense.selective_attention: the cache of groups that a sequence does not keep is not read."""
+    problem = unsupported_selective_attention(q, keys)
+    if problem:
+        raise ValueError(problem)
+    groups, y = keys.shape[1], torch.zeros_like(q, memory_format=torch.contiguous_format)
+    parts = (q.contiguous().unflatten(1, (groups, -1)), keys.contiguous(), values.contiguous())
+    pairs, out = keep.nonzero().numpy(), as_numpy(y.unflatten(1, (groups, -1)))
+    fixed = (*map(as_numpy, parts), pairs, lengths.to(torch.int64).numpy(), np.float32(scaling), out)
+    if _pool is None or len(pairs) * keys[0, 0].numel() * keys.element_size() < PARALLEL_BYTES:
+        _heads_numba.attend(*fixed, 0, len(pairs))
+    else:
+        spread(lambda lo, hi: _heads_numba.attend(*fixed, lo, hi), len(pairs), 1)
+    return y
 
 
 def unsupported_expert_ffn(x: torch.Tensor, weight: torch.Tensor, last: torch.Tensor | None = None) -> str | None:

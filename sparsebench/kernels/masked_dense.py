@@ -60,6 +60,22 @@ def output_sparse_linear(x, weight, keep):
     return torch.where(keep, F.linear(x, weight), 0)
 
 
+def selective_attention(q, keys, values, keep, lengths, scaling):
+    """Attention of one new token per sequence; heads of groups that are not kept give 0.
+
+    q [B, H, D]; keys and values [B, groups, P, D], of which the first lengths [B] positions hold tokens; keep bool
+    [B, groups]. Returns [B, H, D].
+    """
+    shared = q.shape[1] // keys.shape[1]
+    k, v = (t.repeat_interleave(shared, 1) for t in (keys, values))
+    inside = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1)
+    scores = (k @ q.unsqueeze(-1))[..., 0].float() * scaling
+    weights = scores.masked_fill(~inside, float("-inf")).softmax(-1).to(v.dtype)
+    v = torch.where(inside.unsqueeze(-1), v, 0)  # what lies behind the tokens may be anything
+    y = (weights.unsqueeze(2) @ v)[:, :, 0]
+    return torch.where(keep.repeat_interleave(shared, 1).unsqueeze(-1), y, 0)
+
+
 ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,

@@ -43,6 +43,7 @@ class Timing:
     skipping: set[str] = field(default_factory=set)  # sites of which a forward pass at batch 1 skipped work
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by what ran, dense and sparse; CUDA only
     highest: int = 0  # bytes of the device in use at most while `peaks` were taken
+    extra: dict[str, Any] = field(default_factory=dict)  # further findings, for the record
 
 
 @contextmanager
@@ -91,24 +92,20 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     device = hardware.torch_device
     tokens = tokens.to(device)
     prompt = tokens[: settings.prompt][None]
-
-    def prefill(module):
-        def call(_):
-            with torch.no_grad():
-                return module(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
-
-        return Contender(call)
-
-    both = {"dense": prefill(dense), "sparse": prefill(sparse)}
+    start = time.perf_counter()
+    contenders, refused = prefills({"dense": dense, "sparse": sparse}, prompt, hardware)
+    compile_seconds = time.perf_counter() - start
+    eager = {side: contenders[f"{side}/eager"].call for side in ("dense", "sparse")}
     skipping, parity = any(kernels.load(m.kernel(settings.prompt)).SKIPS for m in sparse_modules(sparse)), {}
     if skipping:
-        errors = check.parity(sparse, lambda: both["sparse"].call(0))
+        errors = check.parity(sparse, lambda: eager["sparse"](0))
         parity = {"parity_relative_error": check.check_parity(errors, next(sparse.parameters()).dtype)}
-    peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, {n: c.call for n, c in both.items()}, device)
+    peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, eager, device)
     with clock.watching(threads_of(device)) as load:
         decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware)
-        times, more_seconds = interleaved(list(both.values()), settings.warmup, settings.samples, device)
+        times, more_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
+    about["compile_seconds"] += compile_seconds
     text = Text.of(tokens, settings.context, dense)
     if settings.by_kernel:  # when everything is timed: a profiler that was here may leave launches slower
         decode["by_kernel"] = breakdown.by_kernel(timed, text, device)
@@ -117,13 +114,55 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         about["energy"] = energy.measure(steps, text.block, "token", device)
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
-        "prefill": {
-            "dense": summary(times[0]), "sparse": summary(times[1]), "tokens": settings.prompt,
+        "prefill": fastest(dict(zip(contenders, times, strict=True)), skipping) | parity | {
+            "tokens": settings.prompt, "refused": refused,
             "kernel": kernels_used(sparse, settings.prompt if skipping else MANY) or "masked_dense",
-        } | parity | (clock.speedup(*times) if skipping else {}),
+        },
     } | about  # fmt: skip
     section |= clock.noise({"dense decode": decode["dense"], "sparse decode": decode["sparse"]}, load)
     return Timing(latency=section, step_macs=executed, peaks={"prefill": peaks} if peaks else {}, highest=highest)
+
+
+def prefills(
+    modules: dict[str, nn.Module], prompt: torch.Tensor, hardware
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Every way to take in a prompt [1, T], by side and engine, and why others could not be had.
+
+    A masked-dense prompt, compiled, has its masks joined to what stands before them: they cost nothing of their own.
+    """
+    contenders, refused = {}, {}
+    compiled = [True] if prompt.device.type == "cuda" and hardware.engine != "eager" else []
+    for side, module in modules.items():
+        for fast in (False, *compiled):
+            run = torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if fast else module
+
+            def call(_, run=run):
+                with torch.no_grad():
+                    return run(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
+
+            name = f"{side}/{'compiled' if fast else 'eager'}"
+            try:
+                call(0)
+            except RuntimeError as error:  # no compiler, no memory
+                if not fast:
+                    raise
+                refused[name] = str(error).strip().partition("\n")[0]
+                log.warning("prefill: no %s (%s)", name, refused[name])
+                continue
+            contenders[name] = Contender(call)
+    return contenders, refused
+
+
+def fastest(times: dict[str, list[float]], skipping: bool) -> dict[str, Any]:
+    """The fastest engine of each side, and all of them; times by `side/engine`. A speed-up only where a kernel skips."""
+    summaries = {name: summary(each) for name, each in times.items()}
+    section: dict[str, Any] = {"engines": summaries}
+    best = {}
+    for side in ("dense", "sparse"):
+        names = [name for name in times if name.startswith(side)]
+        best[side] = min(names, key=lambda name: summaries[name]["median_ms"])
+        section |= {side: summaries[best[side]], f"{side}_engine": best[side].partition("/")[2]}
+    return section | (clock.speedup(times[best["dense"]], times[best["sparse"]]) if skipping else {})
 
 
 def threads_of(device: torch.device) -> int:
@@ -266,7 +305,7 @@ class Step:
 
 def describe(dense: nn.Module, sparse: nn.Module, measured: dict[str, SiteSparsity], context: int, skips: bool) -> Step:
     """Sparsity, MACs and bytes of a step in which `measured` was counted."""
-    dense_costs, outside = macs.dense_sites(dense), macs.outside_blocks(sparse, context)
+    dense_costs, outside = macs.dense_sites(dense), macs.outside_blocks(sparse, context, measured if skips else None)
     costs = dense_costs | macs.site_costs(sparse, measured)
     weights = {site: int(cost.dense_macs) for site, cost in dense_costs.items()}
     shares = dict.fromkeys(weights, 0.0) | {site: each.sparsity for site, each in measured.items()}
@@ -340,12 +379,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
 
 def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> dict[str, Any]:
     """The fastest dense engine beside the sparse one, and all engines. dense: times by `dense/<engine>`."""
-    engines_timed = {name: summary(each) for name, each in dense.items()} | {f"sparse/{engine}": summary(sparse)}
-    fastest = min(dense, key=lambda name: engines_timed[name]["median_ms"])
-    return {
-        "dense": engines_timed[fastest], "dense_engine": fastest.partition("/")[2],
-        "sparse": engines_timed[f"sparse/{engine}"], "sparse_engine": engine, "engines": engines_timed,
-    }  # fmt: skip
+    return fastest({name: summary(each) for name, each in (dense | {f"sparse/{engine}": sparse}).items()})
 
 
 def break_even(dense: list[float], curve: list[tuple[Step, list[float]]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from sparsebench.modules.base import Cost, SiteSparsity, sparse_modules
+from sparsebench.modules.base import Cost, SiteSparsity, measured_modules, sparse_modules
 from sparsebench.sites import find_blocks, shape
 
 
@@ -54,12 +54,12 @@ def site_costs(module: nn.Module, measured: dict[str, SiteSparsity]) -> dict[str
 
 @dataclass(frozen=True)
 class Outside:
-    """What a decoded token costs outside the block maps, dense and sparse alike."""
+    """What a decoded token costs outside the block maps: dense and sparse alike, but for dropped heads."""
 
     head_macs: int
-    attention_macs: int  # scores and weighted values at the stated context
+    attention_macs: float  # scores and weighted values at the stated context
     head_bytes: int
-    cache_bytes: int  # keys and values read
+    cache_bytes: float  # keys and values read
 
     @property
     def macs(self) -> int:
@@ -70,16 +70,24 @@ class Outside:
         return self.head_bytes + self.cache_bytes
 
 
-def outside_blocks(module: nn.Module, context: int) -> Outside:
-    """Head, attention and KV cache of one decoded token that sees `context` tokens."""
+def outside_blocks(module: nn.Module, context: int, measured: dict[str, SiteSparsity] | None = None) -> Outside:
+    """Head, attention and KV cache of one decoded token that sees `context` tokens.
+
+    measured: what head-sparse layers dropped; they read that share of their cache less, where a unit is a whole
+    key-value group, and multiply that much less.
+    """
     head = module.get_output_embeddings().weight
-    size = head.element_size()
-    return Outside(
-        head.numel(),
-        attention_macs(module.config, context),
-        head.numel() * size,
-        kv_bytes(module.config, context, size),
-    )
+    size, layers = head.element_size(), module.config.num_hidden_layers
+    multiplied = attention_macs(module.config, context)
+    cached = kv_bytes(module.config, context, size)
+    groups = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
+    saved = read = 0.0  # layers' worth of attention products and of cache reads
+    for site, sparse in measured_modules(module):
+        if measured and sparse.unit == "heads" and site in measured:
+            share = measured[site].sparsity_of_sparse_tokens
+            saved, read = saved + share, read + (share if sparse.units == groups else 0.0)
+    products = multiplied * (1 - saved / layers) if saved else multiplied
+    return Outside(head.numel(), products, head.numel() * size, cached * (1 - read / layers) if read else cached)
 
 
 def executed(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, skips: bool) -> float:
@@ -97,16 +105,25 @@ def read_bytes(sparse: dict[str, Cost], outside: Outside) -> float:
     return sum(c.sparse_bytes for c in sparse.values()) + outside.bytes
 
 
-def account(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, context: int) -> tuple[dict, dict]:
+def account(
+    dense: dict[str, Cost],
+    sparse: dict[str, Cost],
+    outside: Outside,
+    context: int,
+    dense_outside: Outside | None = None,
+) -> tuple[dict, dict]:
     """The record's macs and bytes sections of one decoded token, from costs by site.
+
+    dense_outside: of the dense model, where heads are dropped; else as `outside`.
 
     Decode skips what the sparse tokens dropped. `executed` stays None until a kernel ran: only timing can fill it.
     """
+    untouched = dense_outside or outside
     dense_macs = sum(c.dense_macs for c in dense.values())
     overhead = sum(c.overhead_macs for c in sparse.values())
     sparse_macs = sum(c.sparse_macs for c in sparse.values()) + overhead
     macs = {
-        "dense": dense_macs + outside.macs,
+        "dense": dense_macs + untouched.macs,
         "sparse": sparse_macs + outside.macs,
         "executed": None,
         "overhead": overhead,
@@ -121,7 +138,7 @@ def account(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, c
         "per_site": {name: asdict(cost) for name, cost in sparse.items()},
     }
     traffic = {
-        "dense": sum(c.dense_bytes for c in dense.values()) + outside.bytes,
+        "dense": sum(c.dense_bytes for c in dense.values()) + untouched.bytes,
         "sparse": read_bytes(sparse, outside),
         "unit": f"bytes of weights and KV cache read per decoded token, batch 1, context {context}",
         "parts": {"head": outside.head_bytes, "kv_cache": outside.cache_bytes},
@@ -130,8 +147,9 @@ def account(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, c
 
 
 def over_scored_tokens(
-    dense: dict[str, Cost], sparse: dict[str, Cost], measured: dict[str, SiteSparsity], outside: Outside, context: int
-) -> tuple[dict, dict]:
+    dense: dict[str, Cost], sparse: dict[str, Cost], measured: dict[str, SiteSparsity], outside: Outside, context: int,
+    dense_outside: Outside | None = None,
+) -> tuple[dict, dict]:  # fmt: skip
     """`scored` of the record's macs and bytes: means over the tokens that quality was scored on, same unit.
 
     Where a prompt policy left some of them dense, those cost what a dense token costs (pruned weights stay pruned);
@@ -151,17 +169,23 @@ def over_scored_tokens(
             "overhead_macs": share * token.overhead_macs,
         }
         traffic += share * cost.sparse_bytes + (1 - share) * plain.dense_bytes
-    rest, rest_bytes = outside.macs, outside.bytes
+    whole = dense_outside or outside
+    heads = next((s for name, s in measured.items() if name.endswith(".heads")), None)
+    seen = heads.sparse_tokens + heads.dense_tokens if heads else 0
+    part = heads.sparse_tokens / seen if heads and seen else 1.0  # tokens whose heads were dropped
+    rest, rest_bytes = (
+        part * o + (1 - part) * w for o, w in ((outside.macs, whole.macs), (outside.bytes, whole.bytes))
+    )
     how = "with products as in a prompt, else " if any(c.prompt for c in sparse.values()) else ""
     unit = f"mean over the scored tokens, each {how}as if decoded at batch 1, context {context}"
     macs = {
-        "dense": sum(c.dense_macs for c in dense.values()) + rest,
+        "dense": sum(c.dense_macs for c in dense.values()) + whole.macs,
         "sparse": sum(s["sparse_macs"] + s["overhead_macs"] for s in sites.values()) + rest,
         "unit": f"multiply-accumulates, {unit}",
         "per_site": sites,
     }
     moved = {
-        "dense": sum(c.dense_bytes for c in dense.values()) + rest_bytes,
+        "dense": sum(c.dense_bytes for c in dense.values()) + whole.bytes,
         "sparse": traffic + rest_bytes,
         "unit": f"bytes of weights and KV cache, {unit}",
     }

@@ -112,6 +112,7 @@ class SparseModule(nn.Module):
     """
 
     counts: ClassVar[bool] = True  # False: it only adds cost, or only runs a kernel; there is nothing to count
+    unit: ClassVar[str] = "channels"  # what it drops: channels, neurons, experts, heads
     site: str = ""
     kernel_name: str = "masked_dense"  # the backend asked for
     counter: Counter | MapCounter | None = None
@@ -128,6 +129,10 @@ class SparseModule(nn.Module):
     def kernel(self, tokens: int) -> str:
         """The backend that really serves a call of one sequence of so many tokens (or one image)."""
         return "masked_dense"
+
+    def kernel_of_rows(self, rows: int) -> str:
+        """The backend that really serves one token of each of so many sequences, or so many tokens of a verify step."""
+        return self.kernel(1) if rows == 1 else "masked_dense"
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of one token by site name, dense and as measured."""

@@ -27,6 +27,8 @@ class GateSparseFFN(SparseModule):
         kernel: backend for one-token calls.
     """
 
+    unit = "neurons"
+
     def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prompt="all", kernel="masked_dense"):
         super().__init__()
         self.gate, self.up, self.activation = ffn.gate_proj, ffn.up_proj, ffn.act_fn
@@ -63,6 +65,9 @@ class GateSparseFFN(SparseModule):
     def kernel(self, tokens: int) -> str:
         """One token goes to the kernel, more are masked."""
         return kernels.ran(self.kernel_name, self.down, "neuron_sparse_ffn") if tokens == 1 else "masked_dense"
+
+    def kernel_of_rows(self, rows: int) -> str:
+        return kernels.ran(self.kernel_name, self.down, "neuron_sparse_ffn", rows=rows)
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
         """MACs and weight bytes of up and down for one decoded token; the gate stays dense."""

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
+from sparsebench.modules.masking import masked
 from sparsebench.modules.tokens import follow, left_dense, per_row
 from sparsebench.sites import LinearMap
 
@@ -74,6 +75,9 @@ class InputSparseLinear(SparseModule, LinearMap):
         """One token goes to the kernel, more are masked."""
         return kernels.ran(self.kernel_name, self.weight) if tokens == 1 else "masked_dense"
 
+    def kernel_of_rows(self, rows: int) -> str:
+        return kernels.ran(self.kernel_name, self.weight, rows=rows)
+
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """bool, the shape of x [..., n]."""
         if self.top_k is None:
@@ -89,6 +93,8 @@ class InputSparseLinear(SparseModule, LinearMap):
             return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
                 x, self.weight, self.bias, **self.rule(x), low_rank=self.low_rank
             )
+        if self.counter is None and self.top_k is None and self.low_rank is None and type(self) is InputSparseLinear:
+            return F.linear(masked(x, self), self.weight, self.bias)
         keep, dense = self.keep(x), left_dense(self.prompt, x)
         if self.counter is not None:
             self.counter.add(keep, dense)

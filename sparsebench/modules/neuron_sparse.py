@@ -16,6 +16,7 @@ from sparsebench import kernels
 from sparsebench.modules.activations import Activation
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import replace
+from sparsebench.modules.tokens import per_row
 from sparsebench.sites import Block, shape
 
 ROLES = (("gate", "up", "down"), ("fc1", "fc2"))
@@ -44,6 +45,8 @@ class NeuronSparseFFN(SparseModule):
         predictor: x [..., d] -> bool [..., f], the only neurons computed (methods/prosparse/predictor.py); None = exact.
         kernel: backend for one-token calls; None while training (weights stay as they lie).
     """
+
+    unit = "neurons"
 
     def __init__(self, ffn, block: Block, activation: Activation, *, up_activation=None, predictor=None, kernel=None):
         super().__init__()
@@ -115,7 +118,7 @@ class NeuronSparseFFN(SparseModule):
 
     def to_kernel(self, x: torch.Tensor) -> bool:
         """Whether a call goes to the kernel: one token, outside training and counting."""
-        return (x.dim() < 3 or x.shape[-2] == 1) and self.counter is None and not torch.is_grad_enabled()
+        return (x.dim() < 3 or per_row(x) == 1) and self.counter is None and not torch.is_grad_enabled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = self.gates(x)
@@ -144,6 +147,9 @@ class NeuronSparseFFN(SparseModule):
     def kernel(self, tokens: int) -> str:
         """One token goes to the kernel, more are masked."""
         return kernels.ran(self.kernel_name, self.last_weight, self.function) if tokens == 1 else "masked_dense"
+
+    def kernel_of_rows(self, rows: int) -> str:
+        return kernels.ran(self.kernel_name, self.last_weight, self.function, rows=rows)
 
     def skipping(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """The rest of a one-token call, by the kernel."""

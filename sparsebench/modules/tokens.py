@@ -6,6 +6,9 @@ Prompt policies need more: the real length of each row. `follow` notes both at t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -48,8 +51,29 @@ def leave(module: nn.Module, args: tuple, output) -> None:
     CALLS.pop()
 
 
+class Apart:
+    """Whether the tokens of a call are judged one by one, as in decode."""
+
+    on = False
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Every token of a call is a decoded one of its own while the block runs: a verify step of speculation.
+
+    All are sparse, each by its own mask, and kernels for few rows serve them together.
+    """
+    before, Apart.on = Apart.on, True
+    try:
+        yield
+    finally:
+        Apart.on = before
+
+
 def per_row(x: torch.Tensor) -> int:
     """T: the positions of each sequence in a module's input [..., T, n] or [B T, n]; 1 where nothing says more."""
+    if Apart.on:
+        return 1
     if x.dim() > 2:
         return x.shape[-2]
     shape = CALLS[-1].shape

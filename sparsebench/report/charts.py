@@ -19,7 +19,7 @@ from typing import Any
 import altair as alt
 
 from sparsebench.records.terminal import uncertain
-from sparsebench.report import patterns
+from sparsebench.report import patterns, unions
 from sparsebench.report.groups import Group, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
 from sparsebench.report.step_charts import MOST_LINES, MOST_MAPS, nearest_half, of_machine
@@ -236,6 +236,7 @@ def of_group(
         charts |= {f"{k}-{number}": v for k, v in of_machine(group.rows, drawn, look, machine).items()}
     charts["patterns"] = patterns.ladder(group)
     charts |= {"maps": heat_map(group), "training": training(group.rows, look), "estimates": estimates(group, look)}
+    charts |= {"union": unions.over_batch(group.rows, look), "chunk": unions.over_chunk(group.rows, look)}
     return {name: spec for name, spec in charts.items() if spec is not None}, {"points": drawn}
 
 

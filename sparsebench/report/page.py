@@ -20,7 +20,16 @@ from urllib.parse import quote
 from sparsebench.bench import output as bench
 from sparsebench.records import archive, files, record
 from sparsebench.report import (
-    charts, claims, critical, document, equal_terms, export, published, step_tables, tables, vega,
+    charts,
+    claims,
+    critical,
+    document,
+    equal_terms,
+    export,
+    published,
+    step_tables,
+    tables,
+    vega,
 )  # fmt: skip
 from sparsebench.report.escape import markdown, marked_down
 from sparsebench.report.groups import Group, groups

@@ -6,10 +6,26 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, prefill, quality, sparsity
-from sparsebench.modules.base import Cost, SiteSparsity
+import torch
+
+from sparsebench.measure import (
+    continuation,
+    few_rows,
+    latency,
+    lm_eval,
+    macs,
+    memory,
+    neurons,
+    prefill,
+    quality,
+    sparsity,
+    unions,
+)
+from sparsebench.modules.base import Cost, SiteSparsity, measured_modules
 from sparsebench.tasks import trial
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
+
+CHUNKS = (2, 4, 8, 16, 32)  # tokens whose unions are counted where measure.chunk is set
 
 
 @dataclass(kw_only=True)
@@ -41,6 +57,8 @@ class LanguageModeling(Task[LanguageAssessment]):
             further["neurons"] = neurons.measure(module, data, settings.eval)
         if text.prompt != "" and loaded.info.get("source") != "random weights":
             further["continuation"] = continuation.continuation(module, loaded.tokenizer, data.test, text.prompt)
+        if settings.measure.chunk:
+            further["chunk"] = chunks(module, data.test, text)
         return LanguageAssessment(
             metrics=metrics,
             measured=measured,
@@ -48,7 +66,7 @@ class LanguageModeling(Task[LanguageAssessment]):
             weight_bytes=memory.weight_bytes(module),
             further=further,
             config=module.config,
-            outside=macs.outside_blocks(module, settings.measure.context),
+            outside=macs.outside_blocks(module, settings.measure.context, measured),
             zero_weights=sparsity.zero_weights(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},
         )
@@ -73,30 +91,52 @@ class LanguageModeling(Task[LanguageAssessment]):
         if dense.harness:
             scores |= lm_eval.compare(dense.harness, sparse.harness, settings.eval.lm_eval, method.prompt_policy)
         costs = dense.costs | sparse.costs
-        multiplied, traffic = macs.account(dense.costs, costs, sparse.outside, settings.measure.context)
+        multiplied, traffic = macs.account(dense.costs, costs, sparse.outside, settings.measure.context, dense.outside)
         multiplied["scored"], traffic["scored"] = macs.over_scored_tokens(
-            dense.costs, costs, sparse.measured, sparse.outside, settings.measure.context
+            dense.costs, costs, sparse.measured, sparse.outside, settings.measure.context, dense.outside
         )
         multiplied["prefill"], traffic["prefill"] = prefill.account(
             dense.costs, costs, sparse.measured, sparse.outside, sparse.config, settings.measure.prompt,
             method.prompt_policy, settings.measure.latency,
         )  # fmt: skip
+        extra = beside(dense, sparse)
+        if extra.get("chunk", {}).get("sparse"):
+            total = sum(cost.dense_macs for cost in dense.costs.values())
+            unions.of_all_maps(extra["chunk"]["sparse"], total)
         return Comparison(
             quality=scores,
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),
             macs=multiplied,
             bytes=traffic,
-            extra=beside(dense, sparse),
+            extra=extra,
         )
 
     def time(self, dense, sparse, data, settings):
         measurement = settings.measure
-        needed = max(measurement.context + measurement.samples, measurement.prompt)
+        each = measurement.context + measurement.samples
+        needed = max(each * max(measurement.batches or [1]), measurement.prompt)
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
-        return latency.latency(dense, sparse, tokens, measurement, settings.hardware)
+        length = data.test.sequence_length
+        few = -(-max(each, measurement.prompt) // length) * length  # what one text needs
+        timing = latency.latency(dense, sparse, tokens[:few], measurement, settings.hardware)
+        given = (tokens.to(settings.hardware.torch_device), timing.latency["decode"], measurement, settings.hardware)
+        if measurement.batches:
+            timing.latency["batches"], timing.extra["union"] = few_rows.batches(dense, sparse, *given)
+        if measurement.chunk:
+            timing.latency["verify"] = few_rows.verify(dense, sparse, *given)
+        return timing
 
     def executed(self, macs, timing):
         return timing.step_macs
+
+
+def chunks(module, split, text) -> dict[str, Any] | None:
+    """Chunk-level sparsity on the windows that quality is scored on; shares of the weights that the method covers."""
+    sequences = split.sequences(text.test_sequences)
+    owners = split.scored_documents(len(sequences))  # of every token but a window's first, which the second may follow
+    owners = torch.cat([owners[:, :1], owners], 1)
+    weights = {site: weight for _, sparse in measured_modules(module) for site, weight in sparse.covers.items()}
+    return unions.chunks(module, sequences, owners, text.batch_size, list(CHUNKS), weights)
 
 
 def describe_sparsity(
@@ -107,6 +147,7 @@ def describe_sparsity(
     shares = {name: site.sparsity for name, site in measured.items()}
     decode = {name: site.sparsity_of_sparse_tokens for name, site in measured.items()}
     zero = dict.fromkeys(weights, 0.0)
+    heads = {name: site.sparsity for name, site in measured.items() if name.endswith(".heads")}  # no weights of theirs
     tokens = next(iter(measured.values()), None)
     total = tokens.sparse_tokens + tokens.dense_tokens if tokens else 0
     return {
@@ -121,4 +162,4 @@ def describe_sparsity(
         },
         "definition": "share of (token, input channel) pairs dropped, weighted by parameters of the block maps; "
         "`weights`: share of the block maps' weights that are 0",
-    }
+    } | ({"heads": {"mean": sum(heads.values()) / len(heads), "per_layer": heads}} if heads else {})

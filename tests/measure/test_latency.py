@@ -14,19 +14,9 @@ from sparsebench.measure import clock, latency, macs, sparsity
 from sparsebench.methods.base import Work
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import accounted, tiny_model
+from tests.helpers import accounted, sparse_copy, tiny_model
 
 CPU = torch.device("cpu")
-
-
-def sparse_copy(threshold=0.3, kernel="cpu_numba"):
-    model = tiny_model()
-    for block in find_blocks(model):
-        for site in block.sites.values():
-            replace(
-                model, site.path, InputSparseLinear(model.get_submodule(site.path), site.name, threshold, kernel=kernel)
-            )
-    return model
 
 
 def test_decoder_equals_the_full_forward_pass_and_rewinds():
