@@ -24,16 +24,34 @@ SMALL = {
     "max_position_embeddings": 128, "n_positions": 128, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "moe_intermediate_size": 32, "num_experts_per_tok": 2,
 }  # fmt: skip
-KNOWN = (
-    "biogpt", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma", "gemma2",
-    "gemma3_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "helium",
-    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "olmo",
-    "olmo2", "olmo3", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "vaultgemma", "xglm",
+DENSE = (
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "ctrl", "cwm", "diffllama", "ernie4_5",
+    "exaone", "exaone4", "falcon", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4",
+    "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "granite_swa", "helium",
+    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "mpt",
+    "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "openai-gpt", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
+    "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
-UNKNOWN = (
-    "afmoe", "apertus", "arcee", "bloom", "codegen", "ctrl", "deepseek_v2", "doge", "glm", "glm4", "gpt_oss", "gptj",
-    "jais2", "lfm2", "mixtral", "mpt", "nanochat", "nemotron", "olmoe", "persimmon", "qwen3_moe", "starcoder2",
-)  # fmt: skip
+MIXTURES = ("afmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+KNOWN = (*DENSE, *MIXTURES)
+UNKNOWN = ("doge", "lfm2")
+PLAIN = {k: SMALL[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id",
+                               "eos_token_id", "pad_token_id", "max_position_embeddings")}  # fmt: skip
+GEMMA = {**PLAIN, "intermediate_size": 160, "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 8,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "head_dim": 16,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320}  # fmt: skip
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+# What a family's configuration needs beside or instead of SMALL; `only` leaves SMALL out.
+SPECIAL = {
+    "falcon": {"only": True, **PLAIN, "ffn_hidden_size": 160},
+    "gpt_neo": {"only": True, **PLAIN, "attention_types": [[["global", "local"], 1]], "intermediate_size": 160},
+    "gemma3n_text": {"only": True, **GEMMA, "laurel_rank": 4, "altup_num_inputs": 2,
+                     "activation_sparsity_pattern": [0.9, 0.0, 0.9, 0.0]},
+    "gemma4_text": {"only": True, **GEMMA, "global_head_dim": 32, "use_double_wide_mlp": True},
+    "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8}, "ctrl": {"dff": 160}, "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    "qwen2_moe": {"shared_expert_intermediate_size": 48}, "afmoe": {"num_dense_layers": 1},
+}  # fmt: skip
 
 
 def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
@@ -43,10 +61,10 @@ def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
     so that folding them or leaving them out matters.
     """
     cls = type(transformers.AutoConfig.for_model(kind))
-    known = cls()
-    fields = {k: v for k, v in SMALL.items() if hasattr(known, k)}
+    special = dict(SPECIAL.get(kind, {}))
+    fields = {} if special.pop("only", False) else {k: v for k, v in SMALL.items() if hasattr(cls(), k)}
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(cls(**{**fields, **changes}), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**{**fields, **special, **changes}), dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,7 +197,7 @@ def hooked_ffn(dense, block, rule):
     seen = []
 
     def mask(_, args):
-        a = act(seen[0])
+        a = act(own._gaussian_topk(seen[0]) if getattr(own, "activation_sparsity", 0) else seen[0])
         if isinstance(rule, GateSparseFFN):
             keep = a.abs() >= rule.threshold
         else:

@@ -146,13 +146,15 @@ TABLE = ("effective", "greedy_error", "uniform_error", "sparsity")
 
 
 def keep_table(state: State, layer: int, table: Table) -> None:
-    state.info.setdefault("roles", table.roles)
+    if table.roles != state.info.setdefault("roles", table.roles):
+        state.info.setdefault("other_roles", {})[str(layer)] = table.roles  # blocks of one model may differ
     for name in TABLE:
         state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
 
 
 def table_of(state: State, layer: int) -> Table:
-    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE))
+    roles = state.info.get("other_roles", {}).get(str(layer), state.info["roles"])
+    return Table(roles, *(state.tensors[f"table.{layer}.{name}"] for name in TABLE))
 
 
 def search(block: Block, model: nn.Module, error: Callable[[Shares, Shares], float], settings: Greedy) -> Table:

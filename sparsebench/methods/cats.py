@@ -15,7 +15,7 @@ import torch
 from sparsebench.calibration.histograms import AbsHistogram, observe, quantile, state_of
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
-from sparsebench.modules.gate_sparse import gated_ffn, swap_ffn
+from sparsebench.modules.gate_sparse import gated_ffn, gates_of, swap_ffn
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
 from sparsebench.records.state import State
 from sparsebench.sites import Block, find_blocks, weight_of
@@ -46,7 +46,7 @@ class Cats(Method):
         histograms, observers = {}, {}
 
         def observer(ffn, histogram):
-            return lambda x: histogram.add(ffn.act_fn(ffn.gate_proj(x)))
+            return lambda x: histogram.add(gates_of(ffn, x))
 
         for block in blocks:
             ffn = module.get_submodule(gated_ffn(module, block))

@@ -6,6 +6,8 @@ column of down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -20,7 +22,8 @@ class GateSparseFFN(SparseModule):
     """Takes over the maps of a gated FFN.
 
     Args:
-        ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn.
+        ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn. What it drops by itself
+            (Gemma-3n's statistical top-k) stays dropped, and counts.
         layer: its index; the module counts neurons at the site `<layer>.ffn`, which covers up and down.
         threshold: keep a neuron iff its gate's magnitude is at least this.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
@@ -29,7 +32,7 @@ class GateSparseFFN(SparseModule):
 
     def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prompt="all", kernel="masked_dense"):
         super().__init__()
-        self.gate, self.up, self.activation = ffn.gate_proj, ffn.up_proj, ffn.act_fn
+        self.gate, self.up, self.activation, self.own_rule = ffn.gate_proj, ffn.up_proj, ffn.act_fn, own_rule(ffn)
         down = ffn.down_proj.weight.data
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
@@ -49,7 +52,7 @@ class GateSparseFFN(SparseModule):
         return gates.abs() >= self.threshold
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gates = self.activation(self.gate(x))
+        gates = self.activation(self.own_rule(self.gate(x)))
         keep, dense = self.keep(gates), left_dense(self.prompt, x)
         if self.counter is not None:
             self.counter.add(keep & (gates != 0), dense)  # a gate of exactly 0 is skipped whatever the threshold
@@ -74,6 +77,16 @@ class GateSparseFFN(SparseModule):
 
     def extra_repr(self) -> str:
         return f"{self.site}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"
+
+
+def own_rule(ffn: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an FFN does to x W_gate before its activation: Gemma-3n's statistical top-k in the layers that have it."""
+    return ffn._gaussian_topk if getattr(ffn, "activation_sparsity", 0) > 0 else nn.Identity()
+
+
+def gates_of(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """act(x W_gate) [..., f] of a gated FFN of transformers."""
+    return ffn.act_fn(own_rule(ffn)(ffn.gate_proj(x)))
 
 
 def gated_ffn(model: nn.Module, block: Block) -> str:
