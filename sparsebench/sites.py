@@ -260,11 +260,10 @@ def experts_of(module: nn.Module, index: int, path: str, config: Any) -> tuple[E
     Raises ValueError where tensors of experts are there but can't be read.
     """
     for name, part in module.named_modules():
-        tensors = part.named_parameters(recurse=False)
-        if not isinstance(part, ExpertMaps) and not any(p.dim() == 3 and n != "weight" for n, p in tensors):
-            continue  # a `weight` of three dimensions is a convolution's
+        if not holds_experts(part):
+            continue
         count, hidden, inner = expert_sizes(part, f"{path}.{name}")
-        router = router_of(module, name, count, hidden)
+        router = router_of(module, count, hidden)
         holders = [module.get_submodule(p) for p in (router, name.rpartition(".")[0], name) if p is not None]
         given = [getattr(m, "top_k", None) for m in holders]
         given += [getattr(config, key, None) for key in ("num_experts_per_tok", "top_k_experts", "moe_topk")]
@@ -278,6 +277,17 @@ def experts_of(module: nn.Module, index: int, path: str, config: Any) -> tuple[E
     return None, None
 
 
+def holds_experts(part: nn.Module) -> bool:
+    """Whether a module itself holds tensors of experts; a `weight` of three dimensions is a convolution's."""
+    fused = any(p.dim() == 3 and n != "weight" for n, p in part.named_parameters(recurse=False))
+    return isinstance(part, ExpertMaps) or (fused and hasattr(part, "down_proj"))
+
+
+def expert_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that hold a model's experts, with their paths, in order; those inside another are left out."""
+    return [(n, m) for n, m in model.named_modules() if holds_experts(m)]
+
+
 def expert_sizes(part: nn.Module, path: str) -> tuple[int, int, int]:
     """(E, D, I) of fused experts. Raises ValueError, with what was found, where they are of another form."""
     if isinstance(part, ExpertMaps):
@@ -285,7 +295,9 @@ def expert_sizes(part: nn.Module, path: str) -> tuple[int, int, int]:
     tensors = {n: tuple(p.shape) for n, p in part.named_parameters(recurse=False)}
     listed = ", ".join(f"{n} {list(s)}" for n, s in tensors.items())
     says = {n: getattr(part, n, None) for n in SAYS}
-    wanted = f"model: {path} must hold gated experts as gate_up_proj and down_proj of one size, and say by {', '.join(SAYS)}"
+    wanted = (
+        f"model: {path} must hold gated experts as gate_up_proj and down_proj of one size, and say by {', '.join(SAYS)}"
+    )
     gate_up, down = tensors.get("gate_up_proj", ()), tensors.get("down_proj", ())
     if None in says.values() or not says["has_gate"] or getattr(part, "has_post_expert_norm", False):
         raise ValueError(f"{wanted} how they lie, got {listed} and {says}")
@@ -296,13 +308,13 @@ def expert_sizes(part: nn.Module, path: str) -> tuple[int, int, int]:
     return count, hidden, inner
 
 
-def router_of(block: nn.Module, experts: str, count: int, hidden: int) -> str | None:
+def router_of(block: nn.Module, count: int, hidden: int) -> str | None:
     """The path of the module with a weight [E, D] that scores experts; None where nothing is scored (hashing)."""
     for name, part in block.named_modules():
         weight = getattr(part, "weight", None)
-        if isinstance(weight, torch.Tensor) and tuple(weight.shape) == (count, hidden) and name != experts:
-            if {"gate", "router"} & set(name.split(".")):
-                return name
+        scores = isinstance(weight, torch.Tensor) and tuple(weight.shape) == (count, hidden)
+        if scores and {"gate", "router"} & set(name.split(".")):
+            return name
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -110,6 +111,7 @@ def outcome(kind: str, name: str, folder) -> str:
     model = family(kind)
     inputs, expected = neutral.probe(model, Windows)
     try:
+        method.check_model(model)
         state = method.fit(Loaded(model, None, {}), Windows, work(folder))
         sparse = method.apply(family(kind), state, work(folder))
         neutral.check(method, sparse, inputs, expected)
@@ -137,13 +139,48 @@ def reference(dense, sparse, state, rows) -> torch.Tensor:
                 weight_of(linear).copy_(state.tensors[f"weight.{site.name}"])
             if site.name in modules:
                 hooks += hooked_map(linear, modules[site.name], *basis_of(dense, block, site, state))
-        if f"{block.index}.ffn" in modules:
-            hooks += hooked_ffn(dense, block, modules[f"{block.index}.ffn"])
+        for prefix in ("", "shared."):
+            if f"{block.index}.{prefix}ffn" in modules:
+                hooks += hooked_ffn(dense, block, modules[f"{block.index}.{prefix}ffn"], prefix)
+        if block.experts:
+            own = dense.get_submodule(block.experts.path)
+            own.forward = functools.partial(by_pair, own, modules, block.index)
     try:
         return logits(dense, rows)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def by_pair(own, modules, layer, hidden, index, weights):
+    """Experts of transformers token by token and expert by expert, with what the rules drop set to 0."""
+    into, mid, gate = (modules.get(f"{layer}.experts{part}") for part in (".gate", ".down", ""))
+
+    def of(rule, e):  # what kept_entries reads, of one expert
+        scale = None if rule.scale is None else rule.scale[e]
+        limit = rule.threshold[e] if rule.threshold.dim() else rule.threshold
+        return SimpleNamespace(scale=scale, threshold=limit, top_k=rule.top_k if limit >= 0 else None)
+
+    out = torch.zeros_like(hidden)
+    for t, row in enumerate(hidden):
+        for e, weight in zip(index[t].tolist(), weights[t], strict=True):
+            first, last = own.gate_up_proj[e], own.down_proj[e]
+            first, last = (first.T, last.T) if own.is_transposed else (first, last)
+            x = row if into is None else torch.where(kept_entries(row, of(into, e)), row, 0)
+            z = first @ x + (own.gate_up_proj_bias[e] if own.has_bias else 0)
+            g, u = (z[: len(z) // 2], z[len(z) // 2 :]) if own.is_concatenated else (z[::2], z[1::2])
+            if hasattr(own, "alpha"):
+                g = g.clamp(max=own.limit)
+                g, u = g * torch.sigmoid(own.alpha * g), u.clamp(-own.limit, own.limit) + 1
+            else:
+                g = own.act_fn(g)
+            if gate is not None:
+                limit = gate.threshold[e] if gate.threshold.dim() else gate.threshold
+                g = torch.where(g.abs() >= limit, g, 0)
+            m = g * u
+            m = m if mid is None else torch.where(kept_entries(m, of(mid, e)), m, 0)
+            out[t] += weight * (last @ m + (own.down_proj_bias[e] if own.has_bias else 0))
+    return out
 
 
 def basis_of(dense, block, site, state):
@@ -188,11 +225,12 @@ def hooked_map(linear, rule, basis, gain):
     return hooks + ([linear.register_forward_hook(remainder)] if getattr(rule, "low_rank", None) is not None else [])
 
 
-def hooked_ffn(dense, block, rule):
+def hooked_ffn(dense, block, rule, prefix=""):
     """Zero the neurons whose activation is dropped: small gates (CATS), all but the k largest (top-k)."""
-    first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
-    last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
-    own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
+    gated = f"{prefix}gate" in block.sites
+    first = dense.get_submodule(block.sites[f"{prefix}gate" if gated else "fc1"].path)
+    last_path = block.sites[f"{prefix}down" if gated else "fc2"].path
+    last, own = dense.get_submodule(last_path), dense.get_submodule(last_path.rpartition(".")[0])
     act = next(m for n, m in own.named_children() if n in ("act", "act_fn", "activation_fn"))
     seen = []
 

@@ -125,6 +125,8 @@ def add_tables(
     """
     if method.allocation != "greedy":
         return
+    if any(block.experts for block in blocks):
+        raise ValueError(f"method.allocation must be uniform for a model with experts, got {method.allocation}")
     tables = greedy(
         model,
         blocks,

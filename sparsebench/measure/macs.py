@@ -35,6 +35,15 @@ def dense_sites(module: nn.Module) -> dict[str, Cost]:
     return costs
 
 
+def stored_experts(module: nn.Module) -> dict[str, int]:
+    """Parameters of all experts by site name; {} for what a method left, whose blocks are no longer known."""
+    try:
+        blocks = find_blocks(module)
+    except ValueError:
+        return {}
+    return {name: b.experts.stored for b in blocks if b.experts for name in b.experts.sites.values()}
+
+
 @dataclass(frozen=True)
 class Attention:
     """What one layer's attention multiplies and reads per position that a new token sees."""

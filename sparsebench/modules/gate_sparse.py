@@ -24,25 +24,29 @@ class GateSparseFFN(SparseModule):
     Args:
         ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn. What it drops by itself
             (Gemma-3n's statistical top-k) stays dropped, and counts.
-        layer: its index; the module counts neurons at the site `<layer>.ffn`, which covers up and down.
+        layer: its index; the module counts neurons at the site `<layer>.<prefix>ffn`, which covers up and down.
+        prefix: of the roles of its maps: `shared.` for the FFN beside experts.
         threshold: keep a neuron iff its gate's magnitude is at least this.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
         kernel: backend for one-token calls.
     """
 
-    def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prompt="all", kernel="masked_dense"):
+    def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prefix="", prompt="all", kernel="masked_dense"):
         super().__init__()
         self.gate, self.up, self.activation, self.own_rule = ffn.gate_proj, ffn.up_proj, ffn.act_fn, own_rule(ffn)
         down = ffn.down_proj.weight.data
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
-        self.site, self.prompt, self.kernel_name = f"{layer}.ffn", prompt, kernel
-        self.layer = layer
+        self.site, self.prompt, self.kernel_name = f"{layer}.{prefix}ffn", prompt, kernel
+        self.layer, self.prefix = layer, prefix
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
     def covers(self) -> dict[str, int]:
-        return {f"{self.layer}.up": self.up.weight.numel(), f"{self.layer}.down": self.down.numel()}
+        return {
+            f"{self.layer}.{self.prefix}up": self.up.weight.numel(),
+            f"{self.layer}.{self.prefix}down": self.down.numel(),
+        }
 
     def new_counter(self) -> Counter:
         return Counter(self.down.shape[1], self.down.device)
@@ -89,9 +93,16 @@ def gates_of(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return ffn.act_fn(own_rule(ffn)(ffn.gate_proj(x)))
 
 
-def gated_ffn(model: nn.Module, block: Block) -> str:
+def prefixes(block: Block) -> list[str]:
+    """The prefixes of a block's FFNs that every token passes: "" and `shared.`; one with experts may have none."""
+    inside = [prefix for prefix in ("", "shared.") if f"{prefix}gate" in block.sites]
+    return inside or ([] if block.experts is not None else [""])
+
+
+def gated_ffn(model: nn.Module, block: Block, prefix: str = "") -> str:
     """The path of a block's gated FFN. Raises ValueError where a block has none of the form this module takes over."""
-    path = block.sites["gate"].path.rpartition(".")[0] if "gate" in block.sites else ""
+    gate = block.sites.get(f"{prefix}gate")
+    path = gate.path.rpartition(".")[0] if gate is not None else ""
     ffn = model.get_submodule(path) if path else None
     names = ("gate_proj", "up_proj", "down_proj")
     if ffn is None or not all(hasattr(ffn, n) for n in (*names, "act_fn")):
@@ -106,7 +117,7 @@ def gated_ffn(model: nn.Module, block: Block) -> str:
     return path
 
 
-def swap_ffn(model: nn.Module, block: Block, threshold: float, **rule) -> None:
-    """Replace a block's FFN; `rule` as for GateSparseFFN."""
-    path = gated_ffn(model, block)
-    replace(model, path, GateSparseFFN(model.get_submodule(path), block.index, threshold, **rule))
+def swap_ffn(model: nn.Module, block: Block, threshold: float, prefix: str = "", **rule) -> None:
+    """Replace a block's FFN, or the one beside its experts; `rule` as for GateSparseFFN."""
+    path = gated_ffn(model, block, prefix)
+    replace(model, path, GateSparseFFN(model.get_submodule(path), block.index, threshold, prefix=prefix, **rule))

@@ -184,7 +184,9 @@ def swap(module: nn.Module, block: Block, activation: Activation, **arguments) -
     path = ffn_path(block)
     takes = [p for p in signature(type(module.get_submodule(path)).forward).parameters if p != "self"]
     if len(takes) > 1:
-        raise ValueError(f"model: the FFN at {path} takes {' and '.join(takes)}, neuron-sparse FFNs take their input alone")
+        raise ValueError(
+            f"model: the FFN at {path} takes {' and '.join(takes)}, neuron-sparse FFNs take their input alone"
+        )
     sparse = NeuronSparseFFN(module.get_submodule(path), block, activation, **arguments)
     sparse.train(module.training)
     replace(module, path, sparse)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, quality, sparsity
+from sparsebench.measure import continuation, latency, lm_eval, macs, memory, neurons, quality, routing, sparsity
 from sparsebench.modules.base import Cost, SiteSparsity
 from sparsebench.tasks import trial
 from sparsebench.tasks.base import Assessment, Comparison, Task, beside
@@ -19,6 +19,9 @@ class LanguageAssessment(Assessment):
     outside: macs.Outside  # head, attention and KV cache: what lies outside the block maps
     zero_weights: int
     harness: dict[str, dict[str, Any]]  # scores of lm-eval's tasks
+    routing: routing.Routing | None  # of a model with experts
+    by_expert: dict[str, Any]
+    stored: dict[str, int]  # parameters of all experts by site name
 
 
 class LanguageModeling(Task[LanguageAssessment]):
@@ -47,6 +50,9 @@ class LanguageModeling(Task[LanguageAssessment]):
             further=further,
             outside=macs.outside_blocks(module, settings.measure.context),
             zero_weights=sparsity.zero_weights(module),
+            routing=routing.routing(module, data.test.sequences(text.test_sequences), text.batch_size),
+            by_expert=routing.by_expert(counters),
+            stored=macs.stored_experts(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},
         )
 
@@ -69,7 +75,7 @@ class LanguageModeling(Task[LanguageAssessment]):
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),
             macs=multiplied,
             bytes=traffic,
-            extra=beside(dense, sparse),
+            extra=beside(dense, sparse) | routed(dense, sparse, costs),
         )
 
     def time(self, dense, sparse, data, settings):
@@ -80,6 +86,20 @@ class LanguageModeling(Task[LanguageAssessment]):
 
     def executed(self, macs, timing):
         return timing.step_macs
+
+
+def routed(dense: LanguageAssessment, sparse: LanguageAssessment, costs: dict[str, Cost]) -> dict[str, Any]:
+    """`extra.routing` of a model with experts."""
+    if dense.routing is None or sparse.routing is None:
+        return {}
+    return {
+        "routing": routing.describe(dense.routing, sparse.routing)
+        | routing.bound(dense.costs, costs, sparse.outside)
+        | {
+            "model_wide_of_stored": routing.model_wide_of_stored(dense.costs, sparse.measured, dense.stored),
+            "by_expert": sparse.by_expert,
+        }
+    }
 
 
 def describe_sparsity(
