@@ -35,6 +35,7 @@ the same comparison when the method is applied.
 def general(line: str) -> str:
     """A refusal without the names of one model, so that equal reasons are one."""
     line = re.sub(r"(?<![\w.])[a-z_]+(\.[a-z_]+)*\.\d+(\.[\w.]+)?", "<block>", line)
+    line = re.sub(r"^method=\w+ takes", "it takes", line)
     return re.sub(r"method=\w+ does not fit \w+: (.*) by [\d.e+]+ .*", r"\1", line)
 
 

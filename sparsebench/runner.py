@@ -49,6 +49,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     progress.begin(f"loading model {settings.model.name}")
     loaded: Loaded = settings.model.load(work, data)
     record.model = loaded.info
+    method.check_model(loaded.module)
 
     progress.begin("dense model: evaluating")
     dense = task.assess(loaded, loaded.module, data, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -24,16 +25,34 @@ SMALL = {
     "max_position_embeddings": 128, "n_positions": 128, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "moe_intermediate_size": 32, "num_experts_per_tok": 2,
 }  # fmt: skip
-KNOWN = (
-    "biogpt", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma", "gemma2",
-    "gemma3_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "helium",
-    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "olmo",
-    "olmo2", "olmo3", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "vaultgemma", "xglm",
+DENSE = (
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "ctrl", "cwm", "diffllama", "ernie4_5",
+    "exaone", "exaone4", "falcon", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4",
+    "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "granite_swa", "helium",
+    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "mpt",
+    "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "openai-gpt", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
+    "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
-UNKNOWN = (
-    "afmoe", "apertus", "arcee", "bloom", "codegen", "ctrl", "deepseek_v2", "doge", "glm", "glm4", "gpt_oss", "gptj",
-    "jais2", "lfm2", "mixtral", "mpt", "nanochat", "nemotron", "olmoe", "persimmon", "qwen3_moe", "starcoder2",
-)  # fmt: skip
+MIXTURES = ("afmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+KNOWN = (*DENSE, *MIXTURES)
+UNKNOWN = ("doge", "lfm2")
+PLAIN = {k: SMALL[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id",
+                               "eos_token_id", "pad_token_id", "max_position_embeddings")}  # fmt: skip
+GEMMA = {**PLAIN, "intermediate_size": 160, "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 8,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "head_dim": 16,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320}  # fmt: skip
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+# What a family's configuration needs beside or instead of SMALL; `only` leaves SMALL out.
+SPECIAL = {
+    "falcon": {"only": True, **PLAIN, "ffn_hidden_size": 160},
+    "gpt_neo": {"only": True, **PLAIN, "attention_types": [[["global", "local"], 1]], "intermediate_size": 160},
+    "gemma3n_text": {"only": True, **GEMMA, "laurel_rank": 4, "altup_num_inputs": 2,
+                     "activation_sparsity_pattern": [0.9, 0.0, 0.9, 0.0]},
+    "gemma4_text": {"only": True, **GEMMA, "global_head_dim": 32, "use_double_wide_mlp": True},
+    "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8}, "ctrl": {"dff": 160}, "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    "qwen2_moe": {"shared_expert_intermediate_size": 48}, "afmoe": {"num_dense_layers": 1},
+}  # fmt: skip
 
 
 def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
@@ -43,10 +62,10 @@ def family(kind: str, scale: float = 3.0, seed: int = 0, **changes):
     so that folding them or leaving them out matters.
     """
     cls = type(transformers.AutoConfig.for_model(kind))
-    known = cls()
-    fields = {k: v for k, v in SMALL.items() if hasattr(known, k)}
+    special = dict(SPECIAL.get(kind, {}))
+    fields = {} if special.pop("only", False) else {k: v for k, v in SMALL.items() if hasattr(cls(), k)}
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(cls(**{**fields, **changes}), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**{**fields, **special, **changes}), dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,6 +113,7 @@ def outcome(kind: str, name: str, folder) -> str:
     model = family(kind)
     inputs, expected = neutral.probe(model, Windows)
     try:
+        method.check_model(model)
         state = method.fit(Loaded(model, None, {}), Windows, work(folder))
         sparse = method.apply(family(kind), state, work(folder))
         neutral.check(method, sparse, inputs, expected)
@@ -121,13 +141,48 @@ def reference(dense, sparse, state, rows) -> torch.Tensor:
                 weight_of(linear).copy_(state.tensors[f"weight.{site.name}"])
             if site.name in modules:
                 hooks += hooked_map(linear, modules[site.name], *basis_of(dense, block, site, state))
-        if f"{block.index}.ffn" in modules:
-            hooks += hooked_ffn(dense, block, modules[f"{block.index}.ffn"])
+        for prefix in ("", "shared."):
+            if f"{block.index}.{prefix}ffn" in modules:
+                hooks += hooked_ffn(dense, block, modules[f"{block.index}.{prefix}ffn"], prefix)
+        if block.experts:
+            own = dense.get_submodule(block.experts.path)
+            own.forward = functools.partial(by_pair, own, modules, block.index)
     try:
         return logits(dense, rows)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def by_pair(own, modules, layer, hidden, index, weights):
+    """Experts of transformers token by token and expert by expert, with what the rules drop set to 0."""
+    into, mid, gate = (modules.get(f"{layer}.experts{part}") for part in (".gate", ".down", ""))
+
+    def of(rule, e):  # what kept_entries reads, of one expert
+        scale = None if rule.scale is None else rule.scale[e]
+        limit = rule.threshold[e] if rule.threshold.dim() else rule.threshold
+        return SimpleNamespace(scale=scale, threshold=limit, top_k=rule.top_k if limit >= 0 else None)
+
+    out = torch.zeros_like(hidden)
+    for t, row in enumerate(hidden):
+        for e, weight in zip(index[t].tolist(), weights[t], strict=True):
+            first, last = own.gate_up_proj[e], own.down_proj[e]
+            first, last = (first.T, last.T) if own.is_transposed else (first, last)
+            x = row if into is None else torch.where(kept_entries(row, of(into, e)), row, 0)
+            z = first @ x + (own.gate_up_proj_bias[e] if own.has_bias else 0)
+            g, u = (z[: len(z) // 2], z[len(z) // 2 :]) if own.is_concatenated else (z[::2], z[1::2])
+            if hasattr(own, "alpha"):
+                g = g.clamp(max=own.limit)
+                g, u = g * torch.sigmoid(own.alpha * g), u.clamp(-own.limit, own.limit) + 1
+            else:
+                g = own.act_fn(g)
+            if gate is not None:
+                limit = gate.threshold[e] if gate.threshold.dim() else gate.threshold
+                g = torch.where(g.abs() >= limit, g, 0)
+            m = g * u
+            m = m if mid is None else torch.where(kept_entries(m, of(mid, e)), m, 0)
+            out[t] += weight * (last @ m + (own.down_proj_bias[e] if own.has_bias else 0))
+    return out
 
 
 def basis_of(dense, block, site, state):
@@ -176,16 +231,17 @@ def hooked_map(linear, rule, basis, gain):
     return hooks + ([linear.register_forward_hook(remainder)] if getattr(rule, "low_rank", None) is not None else [])
 
 
-def hooked_ffn(dense, block, rule):
+def hooked_ffn(dense, block, rule, prefix=""):
     """Zero the neurons whose activation is dropped: small gates (CATS), all but the k largest (top-k)."""
-    first = dense.get_submodule(block.sites["gate" if "gate" in block.sites else "fc1"].path)
-    last = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path)
-    own = dense.get_submodule(block.sites["down" if "down" in block.sites else "fc2"].path.rpartition(".")[0])
+    gated = f"{prefix}gate" in block.sites
+    first = dense.get_submodule(block.sites[f"{prefix}gate" if gated else "fc1"].path)
+    last_path = block.sites[f"{prefix}down" if gated else "fc2"].path
+    last, own = dense.get_submodule(last_path), dense.get_submodule(last_path.rpartition(".")[0])
     act = next(m for n, m in own.named_children() if n in ("act", "act_fn", "activation_fn"))
     seen = []
 
     def mask(_, args):
-        a = act(seen[0])
+        a = act(own._gaussian_topk(seen[0]) if getattr(own, "activation_sparsity", 0) else seen[0])
         if isinstance(rule, GateSparseFFN):
             keep = a.abs() >= rule.threshold
         else:

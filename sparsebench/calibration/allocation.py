@@ -148,6 +148,8 @@ def add_tables(
     """
     if method.allocation != "greedy":
         return
+    if any(block.experts for block in blocks):
+        raise ValueError(f"method.allocation must be uniform for a model with experts, got {method.allocation}")
     start = time.perf_counter()
     tables = greedy(
         model,
@@ -180,7 +182,8 @@ TABLE = ("effective", "greedy_error", "uniform_error", "sparsity")
 
 
 def keep_table(state: State, layer: int, table: Table) -> None:
-    state.info.setdefault("roles", table.roles)
+    if table.roles != state.info.setdefault("roles", table.roles):
+        state.info.setdefault("other_roles", {})[str(layer)] = table.roles  # blocks of one model may differ
     for name in TABLE:
         state.tensors[f"table.{layer}.{name}"] = getattr(table, name)
     state.info.setdefault("blocks", {})[str(layer)] = {"runs": table.runs, "norm": table.norm}
@@ -188,7 +191,8 @@ def keep_table(state: State, layer: int, table: Table) -> None:
 
 def table_of(state: State, layer: int) -> Table:
     known = state.info.get("blocks", {}).get(str(layer), {})
-    return Table(state.info["roles"], *(state.tensors[f"table.{layer}.{name}"] for name in TABLE), **known)
+    roles = state.info.get("other_roles", {}).get(str(layer), state.info["roles"])
+    return Table(roles, *(state.tensors[f"table.{layer}.{name}"] for name in TABLE), **known)
 
 
 def search(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,10 +85,12 @@ def collect(
     sequences: torch.Tensor,
     batch_size: int,
     scales: dict[str, torch.Tensor] | None = None,
+    experts: Any = None,
 ) -> State:
     """Histograms of |x| per tensor of each block and, for the sites in `scales` (by name, c [n]), of |x| c per map.
 
-    Tensors `hist.<layer>.<group>` and `hist.<layer>.<role>`: int64 counts, their first bin in info.
+    Tensors `hist.<layer>.<group>` and `hist.<layer>.<role>`: int64 counts, their first bin in info. experts: a watch of
+    expert_pairs.py whose histograms are filled in the same pass, or None.
     """
     device = next(module.parameters()).device
     histograms: dict[str, AbsHistogram] = {}
@@ -112,8 +115,19 @@ def collect(
                 scaled = histograms[f"hist.{site.name}"] = AbsHistogram(device)
             if plain is not None or scaled is not None:
                 observers[site.path] = observer(plain, scaled, scales.get(site.name))
-    observe(module, sequences, observers, batch_size)
-    return state_of(histograms, sequences)
+    return watched(module, sequences, observers, histograms, batch_size, experts)
+
+
+def watched(
+    module: nn.Module, sequences: torch.Tensor, observers: dict, histograms: dict, batch_size: int, experts=None
+):
+    """The state of one pass: observers by path fill `histograms` by name, those of `experts` its own."""
+    with nullcontext() if experts is None else experts.context(module):
+        observe(module, sequences, observers | ({} if experts is None else experts.observers), batch_size)
+    state = state_of(histograms | ({} if experts is None else experts.histograms), sequences)
+    if experts is not None:
+        state.info |= experts.facts()
+    return state
 
 
 def state_of(histograms: dict[str, AbsHistogram], sequences: torch.Tensor) -> State:
@@ -131,16 +145,16 @@ def threshold(state: State, site: Site, p: float, scaled: bool = False) -> float
 
 
 def observe(
-    module: nn.Module, sequences: torch.Tensor, observers: dict[str, Callable[[torch.Tensor], None]], batch_size: int
+    module: nn.Module, sequences: torch.Tensor, observers: dict[str, Callable[..., None]], batch_size: int
 ) -> None:
     """One dense forward over `sequences` [N, T] (embedding to last block, no head), calling observers on modules' inputs.
 
-    `observers` maps the path of a module to a function of its input [B, T, n].
+    `observers` maps the path of a module to a function of its input [B, T, n], and of what it is called with beside it.
     """
     with ExitStack() as hooks:  # a hook's handle is a context that removes it
         for path, see in observers.items():
             hooks.enter_context(
-                module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
+                module.get_submodule(path).register_forward_pre_hook(lambda _, args, see=see: see(*args))
             )
         for batch in shown(
             batches(sequences, batch_size, module), -(-len(sequences) // batch_size), "a pass over text"

@@ -87,8 +87,10 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
     for site, sparse in measured_modules(module):
         if type(sparse) is not InputSparseLinear:
             return f"it takes maps that drop input channels by a threshold, got {type(sparse).__name__} at {site}"
-    if set(blocks[0].sites) != {"q", "k", "v", "o", "gate", "up", "down"}:
-        return f"it takes blocks with q, k, v, o, gate, up and down, got {', '.join(blocks[0].sites)}"
+    for block in blocks:
+        maps = {**block.sites, **block.others, **({"experts": None} if block.experts else {})}
+        if set(maps) != {"q", "k", "v", "o", "gate", "up", "down"}:
+            return f"it takes blocks with q, k, v, o, gate, up and down, got {', '.join(maps)}"
     if dtype not in dtypes:
         return f"it takes {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
     if getattr(config, "hidden_act", None) != "silu":

@@ -34,10 +34,12 @@ class Decoder:
         self.given = {cache_argument(module): self.cache}
         with torch.no_grad():
             self.logits = module(input_ids=prompt, **self.given, use_cache=True, logits_to_keep=1).logits
+        # layers that read another layer's keys hold none of their own (Gemma-3n)
+        self.holding = [layer for layer in self.cache.layers if layer.keys is not None]
         # a full sliding window moves its keys, so what the prompt left must be put back
         self.windows = [
             (held, held.clone())
-            for layer in self.cache.layers
+            for layer in self.holding
             if getattr(layer, "is_sliding", False)
             for held in (layer.keys, layer.values)
         ]
@@ -68,7 +70,7 @@ class Decoder:
     def rewind(self, length: int | None = None) -> None:
         """Back to the end of the prompt, or to so many tokens (no sliding windows)."""
         length = self.length if length is None else length
-        for layer in self.cache.layers:
+        for layer in self.holding:
             layer.cumulative_length.fill_(length)
             if hasattr(layer, "cumulative_length_int"):  # sliding-window layers keep a Python copy
                 layer.cumulative_length_int = length

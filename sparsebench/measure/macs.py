@@ -11,37 +11,87 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import nn
 
 from sparsebench.modules.base import Cost, SiteSparsity, measured_modules, sparse_modules
-from sparsebench.sites import find_blocks, shape
+from sparsebench.sites import attention_layout, find_blocks, is_linear, shape
 
 
 def dense_sites(module: nn.Module) -> dict[str, Cost]:
-    """Costs of every block map of a dense model by site name; sparse equals dense until a method says otherwise."""
+    """Costs of every block map of a dense model by site name; sparse equals dense until a method says otherwise.
+
+    Experts cost what one token runs and reads of them: k of E.
+    """
     costs = {}
     for block in find_blocks(module):
-        for site in block.sites.values():
-            linear = module.get_submodule(site.path)
-            m, n = shape(linear)
-            size = m * n * linear.weight.element_size()
-            costs[site.name] = Cost(m * n, m * n, 0, size, size)
+        for site in (*block.sites.values(), *block.others.values()):
+            weight = module.get_submodule(site.path).weight
+            size = weight.numel() * weight.element_size()
+            costs[site.name] = Cost(site.calls * weight.numel(), site.calls * weight.numel(), 0, size, size)
+        if block.experts is not None:
+            active, size = block.experts.active, block.experts.active * block.experts.element_size
+            costs |= {name: Cost(active, active, 0, size, size) for name in block.experts.sites.values()}
     return costs
 
 
-def attention_macs(config, context: int) -> int:
-    """Scores and weighted values over all layers for one new token that sees `context` tokens."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * heads * head_dim * context
+def stored_experts(module: nn.Module) -> dict[str, int]:
+    """Parameters of all experts by site name; {} for what a method left, whose blocks are no longer known."""
+    try:
+        blocks = find_blocks(module)
+    except ValueError:
+        return {}
+    return {name: b.experts.stored for b in blocks if b.experts for name in b.experts.sites.values()}
 
 
-def kv_bytes(config, context: int, element_size: int) -> int:
-    """Keys and values read for one new token."""
+@dataclass(frozen=True)
+class Attention:
+    """What one layer's attention multiplies and reads per position that a new token sees."""
+
+    scores: int  # heads times the size of a query
+    values: int  # heads times the size of a value
+    cached: int  # elements of keys and values, or of their latents
+    expanded: int = 0  # products that make keys and values of one cached latent
+
+
+def attention_of(module: nn.Module) -> list[Attention]:
+    """The attention of every layer, from the shapes of its maps; from the configuration where a method replaced those.
+
+    Keys and values count as the maps make them: once per group of queries; those of the layer they are taken from where a
+    layer has none of its own. Latent attention (DeepSeek) as transformers runs it: latents are cached, and expanded for
+    every position at every step; before it did so (`expand_kv`), keys and values of all heads were cached.
+    """
+    layers: list[Attention] = []
+    for layer in next((m for m in module.modules() if isinstance(m, nn.ModuleList) and is_decoder(m)), ()):
+        size = {role: shape(linear) for role, linear in attention_layout(layer).items()}
+        values, expanded = size["o"][1], 0
+        scores = next((size[r][0] for r in ("q_b", "q") if r in size), values)
+        if "qkv" in size:
+            cached = size["qkv"][0] - values
+        elif "kv_b" in size:
+            latent = any(hasattr(m, "expand_kv") for m in layer.modules())
+            expanded = size["kv_b"][0] * size["kv_b"][1] if latent else 0
+            cached = size["kv_a"][0] if latent else scores + values
+        elif "k" in size:
+            cached = size["k"][0] + size.get("v", size["k"])[0]
+        else:
+            cached = next(a.cached for a in reversed(layers) if a.scores == scores)
+        if any(hasattr(m, "lambda_q1") for m in layer.modules()):  # DiffLlama attends twice
+            scores, values = 2 * scores, 2 * values
+        layers.append(Attention(scores, values, cached, expanded))
+    return layers or of_config(module.config)
+
+
+def is_decoder(stack: nn.ModuleList) -> bool:
+    return len(stack) > 0 and all(attention_layout(layer) for layer in stack)
+
+
+def of_config(config) -> list[Attention]:
+    """The same from a configuration of heads, groups and head size."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * groups * head_dim * context * element_size
+    return [Attention(heads * head_dim, heads * head_dim, 2 * groups * head_dim)] * config.num_hidden_layers
 
 
 def site_costs(module: nn.Module, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
@@ -60,34 +110,60 @@ class Outside:
     attention_macs: float  # scores and weighted values at the stated context
     head_bytes: int
     cache_bytes: float  # keys and values read
+    other_macs: int = 0  # maps outside blocks other than the head, and products of streams (Gemma-3n)
+    other_bytes: int = 0
+    pair_macs: int = 0  # of one query with one key and its value, over all layers: what a prompt multiplies
 
     @property
     def macs(self) -> int:
-        return self.head_macs + self.attention_macs
+        return self.head_macs + self.attention_macs + self.other_macs
 
     @property
     def bytes(self) -> int:
-        return self.head_bytes + self.cache_bytes
+        return self.head_bytes + self.cache_bytes + self.other_bytes
 
 
 def outside_blocks(module: nn.Module, context: int, measured: dict[str, SiteSparsity] | None = None) -> Outside:
-    """Head, attention and KV cache of one decoded token that sees `context` tokens.
+    """Head, attention and KV cache of one decoded token that sees `context` tokens, and maps that lie nowhere else.
 
     measured: what head-sparse layers dropped; they read that share of their cache less, where a unit is a whole
     key-value group, and multiply that much less.
     """
     head = module.get_output_embeddings().weight
-    size, layers = head.element_size(), module.config.num_hidden_layers
-    multiplied = attention_macs(module.config, context)
-    cached = kv_bytes(module.config, context, size)
-    groups = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
+    size, layers = head.element_size(), attention_of(module)
+    maps, streams = other_maps(module, head)
+    multiplied = sum((a.scores + a.values) * context + a.expanded * (context - 1) for a in layers)
+    cached = sum(a.cached for a in layers) * context * size
+    config = module.config
+    groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     saved = read = 0.0  # layers' worth of attention products and of cache reads
     for site, sparse in measured_modules(module):
         if measured and sparse.unit == "heads" and site in measured:
             share = measured[site].sparsity_of_sparse_tokens
             saved, read = saved + share, read + (share if sparse.units == groups else 0.0)
-    products = multiplied * (1 - saved / layers) if saved else multiplied
-    return Outside(head.numel(), products, head.numel() * size, cached * (1 - read / layers) if read else cached)
+    return Outside(
+        head.numel(),
+        multiplied * (1 - saved / len(layers)) if saved else multiplied,
+        head.numel() * size,
+        cached * (1 - read / len(layers)) if read else cached,
+        sum(w.numel() for w in maps) + streams,
+        sum(w.numel() * w.element_size() for w in maps),
+        sum(a.scores + a.values for a in layers),
+    )
+
+
+def other_maps(module: nn.Module, head: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """(weights of the linear maps outside blocks and head, products of streams by the matrix that a map gives)."""
+    maps, streams = [], 0
+    blocks = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and is_decoder(m)]
+    for name, part in module.named_modules():
+        if not isinstance(getattr(part, "weight", None), torch.Tensor) or part.weight is head:
+            continue
+        if name.endswith("altup.prediction_coefs"):  # a matrix [streams, streams] per token, times D channels each
+            streams += shape(part)[0] * module.config.hidden_size
+        elif is_linear(part) and not any(name.startswith(f"{stack}.") for stack in blocks):
+            maps.append(part.weight)
+    return maps, streams
 
 
 def executed(dense: dict[str, Cost], sparse: dict[str, Cost], outside: Outside, skips: bool) -> float:
@@ -134,7 +210,8 @@ def account(
             "blocks_sparse": sparse_macs,
             "head": outside.head_macs,
             "attention": outside.attention_macs,
-        },
+        }
+        | ({"other": outside.other_macs} if outside.other_macs else {}),
         "per_site": {name: asdict(cost) for name, cost in sparse.items()},
     }
     traffic = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsebench.measure.macs import Outside, attention_macs
+from sparsebench.measure.macs import Outside
 from sparsebench.modules.base import Cost, PromptCost, SiteSparsity
 from sparsebench.modules.tokens import dense_prefix
 
@@ -38,7 +38,7 @@ def account(
         totals["overhead"] += share * token.overhead_macs
         covered += cost.dense_macs if site is not None and token.sparse_macs < cost.dense_macs else 0
     blocks = sum(c.dense_macs for c in dense.values())
-    rest = outside.head_macs + attention_macs(config, 1) * tokens * (tokens + 1) // 2
+    rest = outside.head_macs + outside.pair_macs * tokens * (tokens + 1) // 2
     simulated = totals["executed"] >= blocks
     macs = {
         "dense": tokens * blocks + rest,

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsebench.data.base import Data
 from sparsebench.records.state import State
+from sparsebench.sites import expert_modules
 from sparsebench.training.work import Work
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class Method:
         "train", "adapt", "activation", "control", "stages", "weight_sparsity", "alpha",
     )  # fmt: skip
     neutral_is_exact: ClassVar[bool] = True  # False: up to rounding
+    takes_experts: ClassVar[bool] = False  # whether it knows what to do with a mixture of experts
+
+    def check_model(self, module: nn.Module) -> None:
+        """Raise ValueError for a model with experts where the method knows only FFNs that every token passes."""
+        experts = [] if self.takes_experts else expert_modules(module)
+        if experts:
+            raise ValueError(f"method={self.name} takes no model with experts, got one with {experts[0][0]}")
 
     def fit(self, loaded: Loaded, data: Data, work: Work) -> State:
         """Train or calibrate on data.fit, perhaps choose on data.dev; data.test is never touched.

@@ -17,6 +17,7 @@ class Dense(Method):
     name: str = setting(**NAME_PATTERN)
     kinds: ClassVar = ("language", "vision", "classification")
     neutral: ClassVar = {}
+    takes_experts: ClassVar = True
     requested: ClassVar = 0.0
 
     def fit(self, loaded, data, work: Work) -> State:

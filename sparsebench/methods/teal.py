@@ -1,7 +1,8 @@
 """TEAL: magnitude thresholding of the input of every projection, no training (arXiv 2408.14690, section 4).
 
 Keep x_i iff |x_i| > t with P(|x_i| <= t) = p on calibration text. q, k, v share one tensor, gate and up another; under
-uniform allocation they share the mask. Embedding and head stay dense. Greedy allocation is section 4.3.
+uniform allocation they share the mask. Embedding and head stay dense. Greedy allocation is section 4.3. Inside experts
+the rule is the same, over the pairs of a token and an expert that the router runs (docs/methods/experts.md).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from sparsebench.calibration import expert_pairs
 from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, Table, add_tables, check, keep_table, shares
 from sparsebench.calibration.histograms import collect, threshold
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
+from sparsebench.modules.sparse_experts import INSIDE, swap_experts
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site, find_blocks
 
@@ -42,10 +45,13 @@ class Teal(Method):
     threshold_rule: str = setting(choices=("abs", "signed-hist"))
     calibration_tokens: int = setting(gt=0)
     histograms: str | None = setting(file="histograms")
+    experts: str = setting(choices=INSIDE)
+    expert_thresholds: str = setting(choices=expert_pairs.WHERE)
     greedy: Greedy
     kinds: ClassVar = ("language",)
     neutral: ClassVar = {"sparsity": 0.0}
-    operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule")
+    operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule", "experts")
+    takes_experts: ClassVar = True
 
     def __post_init__(self):
         if self.threshold_rule == "signed-hist" and self.histograms is None:
@@ -65,9 +71,12 @@ class Teal(Method):
         """
         blocks = find_blocks(loaded.module)
         if self.histograms is not None:
+            if any(block.experts for block in blocks):
+                raise ValueError(f"method.histograms must be null for a model with experts, got {self.histograms!r}")
             return self.imported(Path(self.histograms), blocks)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
-        state = collect(loaded.module, blocks, sequences, work.batch_size)
+        watch = expert_pairs.watch_of(blocks, work.hardware.torch_device, ("in", "mid"), self.expert_thresholds)
+        state = collect(loaded.module, blocks, sequences, work.batch_size, experts=watch)
         add_tables(self, state, loaded.module, blocks, sequences, work, lambda site, p: self.threshold(state, site, p))
         return state
 
@@ -115,7 +124,20 @@ class Teal(Method):
                     site = block.sites[role]
                     threshold = self.threshold(state, site, share)
                     swap(module, site, threshold, prompt=self.prompt, kernel=work.hardware.kernel_name)
+            if block.experts is not None and self.experts != "off" and self.sparsity > 0:
+                into, mid = self.expert_rules(state, block)
+                swap_experts(module, block, into, mid, prompt=self.prompt, kernel=work.hardware.kernel_name)
         return module
+
+    def expert_rules(self, state: State, block: Block) -> tuple[dict | None, dict | None]:
+        """The rules at the input and at the middle of a block's experts.
+
+        All experts of a token read one input, so its threshold is the layer's: one mask serves them all.
+        """
+        p, where = self.sparsity, self.expert_thresholds
+        into = {"threshold": expert_pairs.threshold(state, block, "in", p)} if self.experts != "mid" else None
+        mid = {"threshold": expert_pairs.threshold(state, block, "mid", p, where)} if self.experts != "input" else None
+        return into, mid
 
 
 def signed_quantile(centers: torch.Tensor, counts: torch.Tensor, q: float) -> float:

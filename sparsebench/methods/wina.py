@@ -17,13 +17,15 @@ from typing import ClassVar
 
 import torch
 
-from sparsebench.calibration import histograms
+from sparsebench.calibration import expert_pairs, histograms
 from sparsebench.calibration.allocation import ALLOCATIONS, Greedy, add_tables, check, shares
 from sparsebench.calibration.gram import input_grams
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
 from sparsebench.modules import rotated_norm
+from sparsebench.modules.fused_experts import tensors_of
 from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
+from sparsebench.modules.sparse_experts import INSIDE, swap_experts
 from sparsebench.records.state import State
 from sparsebench.sites import Block, Site, find_blocks, shape, weight_of
 
@@ -47,10 +49,12 @@ class Wina(Method):
     allocation: str = setting(choices=ALLOCATIONS)
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
+    experts: str = setting(choices=INSIDE)
     greedy: Greedy
     kinds: ClassVar = ("language",)
     neutral: ClassVar = {"sparsity": 0.0, "rotate": False}
-    operating_point: ClassVar = ("sparsity", "selection", "prompt")
+    operating_point: ClassVar = ("sparsity", "selection", "prompt", "experts")
+    takes_experts: ClassVar = True
 
     def __post_init__(self):
         check(self)
@@ -66,15 +70,20 @@ class Wina(Method):
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
         if self.rotate:
+            if any(block.experts for block in blocks):
+                raise ValueError("method.rotate must be false for a model with experts, got true")
             rotated_norm.check_fed(module, blocks)
         bases = bases_of(module, blocks, self.inputs(module, blocks, sequences, work)) if self.rotate else {}
         with rotated_norm.rotated(module, blocks, bases) if bases else nullcontext():
             sites = [s for b in blocks for s in b.sites.values() if self.scaled(s)]
             scales = {s.name: column_norms(weight_of(module.get_submodule(s.path))) for s in sites}
-            state = histograms.collect(module, blocks, sequences, work.batch_size, scales)
+            inside = {k: c for b in blocks if b.experts for k, c in self.expert_scales(module, b).items()}
+            watch = expert_pairs.watch_of(blocks, work.hardware.torch_device, ("in", "mid"), "layer", inside)
+            state = histograms.collect(module, blocks, sequences, work.batch_size, scales, watch)
             add_tables(self, state, module, blocks, sequences, work, lambda s, p: self.threshold(state, s, p), scales)
         state.tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
         state.tensors |= {f"basis.{layer}.{group}": basis for (layer, group), basis in bases.items()}
+        state.tensors |= {f"scale.experts.{name}": scale.cpu() for name, scale in inside.items()}
         if self.rotate:
             state.info.setdefault("extra", {})["channels_of_k_without_effect"] = lossless(scales, blocks)
         return state
@@ -108,7 +117,26 @@ class Wina(Method):
                     swap(module, site, 0.0, top_k=kept_count(width, share), **rule)
                 else:
                     swap(module, site, self.threshold(state, site, share), **rule)
+            if block.experts is not None and self.experts != "off" and self.sparsity > 0:
+                into = self.expert_rule(state, block, "in") if self.experts != "mid" else None
+                mid = self.expert_rule(state, block, "mid") if self.experts != "input" else None
+                swap_experts(module, block, into, mid, prompt=self.prompt, kernel=work.hardware.kernel_name)
         return module
+
+    def expert_scales(self, module: torch.nn.Module, block: Block) -> dict[str, torch.Tensor]:
+        """c [E, n] by `<layer>.<tensor>`: gate and up are one map, scored as the gate is; down where all maps are."""
+        weights = tensors_of(module.get_submodule(block.experts.path))
+        scaled = {"in": weights.gate_up} if self.scope != "none" else {}
+        scaled |= {"mid": weights.down} if self.scope == "all" else {}
+        return {f"{block.index}.{tensor}": w.float().norm(dim=1) for tensor, w in scaled.items()}
+
+    def expert_rule(self, state: State, block: Block, tensor: str) -> dict:
+        """What SparseExperts takes for one tensor: scores of each pair are compared within it, or with the layer's t."""
+        scale = state.tensors.get(f"scale.experts.{block.index}.{tensor}")
+        if self.selection == "top_k":
+            width = block.experts.hidden if tensor == "in" else block.experts.inner
+            return {"threshold": 0.0, "scale": scale, "top_k": kept_count(width, self.sparsity)}
+        return {"threshold": expert_pairs.threshold(state, block, tensor, self.sparsity), "scale": scale}
 
 
 def kept_count(width: int, sparsity: float) -> int:

@@ -166,6 +166,10 @@ class CausalLM:
             "positions": positions.limit(config),
             "cautions": [],
         }
+        with_experts = [b.experts for b in blocks if b.experts]
+        if with_experts:
+            one = with_experts[0]
+            info["experts"] = {"layers": len(with_experts), "count": one.num_experts, "per_token": one.per_token}
         if data is not None:
             info["cautions"] += positions.cautions(config, data.test.sequence_length) + start_cautions(tokenizer, data)
         if is_gguf(location) and self.weights == "pretrained":

@@ -25,6 +25,8 @@ def activation_of(config) -> str:
     for key in ACTIVATION_KEYS:
         name = getattr(config, key, None)
         if isinstance(name, str) and name in ACT2FN:
+            if any(True for _ in ACT2FN[name].parameters()):
+                raise ValueError(f"model: its activation {name} has trained weights of its own, and can't be replaced")
             return name
     raise ValueError(f"model: its config names no activation of transformers ({', '.join(ACTIVATION_KEYS)})")
 

@@ -6,6 +6,8 @@ column of down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -20,8 +22,10 @@ class GateSparseFFN(SparseModule):
     """Takes over the maps of a gated FFN.
 
     Args:
-        ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn.
-        layer: its index; the module counts neurons at the site `<layer>.ffn`, which covers up and down.
+        ffn: the FFN of transformers: gate_proj, up_proj, down_proj without biases, and act_fn. What it drops by itself
+            (Gemma-3n's statistical top-k) stays dropped, and counts.
+        layer: its index; the module counts neurons at the site `<layer>.<prefix>ffn`, which covers up and down.
+        prefix: of the roles of its maps: `shared.` for the FFN beside experts.
         threshold: keep a neuron iff its gate's magnitude is at least this.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
         kernel: backend for one-token calls.
@@ -29,19 +33,22 @@ class GateSparseFFN(SparseModule):
 
     unit = "neurons"
 
-    def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prompt="all", kernel="masked_dense"):
+    def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prefix="", prompt="all", kernel="masked_dense"):
         super().__init__()
-        self.gate, self.up, self.activation = ffn.gate_proj, ffn.up_proj, ffn.act_fn
+        self.gate, self.up, self.activation, self.own_rule = ffn.gate_proj, ffn.up_proj, ffn.act_fn, own_rule(ffn)
         down = ffn.down_proj.weight.data
         self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
         self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
-        self.site, self.prompt, self.kernel_name = f"{layer}.ffn", prompt, kernel
-        self.layer = layer
+        self.site, self.prompt, self.kernel_name = f"{layer}.{prefix}ffn", prompt, kernel
+        self.layer, self.prefix = layer, prefix
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
     @property
     def covers(self) -> dict[str, int]:
-        return {f"{self.layer}.up": self.up.weight.numel(), f"{self.layer}.down": self.down.numel()}
+        return {
+            f"{self.layer}.{self.prefix}up": self.up.weight.numel(),
+            f"{self.layer}.{self.prefix}down": self.down.numel(),
+        }
 
     def new_counter(self) -> Counter:
         return Counter(self.down.shape[1], self.down.device)
@@ -51,7 +58,7 @@ class GateSparseFFN(SparseModule):
         return gates.abs() >= self.threshold
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gates = self.activation(self.gate(x))
+        gates = self.activation(self.own_rule(self.gate(x)))
         keep, dense = self.keep(gates), left_dense(self.prompt, x)
         if self.counter is not None:
             self.counter.add(keep & (gates != 0), dense)  # a gate of exactly 0 is skipped whatever the threshold
@@ -81,9 +88,26 @@ class GateSparseFFN(SparseModule):
         return f"{self.site}, threshold={float(self.threshold):.4g}, prompt={self.prompt}"
 
 
-def gated_ffn(model: nn.Module, block: Block) -> str:
+def own_rule(ffn: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an FFN does to x W_gate before its activation: Gemma-3n's statistical top-k in the layers that have it."""
+    return ffn._gaussian_topk if getattr(ffn, "activation_sparsity", 0) > 0 else nn.Identity()
+
+
+def gates_of(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """act(x W_gate) [..., f] of a gated FFN of transformers."""
+    return ffn.act_fn(own_rule(ffn)(ffn.gate_proj(x)))
+
+
+def prefixes(block: Block) -> list[str]:
+    """The prefixes of a block's FFNs that every token passes: "" and `shared.`; one with experts may have none."""
+    inside = [prefix for prefix in ("", "shared.") if f"{prefix}gate" in block.sites]
+    return inside or ([] if block.experts is not None else [""])
+
+
+def gated_ffn(model: nn.Module, block: Block, prefix: str = "") -> str:
     """The path of a block's gated FFN. Raises ValueError where a block has none of the form this module takes over."""
-    path = block.sites["gate"].path.rpartition(".")[0] if "gate" in block.sites else ""
+    gate = block.sites.get(f"{prefix}gate")
+    path = gate.path.rpartition(".")[0] if gate is not None else ""
     ffn = model.get_submodule(path) if path else None
     names = ("gate_proj", "up_proj", "down_proj")
     if ffn is None or not all(hasattr(ffn, n) for n in (*names, "act_fn")):
@@ -98,7 +122,7 @@ def gated_ffn(model: nn.Module, block: Block) -> str:
     return path
 
 
-def swap_ffn(model: nn.Module, block: Block, threshold: float, **rule) -> None:
-    """Replace a block's FFN; `rule` as for GateSparseFFN."""
-    path = gated_ffn(model, block)
-    replace(model, path, GateSparseFFN(model.get_submodule(path), block.index, threshold, **rule))
+def swap_ffn(model: nn.Module, block: Block, threshold: float, prefix: str = "", **rule) -> None:
+    """Replace a block's FFN, or the one beside its experts; `rule` as for GateSparseFFN."""
+    path = gated_ffn(model, block, prefix)
+    replace(model, path, GateSparseFFN(model.get_submodule(path), block.index, threshold, prefix=prefix, **rule))

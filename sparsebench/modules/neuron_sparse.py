@@ -7,6 +7,8 @@ The maps keep their names inside the module, so that sites.py finds them as befo
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -186,6 +188,11 @@ class NeuronSparseFFN(SparseModule):
 def swap(module: nn.Module, block: Block, activation: Activation, **arguments) -> NeuronSparseFFN:
     """Put a neuron-sparse FFN in the place of the block's own and return it. Raises ValueError as `ffn_path`."""
     path = ffn_path(block)
+    takes = [p for p in signature(type(module.get_submodule(path)).forward).parameters if p != "self"]
+    if len(takes) > 1:
+        raise ValueError(
+            f"model: the FFN at {path} takes {' and '.join(takes)}, neuron-sparse FFNs take their input alone"
+        )
     sparse = NeuronSparseFFN(module.get_submodule(path), block, activation, **arguments)
     sparse.train(module.training)
     replace(module, path, sparse)
@@ -193,7 +200,12 @@ def swap(module: nn.Module, block: Block, activation: Activation, **arguments) -
 
 
 def last_path(block: Block) -> str:
-    """Path of the map whose input is x1 [..., f]: down of a gated FFN, fc2 of a plain one."""
+    """Path of the map whose input is x1 [..., f]: down of a gated FFN, fc2 of a plain one.
+
+    Raises ValueError where a block has no FFN that every token passes.
+    """
+    if not {"down", "fc2"} & set(block.sites):
+        raise ValueError(f"model: {block.path} has no FFN that every token passes, got {', '.join(block.sites)}")
     return block.sites["down" if "down" in block.sites else "fc2"].path
 
 

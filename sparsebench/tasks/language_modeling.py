@@ -18,6 +18,7 @@ from sparsebench.measure import (
     neurons,
     prefill,
     quality,
+    routing,
     sparsity,
     unions,
 )
@@ -36,6 +37,9 @@ class LanguageAssessment(Assessment):
     outside: macs.Outside  # head, attention and KV cache: what lies outside the block maps
     zero_weights: int
     harness: dict[str, dict[str, Any]]  # scores of lm-eval's tasks
+    routing: routing.Routing | None  # of a model with experts
+    by_expert: dict[str, Any]
+    stored: dict[str, int]  # parameters of all experts by site name
 
 
 class LanguageModeling(Task[LanguageAssessment]):
@@ -68,6 +72,9 @@ class LanguageModeling(Task[LanguageAssessment]):
             config=module.config,
             outside=macs.outside_blocks(module, settings.measure.context, measured),
             zero_weights=sparsity.zero_weights(module),
+            routing=routing.routing(module, data.test.sequences(text.test_sequences), text.batch_size),
+            by_expert=routing.by_expert(counters),
+            stored=macs.stored_experts(module),
             harness=lm_eval.score(module, loaded.tokenizer, harness, text.batch_size) if harness.tasks else {},
         )
 
@@ -108,7 +115,7 @@ class LanguageModeling(Task[LanguageAssessment]):
             sparsity=describe_sparsity(method.requested, sparse.measured, dense.costs, sparse.zero_weights),
             macs=multiplied,
             bytes=traffic,
-            extra=extra,
+            extra=extra | routed(dense, sparse, costs),
         )
 
     def time(self, dense, sparse, data, settings):
@@ -137,6 +144,20 @@ def chunks(module, split, text) -> dict[str, Any] | None:
     owners = torch.cat([owners[:, :1], owners], 1)
     weights = {site: weight for _, sparse in measured_modules(module) for site, weight in sparse.covers.items()}
     return unions.chunks(module, sequences, owners, text.batch_size, list(CHUNKS), weights)
+
+
+def routed(dense: LanguageAssessment, sparse: LanguageAssessment, costs: dict[str, Cost]) -> dict[str, Any]:
+    """`extra.routing` of a model with experts."""
+    if dense.routing is None or sparse.routing is None:
+        return {}
+    return {
+        "routing": routing.describe(dense.routing, sparse.routing)
+        | routing.bound(dense.costs, costs, sparse.outside)
+        | {
+            "model_wide_of_stored": routing.model_wide_of_stored(dense.costs, sparse.measured, dense.stored),
+            "by_expert": sparse.by_expert,
+        }
+    }
 
 
 def describe_sparsity(
