@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from sparsebench.modules.base import SparseModule
-from sparsebench.sites import LAYOUTS
+from sparsebench.sites import ATTENTIONS, FFNS
 
 ROLE_OF = {
     "q": "qkv", "k": "qkv", "v": "qkv", "qkv": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "gate_up": "gate_up",
     "fc1": "gate_up", "down": "down", "fc2": "down",
+    "q_a": "qkv", "kv_a": "qkv", "q_b": "qkv", "kv_b": "qkv",
 }  # fmt: skip
-PATHS = {f".{path}": role for layout in LAYOUTS.values() for role, path in layout.items()}  # endings of names
+PATHS = {f".{path}": role for layout in (*ATTENTIONS, *FFNS) for role, path in layout.items()}  # endings of names
 HOLDERS = {  # what holds the maps of attention and of the FFN, in decoders: what neither map does is theirs
     path.rpartition(".")[0]: "attention" if role == "o" else "ffn"
     for path, role in PATHS.items() if role in ("o", "down", "fc2")

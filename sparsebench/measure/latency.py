@@ -114,7 +114,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         about["energy"] = energy.measure(steps, text.block, "token", device)
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
-        "prefill": fastest(dict(zip(contenders, times, strict=True)), skipping) | parity | {
+        "prefill": of_prompt(dict(zip(contenders, times, strict=True)), skipping) | parity | {
             "tokens": settings.prompt, "refused": refused,
             "kernel": kernels_used(sparse, settings.prompt if skipping else MANY) or "masked_dense",
         },
@@ -153,16 +153,21 @@ def prefills(
     return contenders, refused
 
 
-def fastest(times: dict[str, list[float]], skipping: bool) -> dict[str, Any]:
-    """The fastest engine of each side, and all of them; times by `side/engine`. A speed-up only where a kernel skips."""
-    summaries = {name: summary(each) for name, each in times.items()}
-    section: dict[str, Any] = {"engines": summaries}
-    best = {}
+def fastest(engines_timed: dict[str, dict]) -> dict[str, Any]:
+    """The fastest engine of each side, and all of them; by `side/engine`."""
+    section: dict[str, Any] = {"engines": engines_timed}
     for side in ("dense", "sparse"):
-        names = [name for name in times if name.startswith(side)]
-        best[side] = min(names, key=lambda name: summaries[name]["median_ms"])
-        section |= {side: summaries[best[side]], f"{side}_engine": best[side].partition("/")[2]}
-    return section | (clock.speedup(times[best["dense"]], times[best["sparse"]]) if skipping else {})
+        names = [name for name in engines_timed if name.startswith(side)]
+        best = min(names, key=lambda name: engines_timed[name]["median_ms"])
+        section |= {side: engines_timed[best], f"{side}_engine": best.partition("/")[2]}
+    return section
+
+
+def of_prompt(times: dict[str, list[float]], skipping: bool) -> dict[str, Any]:
+    """The `prefill` section from samples by `side/engine`; a speed-up only where a kernel skipped."""
+    section = fastest({name: summary(each) for name, each in times.items()})
+    dense, sparse = (times[f"{side}/{section[f'{side}_engine']}"] for side in ("dense", "sparse"))
+    return section | (clock.speedup(dense, sparse) if skipping else {})
 
 
 def threads_of(device: torch.device) -> int:

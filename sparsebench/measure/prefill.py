@@ -6,8 +6,6 @@ Counted as in macs.py, with scores and weighted values of each token over those 
 
 from __future__ import annotations
 
-from typing import Any
-
 from sparsebench.measure.macs import Outside
 from sparsebench.modules.base import Cost, PromptCost, SiteSparsity
 from sparsebench.modules.tokens import dense_prefix
@@ -19,7 +17,7 @@ def of_token(cost: Cost) -> PromptCost:
 
 
 def account(
-    dense: dict[str, Cost], sparse: dict[str, Cost], measured: dict[str, SiteSparsity], outside: Outside, config: Any,
+    dense: dict[str, Cost], sparse: dict[str, Cost], measured: dict[str, SiteSparsity], outside: Outside,
     tokens: int, policy: str, timed: bool,
 ) -> tuple[dict, dict]:  # fmt: skip
     """`prefill` of the record's macs and bytes sections: a prompt of `tokens`, of which `policy` leaves some dense.

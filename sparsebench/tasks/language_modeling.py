@@ -33,7 +33,6 @@ CHUNKS = (2, 4, 8, 16, 32)  # tokens whose unions are counted where measure.chun
 class LanguageAssessment(Assessment):
     """Perplexity and counts over windows of text."""
 
-    config: Any  # the model's own, for the scores of a prompt
     outside: macs.Outside  # head, attention and KV cache: what lies outside the block maps
     zero_weights: int
     harness: dict[str, dict[str, Any]]  # scores of lm-eval's tasks
@@ -69,7 +68,6 @@ class LanguageModeling(Task[LanguageAssessment]):
             costs=macs.site_costs(module, measured),
             weight_bytes=memory.weight_bytes(module),
             further=further,
-            config=module.config,
             outside=macs.outside_blocks(module, settings.measure.context, measured),
             zero_weights=sparsity.zero_weights(module),
             routing=routing.routing(module, data.test.sequences(text.test_sequences), text.batch_size),
@@ -103,7 +101,7 @@ class LanguageModeling(Task[LanguageAssessment]):
             dense.costs, costs, sparse.measured, sparse.outside, settings.measure.context, dense.outside
         )
         multiplied["prefill"], traffic["prefill"] = prefill.account(
-            dense.costs, costs, sparse.measured, sparse.outside, sparse.config, settings.measure.prompt,
+            dense.costs, costs, sparse.measured, sparse.outside, settings.measure.prompt,
             method.prompt_policy, settings.measure.latency,
         )  # fmt: skip
         extra = beside(dense, sparse)

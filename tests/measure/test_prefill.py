@@ -22,7 +22,7 @@ def test_a_prompt_of_nm_by_hand(phase, data, tmp_path):
     rule = built("method", "method=nm", calibration_tokens=256, phase=phase, skip=["o"], score="colnorm")
     dense, sparse, seen, model = measured(rule, data, tmp_path)
     outside = macs.outside_blocks(model, 16)
-    counted, traffic = prefill.account(dense, sparse, seen, outside, model.config, 10, "all", timed=True)
+    counted, traffic = prefill.account(dense, sparse, seen, outside, 10, "all", timed=True)
     by_hand = overhead = 0
     size = {name: cost.dense_macs for name, cost in dense.items()}
     attention = sum(2 * 2 * 4 * 16 * place for place in range(1, 11))  # layers, heads, head size
@@ -51,22 +51,19 @@ def test_a_prompt_of_nm_by_hand(phase, data, tmp_path):
 def test_tokens_left_dense_and_a_kernel_that_skips():
     dense = {"0.q": Cost(100, 100, 0, 400, 400)}
     sparse = {"0.q": Cost(100, 100, 0, 400, 400, prompt=PromptCost(50, 4, 50))}
-    outside = macs.Outside(7, 0, 28, 0)
-    config = tiny_model(layers=1).config
+    outside = macs.Outside(7, 0, 28, 0, pair_macs=2 * 64)
     rest = 7 + sum(2 * 64 * place for place in range(1, 9))
     seen = {"0.q": sparsity.SiteSparsity(0.5, 0.5, 100, 8, 0)}
-    counted, _ = prefill.account(dense, sparse, seen, outside, config, 8, "half", timed=True)
+    counted, _ = prefill.account(dense, sparse, seen, outside, 8, "half", timed=True)
     assert counted["sparse"] == 4 * 54 + 4 * 100 + rest == counted["executed"] and not counted["simulated"]
-    assert prefill.account(dense, sparse, seen, outside, config, 8, "half", timed=False)[0]["executed"] is None
+    assert prefill.account(dense, sparse, seen, outside, 8, "half", timed=False)[0]["executed"] is None
     plain = {"0.q": Cost(100, 30, 2, 400, 120)}  # a method without a word on prompts: masks
-    counted, _ = prefill.account(dense, plain, seen, outside, config, 8, "all", timed=True)
+    counted, _ = prefill.account(dense, plain, seen, outside, 8, "all", timed=True)
     assert counted["sparse"] == 8 * 32 + rest and counted["executed"] == 8 * 102 + rest and counted["simulated"]
 
 
 def test_every_method_says_what_its_prompt_costs(data, tmp_path):
     rule = built("method", "method=teal", calibration_tokens=256, prompt="half")
     dense, sparse, seen, model = measured(rule, data, tmp_path)
-    counted, _ = prefill.account(
-        dense, sparse, seen, macs.outside_blocks(model, 16), model.config, 20, "half", timed=True
-    )
+    counted, _ = prefill.account(dense, sparse, seen, macs.outside_blocks(model, 16), 20, "half", timed=True)
     assert counted["sparse"] < counted["dense"] == counted["executed"] - counted["overhead"] and counted["simulated"]
