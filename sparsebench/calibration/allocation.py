@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparsebench.calibration.block_error import BlockError, block_inputs, run_bl
 from sparsebench.config import setting
 from sparsebench.records.progress import shown
 from sparsebench.records.state import State, read, write
-from sparsebench.sites import Block
+from sparsebench.sites import Block, shape
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def table_of(state: State, layer: int) -> Table:
 
 def search(block: Block, model: nn.Module, error: Callable[[Shares, Shares], float], settings: Greedy) -> Table:
     """The greedy path of one block for a given error(trial, path), where `path` is what is accepted so far."""
-    sizes = {role: model.get_submodule(site.path).weight.numel() for role, site in block.sites.items()}
+    sizes = {role: math.prod(shape(model.get_submodule(site.path))) for role, site in block.sites.items()}
     total = sum(sizes.values())
     reference = sizes.get("q", min(sizes.values()))  # alpha is in units of the query map
     sparsity = dict.fromkeys(sizes, 0.0)

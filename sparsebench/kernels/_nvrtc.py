@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ def compile_cubin(source: str, architecture: str, defines: dict[str, int], optio
     return cubin
 
 
+def source_of(file: Path) -> str:
+    """A source file with the files of its own folder that it includes in their place."""
+    return re.sub(r'^#include "(\w+\.cu)"$', lambda line: source_of(file.with_name(line[1])), file.read_text(), flags=re.M)
+
+
 @functools.cache
 def module(file: Path, device: int, **defines: int) -> Any:
     """The loaded module of a source file for a device, compiled once per process and set of defines."""
@@ -51,7 +58,18 @@ def module(file: Path, device: int, **defines: int) -> Any:
 
     torch.cuda.init()
     major, minor = torch.cuda.get_device_capability(device)
-    return checked(driver.cuModuleLoadData(compile_cubin(file.read_text(), f"sm_{major}{minor}", defines)))
+    return checked(driver.cuModuleLoadData(compile_cubin(source_of(file), f"sm_{major}{minor}", defines)))
+
+
+def compile_together(file: Path, device: int, variants: list[dict[str, int]]) -> None:
+    """Compile a source file with each set of defines, side by side, so that `module` has them at once."""
+
+    def one(defines: dict[str, int]) -> None:
+        torch.zeros(1, device=f"cuda:{device}")  # this thread's context
+        module(file, device, **defines)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, variants))
 
 
 @functools.cache

@@ -39,6 +39,11 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
     return y
 
 
+def quantised_linear(x, packed, bias=None, *, threshold=None, scale=None, keep=None):
+    """As input_sparse_linear with the weight that `packed` (kernels/_packed.py) stands for; it is unpacked at each call."""
+    return input_sparse_linear(x, packed.dequantised(), bias, threshold=threshold, scale=scale, keep=keep)
+
+
 def neuron_sparse_ffn(x, activation, up, down):
     """y = sum_j a_j (up_j . x) down_j: the second half of a gated FFN, where neurons with activation 0 add nothing.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from sparsebench.modules.base import Cost, SiteSparsity, sparse_modules
-from sparsebench.sites import find_blocks, shape
+from sparsebench.sites import find_blocks, shape, stored_bytes
 
 
 def dense_sites(module: nn.Module) -> dict[str, Cost]:
@@ -24,7 +24,7 @@ def dense_sites(module: nn.Module) -> dict[str, Cost]:
         for site in block.sites.values():
             linear = module.get_submodule(site.path)
             m, n = shape(linear)
-            size = m * n * linear.weight.element_size()
+            size = stored_bytes(linear)
             costs[site.name] = Cost(m * n, m * n, 0, size, size)
     return costs
 
