@@ -30,8 +30,9 @@ from sparsebench.engines import fused_cuda, tune_cuda
 from sparsebench.kernels import _nvrtc, cuda_gather, cuda_packed
 from sparsebench.kernels._packed import Packed, quantised
 from sparsebench.measure.clock import read_bandwidth
-from sparsebench.models.quantised import quantise, with_torch_products
+from sparsebench.models.quantised import quantise
 from sparsebench.modules.input_sparse import replace
+from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear, with_torch_products
 from sparsebench.sites import find_blocks
 
 MODELS = {
@@ -54,7 +55,13 @@ class Sheet:
 
     def __init__(self, folder: Path, name: str, **about):
         self.path = folder / f"{name}.json"
-        self.content = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **about, "rows": [], "left_out": {}}
+        self.content = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            **about,
+            "rows": [],
+            "left_out": {},
+        }
 
     def add(self, row: dict) -> None:
         self.content["rows"].append(row)
@@ -98,7 +105,6 @@ def timed(graphs: dict[str, object], copies: int, rounds: int = 15) -> dict[str,
 
 def torch_bodies(weights: list[Packed], low: torch.Tensor) -> dict[str, Callable[[], Callable[[int], object]]]:
     """Makers of dense quantised products that are not ours, by name; a maker raises where there is none."""
-    from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear
 
     def own():
         maps = [TorchQuantLinear(QuantLinear(p, None)) for p in weights]

@@ -102,9 +102,8 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 
 def stored_shape(module: nn.Module) -> tuple[int, int]:
-    """The shape of a map's weight as its module has it; a quantised one need not be unpacked for that."""
-    packed = getattr(module, "packed", None)
-    return tuple(module.weight.shape) if packed is None else packed.shape
+    """The shape of a map's weight as its module has it; a map that says it need not be unpacked for that."""
+    return getattr(module, "shape", None) or tuple(module.weight.shape)
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -56,7 +56,13 @@ def emulated():
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("kernels") / "cuda_on_cpu.cpp"
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    made_of = [version, *(Path(p).read_bytes() for p in (source, source.with_suffix(".h"), *sorted(cuda_gather.SOURCE.parent.glob("*.cu"))))]
+    made_of = [
+        version,
+        *(
+            Path(p).read_bytes()
+            for p in (source, source.with_suffix(".h"), *sorted(cuda_gather.SOURCE.parent.glob("*.cu")))
+        ),
+    ]
 
     @functools.cache
     def library(flags: tuple[str, ...]) -> ctypes.CDLL:

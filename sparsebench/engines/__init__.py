@@ -125,7 +125,7 @@ def mixed(module: nn.Module, blocks: list) -> str | None:
     stored = [
         getattr(module.get_submodule(site.path), "packed", None) for block in blocks for site in block.sites.values()
     ]
-    kinds = {None if p is None else (p.bits, p.axis, p.bits == 4 and p.group) for p in stored}
+    kinds = {None if p is None else (p.bits, p.axis, p.grouped and p.group) for p in stored}
     return None if len(kinds) == 1 else "it takes block maps that are all quantised in one way, or none of them"
 
 

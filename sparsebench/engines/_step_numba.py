@@ -226,10 +226,14 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
 
         normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
         a, b = share_of(query, thread, threads, UNIT)
-        count = project(row, 0, keep_all, x[:hidden], q, query, a, b, embedding, stored, group, index_, value_, -1, part_)
+        count = project(
+            row, 0, keep_all, x[:hidden], q, query, a, b, embedding, stored, group, index_, value_, -1, part_
+        )
         a, b = share_of(small, thread, threads, UNIT)
         count = count if same_rule(row, 0, 1, keep_all) else -1
-        count = project(row, 1, keep_all, x[:hidden], k, small, a, b, embedding, stored, group, index_, value_, count, part_)
+        count = project(
+            row, 1, keep_all, x[:hidden], k, small, a, b, embedding, stored, group, index_, value_, count, part_
+        )
         count = count if same_rule(row, 1, 2, keep_all) else -1
         project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, stored, group, index_, value_, count, part_)
         barrier(state, threads)
@@ -247,9 +251,13 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
 
         normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
         a, b = share_of(inner, thread, threads, UNIT)
-        count = project(row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, stored, group, index_, value_, -1, part_)
+        count = project(
+            row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, stored, group, index_, value_, -1, part_
+        )
         count = count if same_rule(row, 4, 5, keep_all) else -1
-        project(row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, stored, group, index_, value_, count, part_)
+        project(
+            row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, stored, group, index_, value_, count, part_
+        )
         for i in range(a, b):
             mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
         barrier(state, threads)

@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from sparsebench.kernels._gather_numba import gather, product
-from sparsebench.kernels._packed_numba import gather_int4, gather_int4_outputs, gather_int8
+from sparsebench.kernels._packed_numba import gather_groups, gather_int4_outputs, gather_int8
 
 # Columns of the table of addresses (see _step_numba.py) that products read.
 WEIGHT, SCALES, ZEROS = 0, 49, 56
@@ -33,8 +33,8 @@ def pointer(typing, address):
 def weigh(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, count, part):
     """y[lo:hi] = W x for map `which` over the listed channels; in_order: over all, where a product without a list is faster.
 
-    x [n], y [m], part [>= m in whole blocks] scratch; stored: any array of the weights' type; group: inputs of an int4
-    group, or minus the outputs of one.
+    x [n], y [m], part [>= m in whole blocks] scratch; stored: any array of the weights' type; group: inputs that
+    share scales, minus the outputs that do (int4), or 0: a scale per output (int8).
     """
     raise NotImplementedError("compiled code only")
 
@@ -56,8 +56,13 @@ def plain(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, co
 def int8(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, count, part):
     width = (m + BLOCK - 1) // BLOCK * BLOCK
     weight = carray(pointer(row[WEIGHT + which]), (x.shape[0], width), stored.dtype)
-    scales = carray(pointer(row[SCALES + which]), (m,), np.float32)
-    gather_int8(y.reshape(1, m), weight, scales, index, value, count, part[:width].reshape(1, width), lo, hi)
+    sums, out = part[:width].reshape(1, width), y.reshape(1, m)
+    if group > 0:
+        scales = carray(pointer(row[SCALES + which]), ((x.shape[0] + group - 1) // group, m), np.uint16)
+        gather_groups(out, weight, scales, np.empty((0, 0), np.uint16), group, index, value, count, sums, lo, hi)
+    else:
+        each = carray(pointer(row[SCALES + which]), (m,), np.float32)
+        gather_int8(out, weight, each, index, value, count, sums, lo, hi)
 
 
 def int4(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, count, part):
@@ -68,7 +73,7 @@ def int4(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, cou
         groups = (n + group - 1) // group
         scales = carray(pointer(row[SCALES + which]), (groups, m), np.uint16)
         zeros = carray(pointer(row[ZEROS + which]), (groups if row[ZEROS + which] else 0, m), np.uint16)
-        gather_int4(out, weight, scales, zeros, group, index, value, count, sums, lo, hi)
+        gather_groups(out, weight, scales, zeros, group, index, value, count, sums, lo, hi)
     else:
         scales = carray(pointer(row[SCALES + which]), (n, (m - group - 1) // -group), np.uint16)
         gather_int4_outputs(out, weight, scales, -group, index, value, count, sums, lo, hi)

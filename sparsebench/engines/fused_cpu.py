@@ -101,7 +101,10 @@ class Decoder:
         cache = self.cache.layers[block.index]
         for i, role in enumerate(MAPS):
             linear = self.module.get_submodule(block.sites[role].path)
-            row[table.WEIGHT + i], row[table.THRESHOLD + i] = self.weight_of(linear, row, i), linear.threshold.data_ptr()
+            row[table.WEIGHT + i], row[table.THRESHOLD + i] = (
+                self.weight_of(linear, row, i),
+                linear.threshold.data_ptr(),
+            )
             row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
             for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
                 row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
@@ -123,11 +126,12 @@ class Decoder:
         return packed.q.data_ptr()
 
     def kind_of_weights(self) -> tuple[np.ndarray, int]:
-        """(an empty array of the type weights are stored in, the group of int4 as `weigh` takes it)."""
+        """(an empty array of the type weights are stored in, their group as `weigh` takes it)."""
         packed = quantisation(self.module, self.blocks)
         if packed is None:
             return as_numpy(self.module.get_output_embeddings().weight.detach()[:0, 0]), 0
-        return packed.q.numpy()[:0, 0], packed.group if packed.axis == "input" else -packed.group
+        group = packed.group if packed.axis == "input" else -packed.group
+        return packed.q.numpy()[:0, 0], group if packed.grouped else 0
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]."""

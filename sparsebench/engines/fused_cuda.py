@@ -97,7 +97,9 @@ class Step:
         config = module.config
         self.blocks = find_blocks(module)
         self.packed = quantisation(module, self.blocks)
-        self.tunings = (DENSE if keep_all else DEFAULTS) | (PACKED[self.packed.bits] if self.packed else {}) | (tunings or {})
+        self.tunings = (
+            (DENSE if keep_all else DEFAULTS) | (PACKED[self.packed.bits] if self.packed else {}) | (tunings or {})
+        )
         self.num_heads, self.num_groups, self.head_dim = heads(config)
         self.hidden, self.mid = config.hidden_size, config.intermediate_size
         self.vocabulary = module.get_output_embeddings().weight.shape[0]
@@ -320,7 +322,10 @@ def tuning_file(module: nn.Module, gpu: str, keep_all: bool = False) -> Path:
 def tuned(module: nn.Module, gpu: str, keep_all: bool = False) -> dict[str, Tuning]:
     """The remembered tuning, or none where tune_cuda.py has not run for this shape and GPU."""
     try:
-        return {kind: Tuning(**values) for kind, values in json.loads(tuning_file(module, gpu, keep_all).read_text()).items()}
+        return {
+            kind: Tuning(**values)
+            for kind, values in json.loads(tuning_file(module, gpu, keep_all).read_text()).items()
+        }
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -48,7 +48,9 @@ def compile_cubin(source: str, architecture: str, defines: dict[str, int], optio
 
 def source_of(file: Path) -> str:
     """A source file with the files of its own folder that it includes in their place."""
-    return re.sub(r'^#include "(\w+\.cu)"$', lambda line: source_of(file.with_name(line[1])), file.read_text(), flags=re.M)
+    return re.sub(
+        r'^#include "(\w+\.cu)"$', lambda line: source_of(file.with_name(line[1])), file.read_text(), flags=re.M
+    )
 
 
 @functools.cache

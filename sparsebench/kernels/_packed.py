@@ -2,7 +2,7 @@
 
 What a packed weight means is `dequantised`, every kernel is held against it. Stored per input channel, in blocks of 64
 outputs (padded with zeros), so that a channel that is dropped is a row that is not read:
-    int8    q [n, 64 k] int8; one scale per output, scale [1, m] float32
+    int8    q [n, 64 k] int8; one scale per output, scale [1, m] float32, or as int4 along the inputs, without zero
     int4    q [n, 32 k] uint8, two outputs a byte: of a block of 64, byte b holds output b below and b + 32 above, as q + 8
             axis=input    scale [ceil(n / group), m] float16, shared by `group` inputs of an output
             axis=output   scale [n, ceil(m / group)] float16, shared by `group` outputs of an input
@@ -63,9 +63,14 @@ class Packed:
         return kept * self.row_bytes + times * aside
 
     @property
+    def grouped(self) -> bool:
+        """Whether scales are shared by groups, in float16; else there is one per output, in float32."""
+        return self.scale.dtype == torch.float16
+
+    @property
     def groups(self) -> int:
-        """Groups of input channels that share scales."""
-        return 1 if self.bits == 8 else -(-self.shape[1] // self.group)
+        """Groups of input channels that share scales (axis=input)."""
+        return -(-self.shape[1] // self.group) if self.grouped else 1
 
     def group_of(self) -> torch.Tensor:
         """The group of every input channel, int64 [n] (axis=input)."""
@@ -82,14 +87,15 @@ class Packed:
     def scales(self) -> tuple[torch.Tensor, torch.Tensor | float]:
         """(scale, zero) of every weight, float32, to be broadcast over [n, m]."""
         m, _ = self.shape
-        if self.bits == 8:
+        if not self.grouped:
             return self.scale, 0.0
 
         def spread(t: torch.Tensor) -> torch.Tensor:
             wide = t.float()
             return wide[self.group_of()] if self.axis == "input" else wide.repeat_interleave(self.group, 1)[:, :m]
 
-        return spread(self.scale), float(MIDDLE) if self.zero is None else spread(self.zero)
+        middle = float(MIDDLE) if self.bits == 4 else 0.0
+        return spread(self.scale), middle if self.zero is None else spread(self.zero)
 
     def dequantised(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight [m, n] it stands for, input channels contiguous; computed in float32, given in its own dtype."""
@@ -113,7 +119,9 @@ def quantised(weight: torch.Tensor, bits: int, group: int = 128, axis: str = "in
     scale = (largest / 7).half()
     scale = torch.where((largest > 0) & (scale == 0), torch.finfo(torch.float16).smallest_normal * 2**-10, scale).half()
     if not torch.isfinite(scale).all():
-        raise ValueError(f"model.quantize=int4: a weight of {float(largest.max()):.3g} is too large for scales in float16")
+        raise ValueError(
+            f"model.quantize=int4: a weight of {float(largest.max()):.3g} is too large for scales in float16"
+        )
     spread = scale.float().repeat_interleave(group, dimension).narrow(dimension, 0, size)
     levels = (columns / spread.clamp_min(2**-24)).round().clamp(-8, 7) + MIDDLE
     return packed(levels.to(torch.uint8), scale, None, 4, group, axis, weight.dtype)

@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparsebench.kernels._gather_numba import AHEAD, FLOAT, I16, I32, I64
+from sparsebench.kernels._gather_numba import AHEAD, FLOAT, I32, I64
 
 BLOCK = 64  # outputs of one step, as stored
 NIBBLE = 32  # bytes that hold them in 4 bits
@@ -44,7 +44,10 @@ def floats_of(builder, source, bits: int) -> list:
     else:
         stored, constant = builder.load(place, align=1), lambda v: ir.Constant(kind, [v] * 32)
         middle = constant(8)
-        parts = [builder.sub(builder.and_(stored, constant(15)), middle), builder.sub(builder.lshr(stored, constant(4)), middle)]
+        parts = [
+            builder.sub(builder.and_(stored, constant(15)), middle),
+            builder.sub(builder.lshr(stored, constant(4)), middle),
+        ]
     return [builder.sitofp(builder.sext(part, wide), vector) for part in parts]
 
 
@@ -165,8 +168,8 @@ def gather_int8(y, weight, plain, index, values, count, part, lo, hi):
 
 
 @njit(nogil=True, cache=True)
-def gather_int4(y, weight, scale, zero, group, index, values, count, part, lo, hi):
-    """y[b, lo:hi] of int4 weights in groups of inputs; index must be in order. scale, zero: float16 bits [groups, m]."""
+def gather_groups(y, weight, scale, zero, group, index, values, count, part, lo, hi):
+    """y[b, lo:hi] of weights in groups of inputs, int4 or int8; index must be in order. scale, zero: float16 bits [groups, m]."""
     end = min(part.shape[1], (hi + BLOCK - 1) // BLOCK * BLOCK)
     for b in range(y.shape[0]):
         for j in range(lo, end):

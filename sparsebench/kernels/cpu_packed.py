@@ -11,7 +11,7 @@ import torch
 from sparsebench.kernels import cpu_numba
 from sparsebench.kernels._gather_numba import compact, finish
 from sparsebench.kernels._packed import BLOCK, Packed
-from sparsebench.kernels._packed_numba import gather_int4, gather_int4_outputs, gather_int8
+from sparsebench.kernels._packed_numba import gather_groups, gather_int4_outputs, gather_int8
 from sparsebench.kernels.cpu_numba import NO_SCALE, as_numpy
 
 RANK = 5  # below cpu_numba, whose products these complete
@@ -50,7 +50,7 @@ def unsupported_quantised_linear(x: torch.Tensor, packed: Packed) -> str | None:
 def arrays(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(q, scale, zero) for the compiled loops: float16 as its bits, scales per output as [m]."""
     q = packed.q.numpy()
-    if packed.bits == 8:
+    if not packed.grouped:
         return q, packed.scale.flatten().numpy(), NO_HALF
     zero = NO_HALF if packed.zero is None else packed.zero.view(torch.uint16).numpy()
     return q, packed.scale.view(torch.uint16).numpy(), zero
@@ -59,10 +59,10 @@ def arrays(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def product(packed: Packed, stored, sums, index, values, count: int, part, lo: int, hi: int) -> None:
     """sums[b, lo:hi] of the listed channels, by the loop for this kind of weight."""
     q, scale, zero = stored
-    if packed.bits == 8:
+    if not packed.grouped:
         gather_int8(sums, q, scale, index, values, count, part, lo, hi)
     elif packed.axis == "input":
-        gather_int4(sums, q, scale, zero, packed.group, index, values, count, part, lo, hi)
+        gather_groups(sums, q, scale, zero, packed.group, index, values, count, part, lo, hi)
     else:
         gather_int4_outputs(sums, q, scale, packed.group, index, values, count, part, lo, hi)
 

@@ -16,7 +16,10 @@ from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Tuning, _wo
 
 RANK = 15  # below cuda_gather, whose products these complete
 SKIPS = True
-TUNINGS = {8: Tuning(8, 4, 1, 4.0), 4: Tuning(4, 8, 1, 8.0)}  # [choice] until timed: as many bytes in flight as in 16 bits
+TUNINGS = {
+    8: Tuning(8, 4, 1, 4.0),
+    4: Tuning(4, 8, 1, 8.0),
+}  # [choice] until timed: as many bytes in flight as in 16 bits
 
 
 class PackedGather(ctypes.Structure):
@@ -24,7 +27,7 @@ class PackedGather(ctypes.Structure):
 
     _fields_ = [
         ("of", Gather), ("scales", Pointer * 6), ("zeros", Pointer * 6), ("stride", ctypes.c_int * 6),
-        ("group", ctypes.c_int),
+        ("group", ctypes.c_int), ("halves", ctypes.c_int),
     ]  # fmt: skip
 
     def set_part(self, i: int, packed: Packed, x, out, threshold, scale=None) -> None:
@@ -33,7 +36,7 @@ class PackedGather(ctypes.Structure):
         self.of.m[i] = packed.shape[0]
         self.scales[i] = packed.scale.data_ptr()
         self.zeros[i] = None if packed.zero is None else packed.zero.data_ptr()
-        self.stride[i], self.group = packed.row_bytes, packed.group
+        self.stride[i], self.group, self.halves = packed.row_bytes, packed.group, int(packed.grouped)
 
 
 def prepare(threads: int) -> None:
@@ -82,7 +85,14 @@ def grid(outputs: list[int], packed: Packed, tuning: Tuning, processors: float) 
 def start(name: str, arguments: PackedGather, packed: Packed, tuning: Tuning, dense: bool = False) -> None:
     """Start a packed gather of one part on the current stream."""
     device, shared = packed.device.index, shared_bytes(tuning, packed.bits)
-    defines = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": 64, "GROUP": 1, "SPLITS": 1}
+    defines = {
+        "WARPS": tuning.warps,
+        "LOADS": tuning.loads,
+        "WIDE": tuning.wide,
+        "HEAD_DIM": 64,
+        "GROUP": 1,
+        "SPLITS": 1,
+    }
     defines |= {"BITS": packed.bits} | ({"BF16": 1} if packed.dtype == torch.bfloat16 else {})
     kernel = _nvrtc.function(SOURCE, name, device, shared, **defines, **({"DENSE": 1} if dense else {}))
     size = grid([packed.shape[0]], packed, tuning, processors(device))

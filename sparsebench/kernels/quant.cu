@@ -13,10 +13,10 @@
 
 struct PackedGather {
     Gather of;                   // its weight: q, by bytes
-    const void* scales[PARTS];   // int8: float [m]; int4: fp16 [groups, m]
+    const void* scales[PARTS];   // fp16 [groups, m], or float [m] (int8)
     const u16* zeros[PARTS];     // fp16 [groups, m], or null: 8
     int stride[PARTS];           // bytes of a channel
-    int group;
+    int group, halves;           // inputs of a group; whether scales are fp16 [groups, m]
 };
 
 #define MAGIC 0x4b000000u  // 2^23
@@ -86,10 +86,8 @@ __device__ __forceinline__ void add_scaled(const PackedGather& q, int part, int 
             const float4 other = ((float4*)(sums + w * PACKED_TILE))[i];
             whole.x += other.x, whole.y += other.y, whole.z += other.z, whole.w += other.w;
         }
-#if BITS == 8
-        const float4 s = *(const float4*)((const float*)q.scales[part] + j);
-#else
-        const float4 s = four_halves((const u16*)q.scales[part] + (long)group * m + j);
+        const float4 s = BITS == 8 && !q.halves ? *(const float4*)((const float*)q.scales[part] + j) : four_halves((const u16*)q.scales[part] + (long)group * m + j);
+#if BITS == 4
         if (q.zeros[part]) {
             const float4 z = four_halves(q.zeros[part] + (long)group * m + j);
             whole.x -= (z.x - 8) * values, whole.y -= (z.y - 8) * values, whole.z -= (z.z - 8) * values, whole.w -= (z.w - 8) * values;
@@ -123,7 +121,7 @@ __device__ void gather_packed(const PackedGather& q) {
 #pragma unroll
     for (int i = 0; i < PER * WIDE; i++) sum[i] = 0;
     for (int i = threadIdx.x * 32; i < PACKED_TILE && tile * PACKED_TILE + i < a.m[part]; i += THREADS * 32)
-        prefetch((const char*)q.scales[part] + ((BITS == 8 ? 0 : (long)group * a.m[part]) + tile * PACKED_TILE + i) * (BITS == 8 ? 4 : 2));
+        prefetch((const char*)q.scales[part] + (q.halves ? ((long)group * a.m[part] + tile * PACKED_TILE + i) * 2 : ((long)tile * PACKED_TILE + i) * 4));
     auto begin = [&]() {  // once what the kernels before have written may be read
         wait_for_previous();
         let_next_start();

@@ -24,6 +24,7 @@ from sparsebench.measure import clock, macs, memory, quality
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
 from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
+from sparsebench.modules.quant_sparse import quantised_maps, with_torch_products
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,10 @@ def kernels_used(sparse: nn.Module, tokens: int) -> str | None:
     return ", ".join(sorted({module.kernel(tokens) for _, module in measured_modules(sparse)})) or None
 
 
-def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware) -> Timing:
+def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware, unquantised=None) -> Timing:
     """Decode and prefill of a language model. tokens: held-out text, int64 [n], longer than context and prompt.
+
+    unquantised: the dense model before its weights were quantised, timed beside the others; None where they were not.
 
     Only decode can carry a speed-up, and only where a kernel that skips ran: the prompt is masked-dense.
     """
@@ -100,7 +103,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     both = {"dense": prefill(dense), "sparse": prefill(sparse)}
     peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, {n: c.call for n, c in both.items()}, device)
     with clock.watching(threads_of(device)) as load:
-        decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware)
+        decode, executed, about = decode_latency(dense, sparse, tokens, settings, hardware, unquantised)
         times, more_seconds = interleaved(list(both.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
     section = {
@@ -208,11 +211,20 @@ def warm(decoder, text: Text) -> None:
 
 
 def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every way to take a step of the untouched model, by engine, and why others could not be had."""
+    """Every way to take a step of the untouched model, by engine, and why others could not be had.
+
+    A quantised model runs by torch's own quantised products as well, if torch has them for its weights.
+    """
     decoders, refused = {}, {}
-    for engine in engines.dense_engines(dense, hardware):
+    own = engines.dense_engines(dense, hardware)
+    ways = {engine: engine for engine in own}
+    if quantised_maps(dense):
+        ways |= {f"{engine}, torch's products": engine for engine in own if engine != "fused"}
+    for way, engine in ways.items():
         try:
-            module = engines.sharing_copy(dense) if engine == "fused" else dense
+            module = dense if way in ("eager", "compiled") else engines.sharing_copy(dense)
+            if way != engine:
+                with_torch_products(module)
             decoder, _, why = checked(module, text, hardware, engine, keep_all=engine == "fused")
             warm(decoder, text)
         except (
@@ -220,13 +232,13 @@ def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, An
             ArithmeticError,
             ValueError,
         ) as error:  # no compiler, no memory, or not the model's own step
-            if engine == "eager":
+            if way == "eager":
                 raise
             why, decoder = {engine: str(error).strip().partition("\n")[0]}, None
-            log.warning("dense decode: no %s step (%s)", engine, why[engine])
+            log.warning("dense decode: no %s step (%s)", way, why[engine])
         if decoder is not None and decoder.engine == engine:
-            decoders[engine] = decoder
-        refused |= why
+            decoders[way] = decoder
+        refused |= dict.fromkeys([way] if why else [], "; ".join(why.values()))
     return decoders, refused
 
 
@@ -280,7 +292,7 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
     return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict]:
+def decode_latency(dense, sparse, tokens, settings, hardware, unquantised=None) -> tuple[dict, float, dict]:
     """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
@@ -291,10 +303,12 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     start = time.perf_counter()
     decoders, refused = dense_decoders(dense, text, hardware)
     decoder, eager, errors, why = sparse_decoder(sparse, text, hardware)
+    before = {} if unquantised is None else dense_decoders(unquantised, text, hardware)[0]
     compile_seconds = time.perf_counter() - start
 
     calls = clock.timed_calls(settings.warmup, settings.samples, text.untimed)[: -(-settings.samples // text.block)]
     contenders = {f"dense/{engine}": contender(each, text) for engine, each in decoders.items()}
+    contenders |= {f"unquantised/{engine}": contender(each, text) for engine, each in before.items()}
     with dial(sparse) as turn:
         steps: dict[float, Step] = {}  # by share of the thresholds, the operating point first
         for share in (1.0, *SHARES) if skipping else (1.0,):
@@ -307,11 +321,16 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
         times, warmup_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
     times = {name: [t / text.block for t in each] for name, each in zip(contenders, times, strict=True)}
     curve = [(step, times.pop(share)) for share, step in steps.items()]
+    whole = {name: times.pop(name) for name in [*times] if name.startswith("unquantised/")}
     section = {
         **sides(times, curve[0][1], decoder.engine), "sparsity": steps[1.0].sparsity, "context": settings.context,
         "steps_per_sample": text.block, "untimed_steps": text.block * text.untimed, "refused": refused | why,
         "parity": errors,
     }  # fmt: skip
+    if unquantised is not None:
+        section["unquantised"] = fastest(whole) | {
+            "dtype": str(next(unquantised.parameters()).dtype).removeprefix("torch.")
+        }
     if skipping:
         dense_times = times[f"dense/{section['dense_engine']}"]
         section |= clock.speedup(dense_times, curve[0][1]) | {"break_even": break_even(dense_times, curve)}
@@ -331,6 +350,13 @@ def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> di
         "dense": engines_timed[fastest], "dense_engine": fastest.partition("/")[2],
         "sparse": engines_timed[f"sparse/{engine}"], "sparse_engine": engine, "engines": engines_timed,
     }  # fmt: skip
+
+
+def fastest(times: dict[str, list[float]]) -> dict[str, Any]:
+    """The fastest of several engines by `<what>/<engine>`, with its name."""
+    each = {name: summary(samples) for name, samples in times.items()}
+    best = min(each, key=lambda name: each[name]["median_ms"])
+    return each[best] | {"engine": best.partition("/")[2]}
 
 
 def break_even(dense: list[float], curve: list[tuple[Step, list[float]]]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Method:
         "train", "adapt", "activation", "control", "stages", "weight_sparsity", "alpha",
     )  # fmt: skip
     neutral_is_exact: ClassVar[bool] = True  # False: up to rounding
+    quantised: ClassVar[bool] = False  # whether it takes a model whose block maps are in 8 or 4 bits (model.quantize)
 
     def fit(self, loaded: Loaded, data: Data, work: Work) -> State:
         """Train or calibrate on data.fit, perhaps choose on data.dev; data.test is never touched.

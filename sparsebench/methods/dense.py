@@ -18,6 +18,7 @@ class Dense(Method):
     kinds: ClassVar = ("language", "vision", "classification")
     neutral: ClassVar = {}
     requested: ClassVar = 0.0
+    quantised: ClassVar = True
 
     def fit(self, loaded, data, work: Work) -> State:
         return State()

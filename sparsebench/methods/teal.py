@@ -46,6 +46,7 @@ class Teal(Method):
     kinds: ClassVar = ("language",)
     neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule")
+    quantised: ClassVar = True
 
     def __post_init__(self):
         if self.threshold_rule == "signed-hist" and self.histograms is None:

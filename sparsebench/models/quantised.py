@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsebench.kernels._packed import Packed, quantised
 from sparsebench.modules.input_sparse import replace
-from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear
+from sparsebench.modules.quant_sparse import QuantLinear
 from sparsebench.sites import find_blocks, weight_of
 
 BITS = {"int8": 8, "int4": 4}
@@ -54,9 +54,3 @@ def zero_levels(packed: Packed) -> int:
     """Weights that are exactly 0 as stored."""
     levels, (_, zero) = packed.levels(), packed.scales()
     return int((levels == zero).sum())
-
-
-def with_torch_products(module: nn.Module) -> None:
-    """Put torch's own quantised products into the places of quantised maps, in place. Raises ValueError where it has none."""
-    for path, linear in maps_of(module):
-        replace(module, path, TorchQuantLinear(linear))

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from sparsebench import kernels
-from sparsebench.kernels import masked_dense
 from sparsebench.kernels._packed import Packed
 from sparsebench.modules.base import Cost, SiteSparsity
-from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.modules.tokens import per_row
-from sparsebench.sites import LinearMap
+from sparsebench.sites import LinearMap, find_blocks
 
 
 def hold(module: nn.Module, packed: Packed) -> None:
@@ -48,6 +47,11 @@ class QuantLinear(nn.Module, LinearMap):
         """float [m, n], in the dtype of the activations."""
         return self.packed.dequantised()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.layout[0]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed, name = self.packed, self.kernel_name if per_row(x) == 1 else "masked_dense"
         backend = kernels.serving(name, x, packed, "quantised_linear")
@@ -68,7 +72,9 @@ class QuantSparseLinear(InputSparseLinear):
 
     def __init__(self, linear, site, threshold, *, low_rank=None, **rule):
         if low_rank is not None:
-            raise ValueError(f"model.quantize: a low-rank remainder beside quantised weights is not known, got one at {site}")
+            raise ValueError(
+                f"model.quantize: a low-rank remainder beside quantised weights is not known, got one at {site}"
+            )
         super().__init__(linear, site, threshold, **rule)
 
     def take(self, linear: QuantLinear) -> None:
@@ -81,7 +87,7 @@ class QuantSparseLinear(InputSparseLinear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.packed.shape
+        return self.layout[0]
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +126,7 @@ class QuantSparseLinear(InputSparseLinear):
 
 def touched(share: float, packed: Packed) -> float:
     """Expected number of groups of inputs with a kept channel, where each is kept with probability `share`."""
-    m, n = packed.shape
+    n = packed.shape[1]
     sizes = [min(packed.group, n - g * packed.group) for g in range(packed.groups)]
     return sum(1 - (1 - share) ** size for size in sizes)
 
@@ -144,7 +150,13 @@ class TorchQuantLinear(nn.Module, LinearMap):
         problem = untaken(packed, cuda)
         if problem:
             raise ValueError(f"torch has no quantised product for {problem}")
-        self.bias, self.shape, self.bits, self.group, self.on_cuda = linear.bias, (m, n), packed.bits, packed.group, cuda
+        self.bias, self.shape, self.bits, self.group, self.on_cuda = (
+            linear.bias,
+            (m, n),
+            packed.bits,
+            packed.group,
+            cuda,
+        )
         levels = packed.levels().t().contiguous()  # [m, n]
         self.inner = torch.bfloat16 if cuda and packed.bits == 4 else packed.dtype
         if packed.bits == 8:
@@ -160,10 +172,6 @@ class TorchQuantLinear(nn.Module, LinearMap):
         self.register_buffer("q", q, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        raise ValueError("torch's packed weight is for products only")
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(self.inner)
         if self.bits == 8:
@@ -174,6 +182,18 @@ class TorchQuantLinear(nn.Module, LinearMap):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.q, self.group, self.scales)
         y = y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
         return y if self.bias is None else y + self.bias
+
+
+def with_torch_products(module: nn.Module) -> None:
+    """Put torch's own quantised products into the places of quantised maps, in place. Raises ValueError where it has none."""
+    for block in find_blocks(module):
+        for site in block.sites.values():
+            replace(module, site.path, TorchQuantLinear(module.get_submodule(site.path)))
+
+
+def quantised_maps(module: nn.Module) -> bool:
+    """Whether any block map of a dense model is quantised."""
+    return any(isinstance(m, QuantLinear) for m in module.modules())
 
 
 def untaken(packed: Packed, cuda: bool) -> str | None:

@@ -189,6 +189,7 @@ def table(record: dict[str, Any]) -> Table:
         label = f"{name}, {metric['tokens']} tokens: LITTLE TEXT" if metric.get("little_text") else name
         both = (uncertain(metric[side], metric.get(f"{side}_stderr")) for side in ("dense", "sparse"))
         grid.add_row(label, *both, change(name, metric))
+    corner_rows(grid, ((record["quality"] or {}).get("nll") or {}).get("corners"))
     if record["sparsity"]:
         sparsity_rows(grid, record["sparsity"])
     if record["macs"]:
@@ -205,6 +206,19 @@ def table(record: dict[str, Any]) -> Table:
     if record["memory"]:
         memory_rows(grid, record["memory"])
     return grid
+
+
+def corner_rows(grid: Table, corners: dict[str, Any] | None) -> None:
+    """Of a quantised model: perplexity before it was quantised, and what quantisation and sparsity cost apart and together."""
+    if not corners:
+        return
+    before, added = corners["perplexity"], corners["delta_nll"]
+    grid.add_row("  perplexity, not quantised", *(f"{before[n]:.4g}" for n in ("dense", "sparse")), "")
+    both = (f"{added[name]:+.4f}" for name in ("quantised", "sparse_quantised"))
+    grid.add_row("  NLL above dense, not quantised", *both, f"sparsity alone {added['sparse']:+.4f}")
+    grid.add_row(
+        "  interaction (0: errors add up)", "", uncertain(corners["interaction"], corners["interaction_stderr"]), ""
+    )
 
 
 def per(macs: dict[str, Any]) -> str:
@@ -283,6 +297,11 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
         add_times(grid, f"{label}, {kernel or 'dense'}", times, "simulated" if kernel else "-", latency.get("noisy"))
         if part == "decode":
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
+            if "unquantised" in times:
+                whole = times["unquantised"]
+                faster = whole["median_ms"] / times["sparse"]["median_ms"]
+                label = f"  dense, not quantised: {whole['dtype']}, {whole['engine']}"
+                grid.add_row(label, f"{whole['median_ms']:.3f}", "", f"{faster:.2f}x of it")
     if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():

@@ -72,11 +72,11 @@ class LanguageModeling(Task[LanguageAssessment]):
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings):
+    def time(self, dense, sparse, data, settings, unquantised=None):
         measurement = settings.measure
         needed = max(measurement.context + measurement.samples, measurement.prompt)
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
-        return latency.latency(dense, sparse, tokens, measurement, settings.hardware)
+        return latency.latency(dense, sparse, tokens, measurement, settings.hardware, unquantised)
 
     def executed(self, macs, timing):
         return timing.step_macs

@@ -8,9 +8,9 @@ from sparsebench import engines
 from sparsebench.engines import fused_cuda
 from sparsebench.kernels import masked_dense
 from sparsebench.kernels._packed import quantised
-from sparsebench.models.quantised import quantise, with_torch_products
+from sparsebench.models.quantised import quantise
 from sparsebench.modules.input_sparse import replace, sparse_of
-from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear
+from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear, with_torch_products
 from sparsebench.sites import find_blocks
 from tests.kernel_checks import KERNEL_SHAPES, LIMIT, asymmetric, error
 
