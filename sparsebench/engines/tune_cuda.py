@@ -36,8 +36,8 @@ CANDIDATES = {
 }
 
 PACKED_CANDIDATES = (  # of products with quantised weights; attention and head stay as they are
-    Tuning(8, 4, 1, 4.0), Tuning(8, 4, 1, 8.0), Tuning(4, 8, 1, 4.0), Tuning(4, 8, 1, 8.0), Tuning(4, 4, 1, 8.0),
-    Tuning(4, 4, 1, 12.0), Tuning(8, 8, 1, 4.0), Tuning(4, 8, 2, 4.0), Tuning(2, 8, 1, 16.0),
+    Tuning(8, 8, 1, 1.0), Tuning(8, 8, 1, 2.0), Tuning(8, 4, 1, 2.0), Tuning(8, 4, 1, 4.0), Tuning(4, 8, 1, 2.0),
+    Tuning(4, 8, 1, 4.0), Tuning(16, 4, 1, 1.0), Tuning(4, 16, 1, 2.0), Tuning(8, 8, 2, 1.0),
 )  # fmt: skip
 
 

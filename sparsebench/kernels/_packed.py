@@ -7,7 +7,7 @@ outputs (padded with zeros), so that a channel that is dropped is a row that is 
             axis=input    scale [ceil(n / group), m] float16, shared by `group` inputs of an output
             axis=output   scale [n, ceil(m / group)] float16, shared by `group` outputs of an input
     zero    as scale, in units of the stored nibble; None = 8 (symmetric)
-Specification: docs/methods/quantised.md, section 1.
+Why: docs/quantisation.md, Scales and bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quantisation and sparsity apart and together: four models on the same text, and what the two add up to.
 
 Interaction I = NLL(sparse quantised) - NLL(quantised) - NLL(sparse) + NLL(dense): 0 where both errors simply add.
-Source: docs/methods/quantised.md, section 4.
+See docs/quantisation.md, What a record says.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class QuantSparseLinear(InputSparseLinear):
         """As InputSparseLinear.costs, with the bytes that are stored: payload of kept channels, scales of touched groups.
 
         A group along the inputs is touched where any of its channels is kept: 1 - (1 - kept)^group of them, as if channels
-        were kept independently (docs/methods/quantised.md, section 1).
+        were kept independently (docs/quantisation.md, Scales and bytes).
         """
         packed, site = self.packed, measured[self.site]
         costs = super().costs(measured)

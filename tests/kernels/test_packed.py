@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what is stored, and that kernels read only what is kept (docs/methods/quantised.md, section 9)."""
+"""Weights in 8 and 4 bits: what is stored, and that kernels read only what is kept (docs/quantisation.md, Checks)."""
 
 import math
 
@@ -130,7 +130,7 @@ def test_packing_loses_nothing_and_the_axes_differ():
     weight[:, 5] *= 8
     along_inputs, along_outputs = (quantised(weight, 4, 128, axis).dequantised() for axis in ("input", "output"))
     off = [float((w - weight).norm() / weight.norm()) for w in (along_inputs, along_outputs)]
-    assert off[0] > 1.5 * off[1]  # section 1: .296 against .120 for such columns
+    assert off[0] > 1.5 * off[1]  # .296 against .120 for such columns
     rows = quantised(weight.t(), 4, 128).dequantised(), quantised(weight.t(), 4, 128, "output").dequantised()
     assert error(rows[0], weight.t()) < error(rows[1], weight.t())
 
@@ -181,7 +181,7 @@ def test_touched_groups_are_as_many_as_expected():
 
 
 def test_sums_are_of_float32():
-    """Check 8: |error| <= K 2^-24 sum|x w| on 1,000 products (section 3); sums in float16 break the bound."""
+    """Check 8: |error| <= K 2^-24 sum|x w| on 1,000 products; sums in float16 break the bound."""
     torch.manual_seed(0)
     m, n = 1000, 64
     stored = quantised(torch.randn(m, n), 8)

@@ -1,4 +1,4 @@
-"""Four corners of quantisation and sparsity, and their interaction (docs/methods/quantised.md, check 11)."""
+"""Four corners of quantisation and sparsity, and their interaction (docs/quantisation.md, check 11)."""
 
 import numpy as np
 import pytest
