@@ -204,11 +204,8 @@ def products(folder: Path, name: str, bits: int, deadline: float) -> None:
 
 def random_model(name: str) -> torch.nn.Module:
     sizes, dtype = MODELS[name]
-    config = transformers.LlamaConfig(
-        **sizes | {"vocab_size": sizes["vocab_size"] * LAYERS // 32},
-        num_hidden_layers=LAYERS,
-        max_position_embeddings=4096,
-    )
+    sizes = sizes | {"vocab_size": sizes["vocab_size"] * LAYERS // 32}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
