@@ -3,7 +3,7 @@
 What a packed weight means is `dequantised`, every kernel is held against it. Stored per input channel, in blocks of 64
 outputs (padded with zeros), so that a channel that is dropped is a row that is not read:
     int8    q [n, 64 k] int8; one scale per output, scale [1, m] float32, or as int4 along the inputs, without zero
-    int4    q [n, 32 k] uint8, two outputs a byte: of a block of 64, byte b holds output b below and b + 32 above, as q + 8
+    int4    q [n, 32 k] uint8, as q + 8: a block of 64 is eight little-endian words, nibble j of word l holds output 8 j + l
             axis=input    scale [ceil(n / group), m] float16, shared by `group` inputs of an output
             axis=output   scale [n, ceil(m / group)] float16, shared by `group` outputs of an input
     zero    as scale, in units of the stored nibble; None = 8 (symmetric)
@@ -81,8 +81,9 @@ class Packed:
         m, n = self.shape
         if self.bits == 8:
             return self.q[:, :m]
-        halves = torch.stack([self.q.view(n, -1, BLOCK // 2) & 15, self.q.view(n, -1, BLOCK // 2) >> 4], 2)
-        return halves.view(n, -1)[:, :m]
+        words = self.q.view(n, -1, 8, 4)
+        nibbles = torch.stack([words & 15, words >> 4], -1)  # [n, blocks, word, byte, half]
+        return nibbles.permute(0, 1, 3, 4, 2).reshape(n, -1)[:, :m]
 
     def scales(self) -> tuple[torch.Tensor, torch.Tensor | float]:
         """(scale, zero) of every weight, float32, to be broadcast over [n, m]."""
@@ -117,7 +118,9 @@ def quantised(weight: torch.Tensor, bits: int, group: int = 128, axis: str = "in
     padded = torch.nn.functional.pad(columns, (0, 0, 0, -n % group) if axis == "input" else (0, -m % group))
     largest = padded.abs().unflatten(dimension, (-1, group)).amax(dimension + 1)
     scale = (largest / 7).half()
-    scale = torch.where((largest > 0) & (scale == 0), torch.finfo(torch.float16).smallest_normal * 2**-10, scale).half()
+    scale = torch.where(
+        largest > 7.5 * scale.float(), (scale.view(torch.int16) + 1).view(torch.float16), scale
+    )  # rounded up
     if not torch.isfinite(scale).all():
         raise ValueError(
             f"model.quantize=int4: a weight of {float(largest.max()):.3g} is too large for scales in float16"
@@ -135,7 +138,7 @@ def packed(
     middle = MIDDLE if bits == 4 else 0
     whole = torch.nn.functional.pad(levels, (0, -m % BLOCK), value=middle).contiguous()
     if bits == 4:
-        halves = whole.view(n, -1, 2, BLOCK // 2)
-        whole = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(n, -1)
+        nibbles = whole.view(n, -1, 4, 2, 8)  # [n, blocks, byte, half, word]
+        whole = (nibbles[:, :, :, 0] | nibbles[:, :, :, 1] << 4).transpose(2, 3).reshape(n, -1)
     aside = [None if t is None else t.contiguous() for t in (scale, zero)]
     return Packed(whole.contiguous(), aside[0], aside[1], (m, n), bits, group, axis, dtype)

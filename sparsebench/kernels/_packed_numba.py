@@ -1,7 +1,8 @@
 """The compiled loops of the backend `cpu_packed`: weights in 8 or 4 bits, read for kept channels only.
 
-As _gather_numba.py, eight channels to a pass over 64 outputs, fp32 sums, each channel prefetched ahead. Integers become
-floats by the processor's own widening instructions; a scale per output or per group of inputs is applied once to the sums
+As _gather_numba.py, eight channels to a pass over 64 outputs, fp32 sums, each channel prefetched ahead. Bytes become
+floats by the processor's own widening instructions, nibbles by a look-up of value times level (AVX-512), so that two
+instructions and an addition serve 16 of them; elsewhere by shifts. A scale per output or per group of inputs is applied once to the sums
 of its channels, which is why the list of channels must be in order; a scale per group of outputs is multiplied into the
 value of each channel.
 """
@@ -9,15 +10,14 @@ value of each channel.
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from sparsebench.kernels._gather_numba import AHEAD, FLOAT, I32, I64
 
 BLOCK = 64  # outputs of one step, as stored
-NIBBLE = 32  # bytes that hold them in 4 bits
 ROWS = 8
 HALF = ir.HalfType()
 
@@ -34,24 +34,51 @@ def to_float(builder, half):
     return builder.fpext(builder.bitcast(half, HALF), FLOAT)
 
 
-def floats_of(builder, source, bits: int) -> list:
-    """The 64 levels at `source` (bytes) as vectors of 32 floats; nibbles with 8 taken away."""
-    eight, wide = ir.IntType(8), ir.VectorType(ir.IntType(32), 32)
-    kind, vector = ir.VectorType(eight, 32), ir.VectorType(FLOAT, 32)
+def has_table_lookup() -> bool:
+    """Whether a processor that code is compiled for picks floats out of 16 by an index's lowest bits (AVX-512)."""
+    return not config.CPU_NAME and bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+WORDS, QUARTER = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
+NIBBLES = ir.Constant(QUARTER, [float(q - 8) for q in range(16)])
+
+
+def add_int8(builder, source, x, totals: list) -> list:
+    """totals + x * the 64 bytes at `source`; x: one float, as a vector of 32."""
+    kind, wide = ir.VectorType(ir.IntType(8), 32), ir.VectorType(I32, 32)
     place = builder.bitcast(source, kind.as_pointer())
-    if bits == 8:
-        parts = [builder.load(builder.gep(place, [I32(half)]), align=1) for half in (0, 1)]
-    else:
-        stored, constant = builder.load(place, align=1), lambda v: ir.Constant(kind, [v] * 32)
-        middle = constant(8)
-        parts = [
-            builder.sub(builder.and_(stored, constant(15)), middle),
-            builder.sub(builder.lshr(stored, constant(4)), middle),
-        ]
-    return [builder.sitofp(builder.sext(part, wide), vector) for part in parts]
+    parts = [builder.load(builder.gep(place, [I32(half)]), align=1) for half in (0, 1)]
+    levels = [builder.sitofp(builder.sext(part, wide), x.type) for part in parts]
+    return [fused(builder, level, x, total) for level, total in zip(levels, totals, strict=True)]
 
 
-def emit(context, builder, signature, args, rows: int, along_outputs: bool) -> None:
+def add_int4(builder, source, x, totals: list, table: bool) -> list:
+    """totals + x * the 64 nibbles at `source` (less 8); x: with `table` x times each of the 16 levels, else x 16 times."""
+    half = ir.VectorType(I32, 8)
+    words = builder.load(builder.bitcast(source, half.as_pointer()), align=1)
+    twice = builder.shuffle_vector(words, ir.Constant(half, ir.Undefined), ir.Constant(WORDS, [*range(8), *range(8)]))
+    results = []
+    for quarter, total in enumerate(totals):  # nibbles 2 q and 2 q + 1 of every word are 16 outputs in a row
+        index = builder.lshr(twice, ir.Constant(WORDS, [8 * quarter] * 8 + [8 * quarter + 4] * 8))
+        if table:
+            name = "llvm.x86.avx512.permvar.sf.512"
+            look = cgutils.get_or_insert_function(builder.module, ir.FunctionType(QUARTER, [QUARTER, WORDS]), name)
+            results.append(builder.fadd(total, builder.call(look, [x, index])))
+            continue
+        level = builder.sub(builder.and_(index, ir.Constant(WORDS, [15] * 16)), ir.Constant(WORDS, [8] * 16))
+        results.append(fused(builder, builder.sitofp(level, QUARTER), x, total))
+    return results
+
+
+def fused(builder, a, b, c):
+    """a * b + c of float vectors."""
+    kind = a.type
+    name = f"llvm.fma.v{kind.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def emit(context, builder, signature, args, rows: int, along_outputs: bool, table: bool) -> None:
     """LLVM IR of part[b, lo:hi] += sum over channels index[first : first + rows] of value[b] * levels; lo, hi whole blocks.
 
     weight: int8 [n, 64 k] or uint8 [n, 32 k] (nibbles). along_outputs: scale float16 bits [n, groups], `group` outputs each.
@@ -60,15 +87,18 @@ def emit(context, builder, signature, args, rows: int, along_outputs: bool) -> N
         context.make_array(signature.args[i])(context, builder, args[i]) for i in range(5)
     )
     b, first, lo, hi, group = args[5:]
-    bits = 8 if signature.args[1].dtype == types.int8 else 4
+    int8 = signature.args[1].dtype == types.int8
+    table, vector = table and not int8, ir.VectorType(FLOAT, 32) if int8 else QUARTER
 
     def width(array):
         return cgutils.unpack_tuple(builder, array.shape, 2)[1]
 
+    def operand(scalar):
+        x = splat(builder, scalar, vector)
+        return builder.fmul(x, NIBBLES) if table else x
+
     part_row = builder.gep(part.data, [builder.mul(b, width(part))])
     value_row = builder.gep(value.data, [builder.mul(b, width(value))])
-    vector = ir.VectorType(FLOAT, 32)
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.fma.v32f32")
     pointer = ir.IntType(8).as_pointer()
     prefetch = builder.module.declare_intrinsic(
         "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
@@ -80,31 +110,31 @@ def emit(context, builder, signature, args, rows: int, along_outputs: bool) -> N
         current.append(builder.bitcast(builder.gep(weight.data, [builder.mul(channel, width(weight))]), pointer))
         scalars.append(builder.load(builder.gep(value_row, [place])))
         scales.append(builder.gep(scale.data, [builder.mul(channel, width(scale))]) if along_outputs else None)
-    values = [splat(builder, s, vector) for s in scalars]
+    operands = [operand(scalar) for scalar in scalars]
     with cgutils.for_range_slice(builder, lo, hi, I64(BLOCK), I64) as (j, _):
-        halves = builder.bitcast(builder.gep(part_row, [j]), vector.as_pointer())
-        places = [builder.gep(halves, [I32(half)]) for half in (0, 1)]
+        pieces = builder.bitcast(builder.gep(part_row, [j]), vector.as_pointer())
+        places = [builder.gep(pieces, [I32(piece)]) for piece in range(BLOCK // vector.count)]
         totals = [builder.load(place, align=4) for place in places]
-        at = j if bits == 8 else builder.sdiv(j, I64(2))
+        at = j if int8 else builder.sdiv(j, I64(2))
         for r in range(rows):
-            source, x = builder.gep(current[r], [at]), values[r]
+            source, x = builder.gep(current[r], [at]), operands[r]
             if along_outputs:
                 own = builder.load(builder.gep(scales[r], [builder.sdiv(j, group)]))
-                x = splat(builder, builder.fmul(scalars[r], to_float(builder, own)), vector)
-            levels = floats_of(builder, source, bits)
-            totals = [builder.call(fma, [level, x, total]) for level, total in zip(levels, totals, strict=True)]
+                x = operand(builder.fmul(scalars[r], to_float(builder, own)))
+            totals = add_int8(builder, source, x, totals) if int8 else add_int4(builder, source, x, totals, table)
             builder.call(prefetch, [builder.gep(source, [I64(AHEAD)]), I32(0), I32(3), I32(1)])
         for place, total in zip(places, totals, strict=True):
             builder.store(total, place, align=4)
 
 
-def passes(rows: int, along_outputs: bool):
-    """An intrinsic of `emit` for so many channels."""
+def passes(rows: int, along_outputs: bool, table: bool | None = None):
+    """An intrinsic of `emit` for so many channels; table: look nibbles up, None = where the processor can."""
+    table = has_table_lookup() if table is None else table
 
     @intrinsic
     def run(typing, part, weight, index, value, scale, b, first, lo, hi, group):
         def codegen(context, builder, signature, args):
-            emit(context, builder, signature, args, rows, along_outputs)
+            emit(context, builder, signature, args, rows, along_outputs, table)
             return context.get_dummy_value()
 
         return types.void(part, weight, index, value, scale, *[types.intp] * 5), codegen

@@ -42,11 +42,11 @@ __device__ __forceinline__ void axpy_packed(float* sum, uint4 bytes, float x) {
 #pragma unroll
     for (int w = 0; w < 4; w++) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) {  // nibble j: low ones are outputs 4w + byte, high ones 16 further
+        for (int j = 0; j < 8; j++) {  // nibble j of word w
             const int at = j < 5 ? j : j - 5;
             const u32 word = j < 5 ? words[w] : words[w] >> 20;
             const float q = __uint_as_float((word & (0xfu << 4 * at)) | MAGIC) - (8388608.0f + (float)(8u << 4 * at));
-            sum[16 * (j & 1) + 4 * w + j / 2] += place[at] * q;
+            sum[4 * j + w] += place[at] * q;
         }
     }
 #endif
@@ -57,7 +57,7 @@ __device__ __forceinline__ int place_of(int d, int lane, int i) {
 #if BITS == 8
     return d * 32 * PER + lane * PER + i;
 #else
-    return d * 32 * PER + (lane >> 1) * 64 + (lane & 1) * 16 + (i >> 4) * 32 + (i & 15);
+    return d * 32 * PER + (lane >> 1) * 64 + (i >> 2) * 8 + (lane & 1) * 4;
 #endif
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba import njit
 
 from sparsebench.kernels import cpu_numba, cpu_packed, masked_dense
 from sparsebench.kernels._packed import MIDDLE, Packed, packed, quantised
@@ -211,3 +212,23 @@ def test_what_the_cpu_kernel_can_not_do_is_refused(x, kind, message):
     stored = quantised(weight, 4, 16, "output") if kind == "narrow" else KINDS[kind](weight)
     with pytest.raises(ValueError, match=message):
         cpu_packed.quantised_linear(x, stored, threshold=0.5)
+
+
+def test_nibbles_are_the_same_with_and_without_the_table_look_up():
+    """Processors without AVX-512 shift and convert; both ways are compiled here where they can be."""
+    from sparsebench.kernels import _packed_numba
+
+    stored, values = quantised(torch.randn(100, 9), 4, 32), np.array([[1.5, -0.25, 0.0]], np.float32)
+    index, results = np.array([7, 2, 0], np.int64), []
+    for table in {False, _packed_numba.has_table_lookup()}:
+        run, part = _packed_numba.passes(2, False, table), np.zeros((1, 128), np.float32)
+
+        @njit
+        def body(part, q, index, values, scale):
+            run(part, q, index, values, scale, 0, 0, 0, 128, 1)  # noqa: B023
+
+        body(part, stored.q.numpy(), index, values, np.empty((0, 0), np.uint16))
+        results.append(part[0, :100])
+    levels = stored.levels().float().numpy() - 8
+    for each in results:
+        np.testing.assert_allclose(each, 1.5 * levels[7] - 0.25 * levels[2], rtol=1e-6)
