@@ -100,7 +100,9 @@ class QuantSparseLinear(InputSparseLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if per_row(x) != 1:
             return super().forward(x)
-        if self.counter is not None:  # the kernel runs beside: to unpack the whole weight for one token takes far longer
+        if (
+            self.counter is not None
+        ):  # the kernel runs beside: to unpack the whole weight for one token takes far longer
             self.counter.add(self.keep(x))
         rule = {"threshold": self.threshold, "scale": self.scale}
         rule = rule if self.top_k is None else {"keep": self.keep(x)}
