@@ -183,8 +183,11 @@ def stored_as(model: dict[str, Any]) -> str:
     if not about:
         return ""
     groups = f", groups of {about['group']}" if about.get("group") else ""
+    kinds = about["bits"] if isinstance(about["bits"], list) else [about["bits"]]
     bits = f"{about['bits_per_weight']:.2f} bits a weight"
-    return f"\nblock maps in int{about['bits']}{groups} ({about['rounding']}, {bits}), in both columns"
+    return (
+        f"\nblock maps in int{' and int'.join(map(str, kinds))}{groups} ({about['rounding']}, {bits}), in both columns"
+    )
 
 
 def table(record: dict[str, Any]) -> Table:
