@@ -237,3 +237,34 @@ def gather_int4_outputs(y, weight, scale, group, index, values, count, part, lo,
             k += 1
         for j in range(lo, hi):
             y[b, j] = part[b, j]
+
+
+@njit(nogil=True, cache=True)
+def unpack_levels(words, out):
+    """out[i] = the levels of row i less 8, float32; words uint32 [n, 8 k] of nibbles, out [n, 64 k]."""
+    for i in range(out.shape[0]):
+        for block in range(out.shape[1] // BLOCK):
+            source, target = words[i, 8 * block : 8 * block + 8], out[i, BLOCK * block : BLOCK * (block + 1)]
+            for j in range(8):
+                for word in range(8):
+                    target[8 * j + word] = np.float32(np.int32((source[word] >> np.uint32(4 * j)) & np.uint32(15)) - 8)
+
+
+@njit(nogil=True, cache=True)
+def scale_levels(out, scale, zero, group, m):
+    """out[i, :m] = scale * (out[i, :m] + 8 - zero); group: inputs of a row of scale and zero, or minus outputs of a column."""
+    for i in range(out.shape[0]):
+        row = out[i]
+        if group < 0:
+            for g in range(scale.shape[1]):
+                s = from_half(scale[i, g])
+                for j in range(-group * g, min(m, -group * (g + 1))):
+                    row[j] *= s
+        elif zero.size:
+            s, z = scale[i // group], zero[i // group]
+            for j in range(m):
+                row[j] = (row[j] + np.float32(8) - from_half(z[j])) * from_half(s[j])
+        else:
+            s = scale[i // group]
+            for j in range(m):
+                row[j] *= from_half(s[j])

@@ -11,7 +11,13 @@ import torch
 from sparsebench.kernels import cpu_numba
 from sparsebench.kernels._gather_numba import compact, finish
 from sparsebench.kernels._packed import BLOCK, Packed
-from sparsebench.kernels._packed_numba import gather_groups, gather_int4_outputs, gather_int8
+from sparsebench.kernels._packed_numba import (
+    gather_groups,
+    gather_int4_outputs,
+    gather_int8,
+    scale_levels,
+    unpack_levels,
+)
 from sparsebench.kernels.cpu_numba import NO_SCALE, as_numpy
 
 RANK = 5  # below cpu_numba, whose products these complete
@@ -65,6 +71,21 @@ def product(packed: Packed, stored, sums, index, values, count: int, part, lo: i
         gather_groups(sums, q, scale, zero, packed.group, index, values, count, part, lo, hi)
     else:
         gather_int4_outputs(sums, q, scale, packed.group, index, values, count, part, lo, hi)
+
+
+def unpacked(packed: Packed) -> torch.Tensor:
+    """As Packed.dequantised, in one pass of compiled code where weights have groups of scales."""
+    if not packed.grouped:
+        return packed.dequantised()
+    (m, n), (_, scale, zero) = packed.shape, arrays(packed)
+    if packed.bits == 4:
+        values = torch.empty(n, 2 * packed.row_bytes)
+        unpack_levels(packed.q.view(torch.int32).numpy().view(np.uint32), values.numpy())
+    else:
+        values = packed.q.float()
+    group = packed.group if packed.axis == "input" else -packed.group
+    scale_levels(values.numpy(), scale, zero, group, m)
+    return values[:, :m].to(packed.dtype).t()
 
 
 def quantised_linear(x, packed: Packed, bias=None, *, threshold=None, scale=None, keep=None):

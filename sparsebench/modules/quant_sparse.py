@@ -7,6 +7,7 @@ one token goes to a kernel, also in the dense map: the same kernel with nothing 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import kernels
@@ -45,7 +46,7 @@ class QuantLinear(nn.Module, LinearMap):
     @property
     def weight(self) -> torch.Tensor:
         """float [m, n], in the dtype of the activations."""
-        return self.packed.dequantised()
+        return kernels.providing(self.kernel_name, "unpacked").unpacked(self.packed)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,8 +54,10 @@ class QuantLinear(nn.Module, LinearMap):
         return self.layout[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed, name = self.packed, self.kernel_name if per_row(x) == 1 else "masked_dense"
-        backend = kernels.serving(name, x, packed, "quantised_linear")
+        if per_row(x) != 1:
+            return F.linear(x, self.weight, self.bias)
+        packed = self.packed
+        backend = kernels.serving(self.kernel_name, x, packed, "quantised_linear")
         return backend.quantised_linear(x, packed, self.bias, threshold=self.threshold)
 
     def sparse(self, site: str, threshold: float, **rule) -> QuantSparseLinear:
@@ -83,7 +86,7 @@ class QuantSparseLinear(InputSparseLinear):
     @property
     def weight(self) -> torch.Tensor:
         """float [m, n], in the dtype of the activations."""
-        return self.packed.dequantised()
+        return kernels.providing(self.kernel_name, "unpacked").unpacked(self.packed)
 
     @property
     def shape(self) -> tuple[int, int]:

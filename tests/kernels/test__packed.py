@@ -232,3 +232,11 @@ def test_nibbles_are_the_same_with_and_without_the_table_look_up():
     levels = stored.levels().float().numpy() - 8
     for each in results:
         np.testing.assert_allclose(each, 1.5 * levels[7] - 0.25 * levels[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_unpacking_is_dequantising(kind, dtype):
+    for m, n, _ in SHAPES:
+        stored = KINDS[kind](torch.randn(m, n).to(dtype))
+        assert torch.equal(cpu_packed.unpacked(stored), stored.dequantised()) and stored.dequantised().dtype == dtype
