@@ -68,7 +68,7 @@ def compile_together(file: Path, device: int, variants: list[dict[str, int]]) ->
 
     def one(defines: dict[str, int]) -> None:
         torch.zeros(1, device=f"cuda:{device}")  # this thread's context
-        module(file, device, **defines)
+        module(file, device, **dict(sorted(defines.items())))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(one, variants))
@@ -79,7 +79,7 @@ def function(file: Path, name: str, device: int, shared_bytes: int, **defines: i
     """A kernel by name, allowed to use `shared_bytes` of shared memory."""
     from cuda.bindings import driver
 
-    handle = checked(driver.cuModuleGetFunction(module(file, device, **defines), name.encode()))
+    handle = checked(driver.cuModuleGetFunction(module(file, device, **dict(sorted(defines.items()))), name.encode()))
     if shared_bytes > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(handle, attribute, shared_bytes))

@@ -210,7 +210,7 @@ def untaken(packed: Packed, cuda: bool) -> str | None:
         return "groups along the outputs"
     if packed.bits == 4 and packed.group not in (32, 64, 128, 256):
         return f"groups of {packed.group}"
-    if packed.bits == 4 and (n % packed.group or n % (1024 if cuda else 32) or m % (8 if cuda else 32)):
+    if packed.bits == 4 and (n % packed.group or n % (128 if cuda else 32) or m % (8 if cuda else 32)):
         return f"{m} outputs of {n} inputs in groups of {packed.group}"
     if packed.bits == 8 and not cuda and packed.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"inputs in {packed.dtype}"
