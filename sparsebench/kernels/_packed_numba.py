@@ -1,10 +1,10 @@
 """The compiled loops of the backend `cpu_packed`: weights in 8 or 4 bits, read for kept channels only.
 
-As _gather_numba.py, eight channels to a pass over 64 outputs, fp32 sums, each channel prefetched ahead. Bytes become
-floats by the processor's own widening instructions, nibbles by a look-up of value times level (AVX-512), so that two
-instructions and an addition serve 16 of them; elsewhere by shifts. A scale per output or per group of inputs is applied once to the sums
-of its channels, which is why the list of channels must be in order; a scale per group of outputs is multiplied into the
-value of each channel.
+As _gather_numba.py, eight channels to a pass over 64 outputs, fp32 sums. Bytes are prefetched ahead in their own row;
+nibbles, whose rows are short, in the rows of the next pass. Bytes become floats by the processor's widening instructions,
+nibbles by a look-up of value times level (AVX-512), so that two instructions and an addition serve 16 of them; elsewhere
+by shifts. A scale per output or per group of inputs is applied once to the sums of its channels, which is why the list of
+channels must be in order; a scale per group of outputs is multiplied into the value of each channel.
 """
 
 from __future__ import annotations
@@ -103,8 +103,13 @@ def emit(context, builder, signature, args, rows: int, along_outputs: bool, tabl
     prefetch = builder.module.declare_intrinsic(
         "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     )
-    current, scalars, scales = [], [], []
+    current, scalars, scales, following = [], [], [], []
+    last = builder.sub(cgutils.unpack_tuple(builder, index.shape, 1)[0], I64(1))
     for r in range(rows):
+        later = builder.add(first, I64(rows + r))  # of the next pass, or any place: a wrong one is only not prefetched
+        later = builder.select(builder.icmp_signed("<", later, last), later, last)
+        row = builder.mul(builder.load(builder.gep(index.data, [later])), width(weight))
+        following.append(builder.bitcast(builder.gep(weight.data, [row]), pointer))
         place = builder.add(first, I64(r))
         channel = builder.load(builder.gep(index.data, [place]))
         current.append(builder.bitcast(builder.gep(weight.data, [builder.mul(channel, width(weight))]), pointer))
@@ -122,7 +127,8 @@ def emit(context, builder, signature, args, rows: int, along_outputs: bool, tabl
                 own = builder.load(builder.gep(scales[r], [builder.sdiv(j, group)]))
                 x = operand(builder.fmul(scalars[r], to_float(builder, own)))
             totals = add_int8(builder, source, x, totals) if int8 else add_int4(builder, source, x, totals, table)
-            builder.call(prefetch, [builder.gep(source, [I64(AHEAD)]), I32(0), I32(3), I32(1)])
+            ahead = builder.gep(source, [I64(AHEAD)]) if int8 else builder.gep(following[r], [at])
+            builder.call(prefetch, [ahead, I32(0), I32(3), I32(1)])
         for place, total in zip(places, totals, strict=True):
             builder.store(total, place, align=4)
 
