@@ -68,6 +68,7 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     import torch
 
     from sparsebench.methods.base import Work
+    from sparsebench.records.state import check_quantisation
 
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
     content, problem = record.read_any(file)
@@ -99,6 +100,7 @@ def load(path: str | Path, hardware: str | None = None, trust_remote_code: bool 
     torch.manual_seed(seed)
     work = Work(seed, target, folder, folder, 1, lambda row: None)
     loaded = model.load(work, shape_of(content))
+    check_quantisation(fitted, loaded.info)
     sparse: nn.Module = method.apply(loaded.module, fitted, work)
     sparse.tokenizer = loaded.tokenizer
     return sparse

@@ -11,6 +11,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from sparsebench import config, ranks, tasks
 from sparsebench.data.base import Data
-from sparsebench.measure import estimate, limit, memory, neutral
+from sparsebench.measure import corners, estimate, limit, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
 from sparsebench.modules.input_sparse import InputSparseLinear
@@ -46,6 +47,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     progress.begin(f"loading data {settings.dataset.name}")
     data: Data = settings.dataset.load(settings.seed)
     data.check_disjoint()
+    plain = unquantised(settings, configuration, data, work)
     progress.begin(f"loading model {settings.model.name}")
     loaded: Loaded = settings.model.load(work, data)
     record.model = loaded.info
@@ -64,6 +66,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     if not ranks.first():
         return record
     state.keep(work.output_dir / "states" / record.fit["state"], folder)
+    state.check_quantisation(fitted, loaded.info)
     if settings.eval.critical.enabled:
         progress.begin("critical sparsity: searching on dev")
         record.extra["critical"] = critical.search(task, untouched, method, fitted, work, data, settings)
@@ -80,11 +83,17 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     record.extra |= compared.extra
     record.dataset = data.describe()
     record.memory = {"weight_bytes": sparse.weight_bytes, "dense_weight_bytes": dense.weight_bytes}
+    if plain is not None:
+        record.quality["nll"]["corners"] = corners.four(
+            plain.dense.metrics, plain.sparse.metrics, dense.metrics, sparse.metrics
+        )
+        record.memory["unquantised_weight_bytes"] = plain.dense.weight_bytes
 
     if settings.measure.latency:
         progress.begin("timing dense against sparse")
         peak_before = max(peak_before, memory.restart_peak(hardware.torch_device))
-        timing = task.time(untouched, module, data, settings)
+        beside = {} if plain is None else {"unquantised": plain.module}
+        timing = task.time(untouched, module, data, settings, **beside)
         record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)
         record.memory["peaks"], peak_before = timing.peaks, max(peak_before, timing.highest)
         record.extra |= timing.extra
@@ -101,6 +110,38 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     return record
 
 
+@dataclass
+class Unquantised:
+    """The same model before it was quantised, and the same method fitted on that."""
+
+    dense: Any  # Assessment
+    sparse: Any
+    module: torch.nn.Module | None  # dense, where it will be timed
+
+
+def unquantised(settings: config.Settings, configuration: dict[str, Any], data: Data, work: Work) -> Unquantised | None:
+    """What a run with `model.quantize=int8|int4` compares with; None where weights are as they were stored.
+
+    Its fit is that of a run with model.quantize=none, cached under that run's key.
+    """
+    if getattr(settings.model, "quantize", "none") in ("none", "keep"):
+        return None
+    changes = {"quantize": "none", "quantize_group": 128, "quantize_axis": "input"}
+    configuration = configuration | {"model": configuration["model"] | changes}
+    model, method, task = replace(settings.model, **changes), settings.method, tasks.load(settings.model.kind)
+    settings = replace(settings, model=model)
+    progress.begin(f"loading model {model.name}, not quantised")
+    loaded = model.load(work, data)
+    progress.begin("dense model, not quantised: evaluating")
+    dense = task.assess(loaded, loaded.module, data, settings)
+    kept = copy.deepcopy(loaded.module) if settings.measure.latency else None
+    progress.begin(f"{method.name}: fitting, not quantised")
+    fitted, _ = fit(method, loaded, data, work, settings, configuration)
+    module = method.apply(loaded.module, fitted, work)
+    progress.begin("sparse model, not quantised: evaluating")
+    return Unquantised(dense, task.assess(loaded, module, data, settings), kept)
+
+
 def fit(
     method: Method, loaded: Loaded, data: Data, work: Work, settings: config.Settings, configuration: dict[str, Any]
 ) -> tuple[state.State, dict[str, Any]]:
@@ -108,7 +149,14 @@ def fit(
     key = state.key(settings, configuration, machine.machine())
     path = work.output_dir / "states" / f"{settings.model.name}-{method.name}-{key}.safetensors"
     work.folder = path.with_suffix("")  # checkpoints lie beside the state
-    fitted, about = state.cached(path, lambda: method.fit(loaded, data, work))
+
+    def quantised() -> state.State:
+        """The state with how the weights it was fitted on are stored, so that it serves no others."""
+        made = method.fit(loaded, data, work)
+        made.info |= {"quantisation": loaded.info["quantisation"]} if "quantisation" in loaded.info else {}
+        return made
+
+    fitted, about = state.cached(path, quantised)
     about |= {"kind": fitted.info.get("kind", "none"), "tokens": fitted.info.get("tokens", 0), "state": path.name}
     if ranks.first():
         shutil.rmtree(work.folder, ignore_errors=True)  # checkpoints of a fit that is now safe in its state

@@ -161,8 +161,25 @@ def is_linear(module: nn.Module) -> bool:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out features m, in features n) of a linear map, whichever way round its weight is stored."""
-    rows, columns = module.weight.shape
+    rows, columns = stored_shape(module)
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def stored_shape(module: nn.Module) -> tuple[int, int]:
+    """The shape of a map's weight as its module has it; a map that says it need not be unpacked for that."""
+    return getattr(module, "shape", None) or tuple(module.weight.shape)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a map's weight: of a quantised one what is stored, scales and zero points included."""
+    packed = getattr(module, "packed", None)
+    return module.weight.numel() * module.weight.element_size() if packed is None else packed.bytes
+
+
+def exact_weight(module: nn.Module) -> torch.Tensor:
+    """The weight [m, n] of a map in float32, of a quantised one before it is rounded to the activations' dtype."""
+    packed = getattr(module, "packed", None)
+    return weight_of(module).float() if packed is None else packed.dequantised(torch.float32)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -61,7 +61,7 @@ def emulated():
     @functools.cache
     def library(cuda: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         main = beside / ("cuda_on_cpu.cpp" if cuda == cuda_gather.SOURCE else cuda.with_suffix("").name + "_on_cpu.cpp")
-        files = (main, beside / "cuda_on_cpu.h", cuda, cuda_gather.SOURCE)
+        files = (main, beside / "cuda_on_cpu.h", *sorted(cuda_gather.SOURCE.parent.glob("*.cu")))
         made_of = [version, *(path.read_bytes() for path in files), *(flag.encode() for flag in flags)]
         content = hashlib.sha256(b"\0".join(made_of)).hexdigest()
         target = folder / f"{content}.so"

@@ -10,6 +10,7 @@ import torch
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
+from sparsebench.kernels._packed import packed as packed_of
 from sparsebench.modules.expert_ffn import select
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -186,3 +187,15 @@ def check_mask(device: str) -> None:
             keep = masked_dense.kept(x, threshold, scale)
             keep = keep if dense is None else keep | dense.unsqueeze(-1)
             assert torch.equal(keep_or_zero(x, threshold, scale, dense), torch.where(keep, x, 0))
+
+
+def asymmetric(weight, group):
+    """A weight [m, n] in 4 bits with zero points far from the middle, in groups along the inputs."""
+    columns = weight.float().t()
+    padded = torch.nn.functional.pad(columns, (0, 0, 0, -len(columns) % group)).unflatten(0, (-1, group))
+    low, high = padded.amin(1), padded.amax(1)
+    scale = ((high - low) / 15).clamp_min(2**-20).half()
+    zero = torch.where(torch.arange(low.shape[1]) % 2 == 0, -low / scale.float(), 14.0).round().half()
+    wide_scale, wide_zero = (t.float().repeat_interleave(group, 0)[: len(columns)] for t in (scale, zero))
+    levels = (columns / wide_scale + wide_zero).round().clamp(0, 15).to(torch.uint8)
+    return packed_of(levels, scale, zero, 4, group, "input", weight.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from sparsebench.calibration.block_error import BlockError, block_inputs, run_bl
 from sparsebench.config import setting
 from sparsebench.records.progress import shown
 from sparsebench.records.state import State, read, write
-from sparsebench.sites import Block
+from sparsebench.sites import Block, shape
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def search(
 
     units: maps that step together and share a sparsity; None: each map alone. With one unit the path is uniform.
     """
-    sizes = {role: model.get_submodule(site.path).weight.numel() for role, site in block.sites.items()}
+    sizes = {role: math.prod(shape(model.get_submodule(site.path))) for role, site in block.sites.items()}
     units = units or {role: (role,) for role in sizes}
     weight = {unit: sum(sizes[r] for r in roles) for unit, roles in units.items()}
     total = sum(sizes.values())

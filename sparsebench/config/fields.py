@@ -38,19 +38,21 @@ def setting(
     pattern_text: str | None = None,
     file: str | None = None,
     exists: bool = False,
+    default: Any = MISSING,
 ) -> Any:
     """A dataclass field whose allowed values are stated beside it and checked by `build`.
 
     `choices`, the bounds and `pattern` (a full-match regular expression, described by `pattern_text`) apply to the
     value, or to each element of a list. file: the value may name a file or folder, and the word says which files of it
     are read: one of inputs.KINDS, e.g. "model". Their content is then part of the run's identity (inputs.py finds such
-    fields by this very keyword). exists: it must be there.
+    fields by this very keyword). exists: it must be there. default: of a key that records of before do not have.
     """
     return field(
+        default=default,
         metadata={
             "choices": choices, "ge": ge, "gt": gt, "le": le, "lt": lt, "pattern": pattern, "text": pattern_text,
             "file": file, "exists": exists,
-        }
+        },
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def said(call: ast.expr | None, module: str) -> dict[str, Any]:
     if not isinstance(call, ast.Call) or ast.unparse(call.func) not in ("setting", "config.setting"):
         raise Untold(ast.unparse(call))
     meta: dict[str, Any] = {}
-    for keyword in call.keywords:
+    for keyword in (k for k in call.keywords if k.arg != "default"):  # no part of what is allowed
         value = valued(keyword.value, module)
         meta |= {keyword.arg: value} if keyword.arg else value
     if "pattern_text" in meta:

@@ -17,9 +17,11 @@ from torch import nn
 
 from sparsebench.engines.check import verified
 from sparsebench.engines.reference import Decoder
+from sparsebench.kernels._packed import Packed
 from sparsebench.modules.base import measured_modules
-from sparsebench.modules.input_sparse import InputSparseLinear, replace
-from sparsebench.sites import find_blocks
+from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
+from sparsebench.modules.quant_sparse import QuantSparseLinear
+from sparsebench.sites import find_blocks, shape
 
 __all__ = ["Decoder", "choose", "decoder", "verified"]
 
@@ -70,7 +72,7 @@ def channel_major(module: nn.Module) -> None:
         for site in block.sites.values():
             linear = module.get_submodule(site.path)
             if not isinstance(linear, InputSparseLinear):
-                replace(module, site.path, InputSparseLinear(linear, site.name, -1.0))
+                replace(module, site.path, sparse_of(linear, site.name, -1.0))
 
 
 def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
@@ -85,7 +87,7 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
         return str(error)
     config, dtype = module.config, next(module.parameters()).dtype
     for site, sparse in measured_modules(module):
-        if type(sparse) is not InputSparseLinear:
+        if type(sparse) not in (InputSparseLinear, QuantSparseLinear):
             return f"it takes maps that drop input channels by a threshold, got {type(sparse).__name__} at {site}"
     for block in blocks:
         maps = {**block.sites, **block.others, **({"experts": None} if block.experts else {})}
@@ -112,7 +114,21 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
                 return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):
                 return "it takes no norm on queries and keys"
-    return misfit(module, blocks)
+    return mixed(module, blocks) or misfit(module, blocks)
+
+
+def quantisation(module: nn.Module, blocks: list) -> Packed | None:
+    """The weight of the first block map where it is quantised; `mixed` says whether it speaks for all."""
+    return getattr(module.get_submodule(next(iter(blocks[0].sites.values())).path), "packed", None)
+
+
+def mixed(module: nn.Module, blocks: list) -> str | None:
+    """Why block maps that are quantised in different ways have no fused step, or None."""
+    stored = [
+        getattr(module.get_submodule(site.path), "packed", None) for block in blocks for site in block.sites.values()
+    ]
+    kinds = {None if p is None else (p.bits, p.axis, p.grouped and p.group) for p in stored}
+    return None if len(kinds) == 1 else "it takes block maps that are all quantised in one way, or none of them"
 
 
 def misfit(module: nn.Module, blocks: list) -> str | None:
@@ -129,7 +145,7 @@ def misfit(module: nn.Module, blocks: list) -> str | None:
     }  # fmt: skip
     for block in blocks:
         for role, site in block.sites.items():
-            if tuple(module.get_submodule(site.path).weight.shape) != wanted[role]:
+            if shape(module.get_submodule(site.path)) != wanted[role]:
                 return f"it takes {role} of shape {wanted[role]}, got {site.path} of another"
     head = module.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None or head.weight.shape[1] != hidden:

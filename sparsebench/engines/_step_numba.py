@@ -16,27 +16,20 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparsebench.kernels._gather_numba import compact, gather, narrow, product, widen
+from sparsebench.engines._step_packed import pointer, weigh
+from sparsebench.kernels._gather_numba import compact, narrow, widen
 
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
 WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
-RANK, LOW_A, LOW_B, COLUMNS = 28, 35, 42, 49  # of the low-rank remainder; rank 0 = none
+RANK, LOW_A, LOW_B = 28, 35, 42  # of the low-rank remainder; rank 0 = none
+COLUMNS = 63  # with the scales and zero points of quantised weights (_step_packed.py)
+UNIT = 64  # outputs that one thread computes together, as quantised weights are stored
 EMBED, NORMS, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD = range(8)  # places in the array of marks
 ROLES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head")
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces numba has no word for
-
-
-@intrinsic
-def pointer(typing, address):
-    """An address as a pointer for carray."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen
 
 
 @intrinsic
@@ -146,23 +139,22 @@ def add_remainder(x, a, b, index, count, y, lo, hi):
 
 
 @njit(nogil=True, cache=True)
-def project(row, which, keep_all, x, y, m, lo, hi, like, index, value, count):
+def project(row, which, keep_all, x, y, m, lo, hi, like, stored, group, index, value, count, part):
     """y[lo:hi] = W x for map `which` over the kept channels, or with keep_all over all, a plain dense product.
 
     Compacts again only where `count` is below 0.
     """
     n = x.shape[0]
-    weight = carray(pointer(row[WEIGHT + which]), (n, m), like.dtype)
-    if keep_all:
-        product(y.reshape(1, m), weight, x.reshape(1, n), index, lo, hi)
-        count = n
-    else:
-        if count < 0:
+    in_order = keep_all and stored.itemsize == like.itemsize  # quantised weights are read by the list in any case
+    if not in_order and count < 0:
+        threshold, size = np.float32(-1), 0
+        if not keep_all:
             threshold = carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
             size = 0 if row[SCALE + which] == 0 else n
-            scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
-            count = compact(x.reshape(1, n), threshold, scale, index, value)
-        gather(y.reshape(1, m), weight, index, value, count, lo, hi)
+        scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
+        count = compact(x.reshape(1, n), threshold, scale, index, value)
+    weigh(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, count, part)
+    count = n if in_order else count
     rank = row[RANK + which]
     if rank > 0 and count < n:
         a = carray(pointer(row[LOW_A + which]), (n, rank), like.dtype)
@@ -244,9 +236,9 @@ def share_of(count, thread, threads, unit):
 
 
 @njit(nogil=True, cache=True)
-def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, head, cosine, sine, token, position,
-         residual, qkv, mixed, mid, added, scores, work, index, value, logits, state, marks):  # fmt: skip
-    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index and value.
+def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, head, cosine, sine, stored, group, token,
+         position, residual, qkv, mixed, mid, added, scores, work, index, value, part, logits, state, marks):  # fmt: skip
+    """One thread's part of one decode step. Buffers are shared but for row `thread` of scores, work, index, value and part.
 
     marks: int64 [0], or [ROLES] to which the first thread adds the ns of each role, waiting for the others included.
     """
@@ -255,8 +247,8 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
     hidden, inner, heads_, groups, head_dim, positions = sizes
     query, small = heads_ * head_dim, groups * head_dim
     q, k, v = qkv[:query], qkv[query : query + small], qkv[query + small :]
-    x, index_, value_ = work[thread], index[thread], value[thread : thread + 1]
-    lo, hi = share_of(hidden, thread, threads, 32)
+    x, index_, value_, part_ = work[thread], index[thread], value[thread : thread + 1], part[thread]
+    lo, hi = share_of(hidden, thread, threads, UNIT)
     for i in range(lo, hi):
         residual[i] = widen(embedding[token, i])
     barrier(state, threads)
@@ -268,13 +260,17 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
 
         normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
         since = mark(marks, NORMS, since)
-        a, b = share_of(query, thread, threads, 32)
-        count = project(row, 0, keep_all, x[:hidden], q, query, a, b, embedding, index_, value_, -1)
-        a, b = share_of(small, thread, threads, 32)
+        a, b = share_of(query, thread, threads, UNIT)
+        count = project(
+            row, 0, keep_all, x[:hidden], q, query, a, b, embedding, stored, group, index_, value_, -1, part_
+        )
+        a, b = share_of(small, thread, threads, UNIT)
         count = count if same_rule(row, 0, 1, keep_all) else -1
-        count = project(row, 1, keep_all, x[:hidden], k, small, a, b, embedding, index_, value_, count)
+        count = project(
+            row, 1, keep_all, x[:hidden], k, small, a, b, embedding, stored, group, index_, value_, count, part_
+        )
         count = count if same_rule(row, 1, 2, keep_all) else -1
-        project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, index_, value_, count)
+        project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, stored, group, index_, value_, count, part_)
         barrier(state, threads)
         since = mark(marks, QKV, since)
 
@@ -285,7 +281,7 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
         barrier(state, threads)
         since = mark(marks, ATTENTION, since)
 
-        project(row, 3, keep_all, mixed, added, hidden, lo, hi, embedding, index_, value_, -1)
+        project(row, 3, keep_all, mixed, added, hidden, lo, hi, embedding, stored, group, index_, value_, -1, part_)
         for i in range(lo, hi):
             residual[i] += added[i]
         barrier(state, threads)
@@ -293,16 +289,20 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
 
         normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
         since = mark(marks, NORMS, since)
-        a, b = share_of(inner, thread, threads, 32)
-        count = project(row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, index_, value_, -1)
+        a, b = share_of(inner, thread, threads, UNIT)
+        count = project(
+            row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, stored, group, index_, value_, -1, part_
+        )
         count = count if same_rule(row, 4, 5, keep_all) else -1
-        project(row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, index_, value_, count)
+        project(
+            row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, stored, group, index_, value_, count, part_
+        )
         for i in range(a, b):
             mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
         barrier(state, threads)
         since = mark(marks, GATE_UP, since)
 
-        project(row, 6, keep_all, mid[0], added, hidden, lo, hi, embedding, index_, value_, -1)
+        project(row, 6, keep_all, mid[0], added, hidden, lo, hi, embedding, stored, group, index_, value_, -1, part_)
         for i in range(lo, hi):
             residual[i] += added[i]
         barrier(state, threads)

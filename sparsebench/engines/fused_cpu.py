@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from sparsebench.engines import _step_numba as table
-from sparsebench.engines import heads, llama_type, prefilled, rotary_tables
+from sparsebench.engines import _step_packed, heads, llama_type, prefilled, quantisation, rotary_tables
 from sparsebench.engines._step_numba import step
+from sparsebench.kernels import cpu_packed
 from sparsebench.kernels.cpu_numba import as_numpy
 from sparsebench.kernels.masked_dense import kept
-from sparsebench.sites import find_blocks
+from sparsebench.sites import exact_weight, find_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's columns
@@ -28,7 +29,9 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    return llama_type(module, DTYPES)
+    problem = llama_type(module, DTYPES)
+    packed = None if problem else quantisation(module, find_blocks(module))
+    return problem if packed is None else cpu_packed.unserved(packed)
 
 
 class Decoder:
@@ -61,6 +64,7 @@ class Decoder:
             self.table, (hidden, inner, count, groups, head_dim, positions), np.float32(norm.variance_epsilon),
             keep_all, as_numpy(base.get_input_embeddings().weight.detach()), as_numpy(norm.weight.detach()),
             as_numpy(module.get_output_embeddings().weight.detach()), cosine.numpy(), sine.numpy(),
+            *self.kind_of_weights(),
         )  # fmt: skip
         self.residual = np.zeros(hidden, np.float32)
         self.output = np.zeros(module.get_output_embeddings().weight.shape[0], np.float32)
@@ -68,7 +72,8 @@ class Decoder:
             self.residual, np.zeros((count + 2 * groups) * head_dim, np.float32), np.zeros(count * head_dim, np.float32),
             np.zeros((2, inner), np.float32), np.zeros(hidden, np.float32), np.zeros((self.threads, positions), np.float32),
             np.zeros((self.threads, hidden), np.float32), np.zeros((self.threads, widest + 1), np.int64),
-            np.zeros((self.threads, widest + 1), np.float32), self.output, np.zeros(2, np.int64),
+            np.zeros((self.threads, widest + 1), np.float32), np.zeros((self.threads, widest + 64), np.float32), self.output,
+            np.zeros(2, np.int64),
         )  # fmt: skip
         self.position, self.marks = self.length, np.zeros(0, np.int64)
         self.threads = min({1, self.threads}, key=self.seconds_with)  # a small model is faster without a second thread
@@ -97,7 +102,10 @@ class Decoder:
         cache = self.cache.layers[block.index]
         for i, role in enumerate(MAPS):
             linear = self.module.get_submodule(block.sites[role].path)
-            row[table.WEIGHT + i], row[table.THRESHOLD + i] = linear.weight.data_ptr(), linear.threshold.data_ptr()
+            row[table.WEIGHT + i], row[table.THRESHOLD + i] = (
+                self.weight_of(linear, row, i),
+                linear.threshold.data_ptr(),
+            )
             row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
             for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
                 row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
@@ -108,6 +116,23 @@ class Decoder:
         row[table.NORM], row[table.NORM + 1] = (w.data_ptr() for w in norms)
         row[table.KEYS], row[table.VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
         self.held += [norms, cache]
+
+    def weight_of(self, linear, row: np.ndarray, i: int) -> int:
+        """The address of a map's weight; scales and zero points of a quantised one go into the table here."""
+        packed = getattr(linear, "packed", None)
+        if packed is None:
+            return linear.weight.data_ptr()
+        row[_step_packed.SCALES + i] = packed.scale.data_ptr()
+        row[_step_packed.ZEROS + i] = 0 if packed.zero is None else packed.zero.data_ptr()
+        return packed.q.data_ptr()
+
+    def kind_of_weights(self) -> tuple[np.ndarray, int]:
+        """(an empty array of the type weights are stored in, their group as `weigh` takes it)."""
+        packed = quantisation(self.module, self.blocks)
+        if packed is None:
+            return as_numpy(self.module.get_output_embeddings().weight.detach()[:0, 0]), 0
+        group = packed.group if packed.axis == "input" else -packed.group
+        return packed.q.numpy()[:0, 0], group if packed.grouped else 0
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]."""
@@ -151,7 +176,7 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
 
     def product(linear, x):
         keep = torch.ones_like(x, dtype=torch.bool) if keep_all else kept(x, linear.threshold, linear.scale)
-        y = linear.weight.float() @ torch.where(keep, x, 0)
+        y = exact_weight(linear) @ torch.where(keep, x, 0)
         if linear.low_rank is not None:
             a, b = (f.float() for f in linear.low_rank)
             y = y + (torch.where(keep, 0, x) @ a) @ b

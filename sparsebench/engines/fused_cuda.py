@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import cache
-from sparsebench.engines import heads, llama_type, marks, prefilled, rotary_tables
-from sparsebench.kernels import _nvrtc
+from sparsebench.engines import heads, llama_type, marks, prefilled, quantisation, rotary_tables
+from sparsebench.kernels import _nvrtc, cuda_packed
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
 from sparsebench.kernels.masked_dense import kept
 from sparsebench.modules.input_sparse import InputSparseLinear
-from sparsebench.sites import Block, find_blocks
+from sparsebench.sites import Block, exact_weight, find_blocks
 
 
 class Attend(ctypes.Structure):
@@ -64,6 +64,8 @@ DEFAULTS = {
     "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 8, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
     "down": Tuning(8, 8, 2, 2.0), "head": Tuning(16, 8, 1, 1.0),
 }  # fmt: skip
+# Of products with quantised weights, by their bits.
+PACKED = {bits: dict.fromkeys(MAPS, tuning) for bits, tuning in cuda_packed.TUNINGS.items()}
 # Of the dense products, which wait for nothing before they read: more rows in flight, wider, by fewer CTAs.
 DENSE = DEFAULTS | dict.fromkeys(MAPS, Tuning(8, 8, 2, 2.0))
 
@@ -79,7 +81,8 @@ def unsupported(module: nn.Module) -> str | None:
         return f"it takes head sizes 8, 16, 32, 64, 128 and 256, got {head_dim}"
     if any(size % 8 for size in (config.hidden_size, config.intermediate_size)):
         return "it takes sizes that are multiples of 8"
-    return None
+    packed = quantisation(module, find_blocks(module))
+    return None if packed is None else cuda_packed.unserved(packed)
 
 
 class Step:
@@ -97,9 +100,12 @@ class Step:
         self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None
     ):
         self.module, self.cache, self.processors, self.keep_all = module, cache, processors, keep_all
-        self.tunings = (DENSE if keep_all else DEFAULTS) | (tunings or {})
         config = module.config
         self.blocks = find_blocks(module)
+        self.packed = quantisation(module, self.blocks)
+        self.tunings = (
+            (DENSE if keep_all else DEFAULTS) | (PACKED[self.packed.bits] if self.packed else {}) | (tunings or {})
+        )
         self.num_heads, self.num_groups, self.head_dim = heads(config)
         self.hidden, self.mid = config.hidden_size, config.intermediate_size
         self.vocabulary = module.get_output_embeddings().weight.shape[0]
@@ -144,7 +150,7 @@ class Step:
     def defines(self, tuning: Tuning) -> dict[str, int]:
         constants = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
         constants |= {"GROUP": self.num_heads // self.num_groups, "SPLITS": self.splits}
-        constants |= {"DENSE": 1} if self.keep_all else {}
+        constants |= ({"DENSE": 1} if self.keep_all else {}) | ({"BITS": self.packed.bits} if self.packed else {})
         return {**constants, "BF16": 1} if self.dtype == torch.bfloat16 else constants
 
     def plan(self) -> Iterator[Launch]:
@@ -178,9 +184,11 @@ class Step:
         """The launch of the maps of one input, and one more for their remainders; `zero` is cleared by the first."""
         maps, label, tuning = self.maps(block, kind), f"{block.index}.{kind}", self.tunings[kind]
         thresholds = [self.nothing_dropped if self.keep_all else m.threshold for m in maps]
-        arguments, rest = Gather(), Gather()
+        whole, rest = cuda_packed.PackedGather() if self.packed else Gather(), Gather()
         for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-            arguments.set_part(i, linear.weight.t(), source, out, thresholds[i], linear.scale)
+            stored = linear.packed if self.packed else linear.weight.t()
+            whole.set_part(i, stored, source, out, thresholds[i], linear.scale)
+        arguments = whole.of if self.packed else whole
         hybrid = [] if self.keep_all else [i for i, linear in enumerate(maps) if linear.low_rank]
         factors = [maps[i].low_rank for i in hybrid]
         inner = self.inner[kind][: sum(len(b) for _, b in factors)].split([len(b) for _, b in factors])
@@ -207,7 +215,7 @@ class Step:
                 x = ((x * fade).sum(1) / (second[..., 1:] * fade).sum(1)).flatten()
             expected, keep = {}, [kept(x, t, linear.scale) for t, linear in zip(thresholds, maps, strict=True)]
             for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-                expected[f"{label}[{i}]"] = (out, out + linear.weight.float() @ torch.where(keep[i], x, 0))
+                expected[f"{label}[{i}]"] = (out, out + exact_weight(linear) @ torch.where(keep[i], x, 0))
             for k, i in enumerate(hybrid):
                 dropped = torch.where(keep[i], 0, x)
                 expected[f"{label}[{i}].a"] = (inner[k], inner[k] + dropped @ factors[k][0].float())
@@ -217,6 +225,11 @@ class Step:
             added = {i: inner[k] @ factors[k][1].float() for k, i in enumerate(hybrid)}
             return {f"{label}[{i}].b": (outs[i], outs[i] + value) for i, value in added.items()}
 
+        if self.packed:
+            tiling = cuda_packed.grid([linear.shape[0] for linear in maps], maps[0].packed, tuning, self.processors)
+            shared = cuda_packed.shared_bytes(tuning, self.packed.bits)
+            yield Launch(f"gather_packed_{mode}", label, tiling, shared, [whole], tuning, reference)
+            return
         yield self.spread(f"gather_{mode}", label, arguments, tuning, reference)
         if hybrid:
             yield self.spread("gather_plain", f"{label}.remainder", rest, tuning, reference_of_rest)
@@ -299,20 +312,26 @@ class Step:
         return errors
 
 
-def tuning_file(module: nn.Module, gpu: str) -> Path:
+def tuning_file(module: nn.Module, gpu: str, keep_all: bool = False) -> Path:
     """Where the tuning of a model shape on a GPU is remembered, in the user's cache folder."""
     config = module.config
     shape = [config.hidden_size, config.intermediate_size, *heads(config), config.vocab_size]
     name = "-".join(
         [gpu.replace(" ", "_"), *map(str, shape), str(next(module.parameters()).dtype).removeprefix("torch.")]
     )
+    packed = quantisation(module, find_blocks(module))
+    name += f"-int{packed.bits}-{packed.group}" if packed else ""
+    name += "-dense" if keep_all else ""
     return cache.folder() / f"tuning-{name}.json"
 
 
-def tuned(module: nn.Module, gpu: str) -> dict[str, Tuning]:
+def tuned(module: nn.Module, gpu: str, keep_all: bool = False) -> dict[str, Tuning]:
     """The remembered tuning, or none where tune_cuda.py has not run for this shape and GPU."""
     try:
-        return {kind: Tuning(**values) for kind, values in json.loads(tuning_file(module, gpu).read_text()).items()}
+        return {
+            kind: Tuning(**values)
+            for kind, values in json.loads(tuning_file(module, gpu, keep_all).read_text()).items()
+        }
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -332,7 +351,7 @@ class Decoder:
         self.length = prompt.shape[1]
         self.cache, self.logits = prefilled(module, prompt, room)
         device = torch.cuda.get_device_properties(prompt.device)
-        remembered = {} if keep_all else tuned(module, device.name)
+        remembered = tuned(module, device.name, keep_all)
         self.steps = Step(module, self.cache, device.multi_processor_count, keep_all, remembered)
         self.rewind()
         self.steps.token.copy_(prompt[0, -1:])

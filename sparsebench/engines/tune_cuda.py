@@ -11,10 +11,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from sparsebench.engines import prefilled
-from sparsebench.engines.fused_cuda import Step, tuning_file
+from sparsebench.engines import prefilled, quantisation
+from sparsebench.engines.fused_cuda import MAPS, Step, tuning_file
 from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.records import files
+from sparsebench.sites import find_blocks
 
 CANDIDATES = {
     kind: (
@@ -34,18 +35,29 @@ CANDIDATES = {
     "head": (Tuning(16, 8, 1, 1.0), Tuning(8, 8, 1, 2.0), Tuning(16, 4, 1, 2.0)),
 }
 
+PACKED_CANDIDATES = (  # of products with quantised weights; attention and head stay as they are
+    Tuning(8, 8, 1, 1.0), Tuning(8, 8, 1, 2.0), Tuning(8, 4, 1, 2.0), Tuning(8, 4, 1, 4.0), Tuning(4, 8, 1, 2.0),
+    Tuning(4, 8, 1, 4.0), Tuning(16, 4, 1, 1.0), Tuning(4, 16, 1, 2.0), Tuning(8, 8, 2, 1.0),
+)  # fmt: skip
 
-def tune(module: nn.Module, prompt: torch.Tensor) -> dict[str, Tuning]:
-    """Try CANDIDATES per kernel kind at the model's own thresholds, remember the fastest, and return them.
 
-    A kind's kernels of all layers run back to back in a graph, so the weights come from memory, not from cache.
+def candidates_for(module: nn.Module) -> dict[str, tuple[Tuning, ...]]:
+    """What is tried, by kernel kind."""
+    return CANDIDATES if quantisation(module, find_blocks(module)) is None else dict.fromkeys(MAPS, PACKED_CANDIDATES)
+
+
+def tune(module: nn.Module, prompt: torch.Tensor, keep_all: bool = False) -> dict[str, Tuning]:
+    """Try all candidates per kernel kind at the model's own thresholds, remember the fastest, and return them.
+
+    keep_all: for a dense step. A kind's kernels of all layers run back to back in a graph, so the weights come from memory,
+    not from cache.
     """
     device = torch.cuda.get_device_properties(prompt.device)
     cache, _ = prefilled(module, prompt, 8)
     best: dict[str, tuple[float, Tuning]] = {}
-    for kind, candidates in CANDIDATES.items():
+    for kind, candidates in candidates_for(module).items():
         for candidate in candidates:
-            step = Step(module, cache, device.multi_processor_count, tunings={kind: candidate})
+            step = Step(module, cache, device.multi_processor_count, keep_all, {kind: candidate})
             step.position.fill_(prompt.shape[1])
             step.enqueue()  # leaves real values in the buffers
             step.position.fill_(prompt.shape[1])
@@ -55,7 +67,7 @@ def tune(module: nn.Module, prompt: torch.Tensor) -> dict[str, Tuning]:
             best[kind] = min(best.get(kind, (math.inf, candidate)), (elapsed, candidate), key=lambda pair: pair[0])
     chosen = {kind: tuning for kind, (_, tuning) in best.items()}
     content = json.dumps({kind: asdict(tuning) for kind, tuning in chosen.items()}, indent=1)
-    files.write_atomic(tuning_file(module, device.name), content.encode())
+    files.write_atomic(tuning_file(module, device.name, keep_all), content.encode())
     return chosen
 
 

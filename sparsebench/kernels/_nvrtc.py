@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,13 @@ def compile_cubin(source: str, architecture: str, defines: dict[str, int], optio
     return cubin
 
 
+def source_of(file: Path) -> str:
+    """A source file with the files of its own folder that it includes in their place."""
+    return re.sub(
+        r'^#include "(\w+\.cu)"$', lambda line: source_of(file.with_name(line[1])), file.read_text(), flags=re.M
+    )
+
+
 @functools.cache
 def module(file: Path, device: int, **defines: int) -> Any:
     """The loaded module of a source file for a device, compiled once per process and set of defines."""
@@ -51,8 +60,18 @@ def module(file: Path, device: int, **defines: int) -> Any:
 
     torch.cuda.init()
     major, minor = torch.cuda.get_device_capability(device)
-    beside = (f"--include-path={file.parent}",)
-    return checked(driver.cuModuleLoadData(compile_cubin(file.read_text(), f"sm_{major}{minor}", defines, beside)))
+    return checked(driver.cuModuleLoadData(compile_cubin(source_of(file), f"sm_{major}{minor}", defines)))
+
+
+def compile_together(file: Path, device: int, variants: list[dict[str, int]]) -> None:
+    """Compile a source file with each set of defines, side by side, so that `module` has them at once."""
+
+    def one(defines: dict[str, int]) -> None:
+        torch.zeros(1, device=f"cuda:{device}")  # this thread's context
+        module(file, device, **dict(sorted(defines.items())))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, variants))
 
 
 @functools.cache
@@ -60,7 +79,7 @@ def function(file: Path, name: str, device: int, shared_bytes: int, **defines: i
     """A kernel by name, allowed to use `shared_bytes` of shared memory."""
     from cuda.bindings import driver
 
-    handle = checked(driver.cuModuleGetFunction(module(file, device, **defines), name.encode()))
+    handle = checked(driver.cuModuleGetFunction(module(file, device, **dict(sorted(defines.items()))), name.encode()))
     if shared_bytes > 48 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(handle, attribute, shared_bytes))

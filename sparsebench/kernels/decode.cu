@@ -231,6 +231,7 @@ __device__ __forceinline__ void add_warps(const float* sum, float* sums, float* 
 }
 
 // The last CTA of a tile to arrive rounds the sums, adds the bias and leaves sums and counter at zero for the next call.
+template <int WIDTH = TILE>
 __device__ __forceinline__ void round_last(
     float* out, u16* result, const u16* bias, u32* arrived, int* last, int tile, int m) {
     __threadfence();
@@ -239,7 +240,7 @@ __device__ __forceinline__ void round_last(
     __syncthreads();
     if (!*last) return;
     __threadfence();
-    for (int i = tile * TILE + threadIdx.x; i < min(m, (tile + 1) * TILE); i += THREADS) {
+    for (int i = tile * WIDTH + threadIdx.x; i < min(m, (tile + 1) * WIDTH); i += THREADS) {
         result[i] = narrow(__ldcg(out + i) + (bias ? widen(bias[i]) : 0.0f));
         out[i] = 0;
     }
@@ -354,6 +355,9 @@ ENTRY gather_swiglu(Gather a) { gather<SWIGLU>(a); }
 ENTRY gather_attention(Gather a) { gather<ATTENTION>(a); }
 ENTRY gather_half(Gather a) { gather<HALF>(a); }
 ENTRY gather_neuron(Gather a) { gather<NEURON>(a); }
+#ifdef BITS  // of quantised weights, 8 or 4
+#include "quant.cu"
+#endif
 
 ENTRY embed(const u16* table, const int* token, float* residual, int n) {
     wait_for_previous();

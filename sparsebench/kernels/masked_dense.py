@@ -47,6 +47,16 @@ def semi_structured_linear(x, weight, bias=None, *, trusted=False):
     return F.linear(x, weight, bias)
 
 
+def quantised_linear(x, packed, bias=None, *, threshold=None, scale=None, keep=None):
+    """As input_sparse_linear with the weight that `packed` (kernels/_packed.py) stands for; it is unpacked at each call."""
+    return input_sparse_linear(x, packed.dequantised(), bias, threshold=threshold, scale=scale, keep=keep)
+
+
+def unpacked(packed):
+    """The weight [m, n] that `packed` stands for, in the dtype of its activations."""
+    return packed.dequantised()
+
+
 def neuron_sparse_ffn(x, activation, up, down):
     """y = sum_j a_j (up_j . x) down_j: the second half of a gated FFN, where neurons with activation 0 add nothing.
 

@@ -11,9 +11,10 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -95,6 +96,16 @@ def summary(samples: list[float]) -> dict:
         "p90_ms": cuts[-1],
         "samples_ms": [round(s, 6) for s in samples],
     }
+
+
+def fastest(engines_timed: dict[str, dict], sides: Sequence[str] = ("dense", "sparse")) -> dict[str, Any]:
+    """The fastest engine of each side, and all of them; summaries by `side/engine`."""
+    section: dict[str, Any] = {"engines": engines_timed}
+    for side in sides:
+        names = [name for name in engines_timed if name.startswith(side)]
+        best = min(names, key=lambda name: engines_timed[name]["median_ms"])
+        section |= {side: engines_timed[best], f"{side}_engine": best.partition("/")[2]}
+    return section
 
 
 def speedup(dense: list[float], sparse: list[float]) -> dict[str, float]:

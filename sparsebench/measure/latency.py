@@ -21,10 +21,11 @@ from torch import nn
 
 from sparsebench import engines, kernels
 from sparsebench.engines import check
-from sparsebench.measure import breakdown, clock, energy, macs, memory, quality
+from sparsebench.measure import breakdown, clock, energy, macs, memory, prompt_pass, quality
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
 from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
+from sparsebench.modules.quant_sparse import quantised_maps, with_torch_products
 
 log = logging.getLogger(__name__)
 
@@ -83,17 +84,19 @@ def kernels_used(sparse: nn.Module, tokens: int) -> str | None:
     return ", ".join(sorted({module.kernel(tokens) for _, module in measured_modules(sparse)})) or None
 
 
-def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware) -> Timing:
+def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings, hardware, unquantised=None) -> Timing:
     """Decode and prefill of a language model. tokens: held-out text, int64 [n], longer than context and prompt.
 
     Only where a kernel that skips ran is there a speed-up; most methods' prompts are masked-dense. A kernel that packs
     its input does so inside the clock.
+
+    unquantised: the dense model before its weights were quantised, timed beside the others; None where they were not.
     """
     device = hardware.torch_device
     tokens = tokens.to(device)
     prompt = tokens[: settings.prompt][None]
     start = time.perf_counter()
-    contenders, refused = prefills({"dense": dense, "sparse": sparse}, prompt, hardware)
+    contenders, refused = prompt_pass.prefills({"dense": dense, "sparse": sparse}, prompt, hardware)
     compile_seconds = time.perf_counter() - start
     eager = {side: contenders[f"{side}/eager"].call for side in ("dense", "sparse")}
     skipping, parity = any(kernels.load(m.kernel(settings.prompt)).SKIPS for m in sparse_modules(sparse)), {}
@@ -102,7 +105,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         parity = {"parity_relative_error": check.check_parity(errors, next(sparse.parameters()).dtype)}
     peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, eager, device)
     with clock.watching(threads_of(device)) as load:
-        decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware)
+        decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware, unquantised)
         times, more_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
     about["warmup_seconds"] += more_seconds
     about["compile_seconds"] += compile_seconds
@@ -114,60 +117,13 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         about["energy"] = energy.measure(steps, text.block, "token", device)
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
-        "prefill": of_prompt(dict(zip(contenders, times, strict=True)), skipping) | parity | {
+        "prefill": prompt_pass.of_prompt(dict(zip(contenders, times, strict=True)), skipping) | parity | {
             "tokens": settings.prompt, "refused": refused,
             "kernel": kernels_used(sparse, settings.prompt if skipping else MANY) or "masked_dense",
         },
     } | about  # fmt: skip
     section |= clock.noise({"dense decode": decode["dense"], "sparse decode": decode["sparse"]}, load)
     return Timing(latency=section, step_macs=executed, peaks={"prefill": peaks} if peaks else {}, highest=highest)
-
-
-def prefills(
-    modules: dict[str, nn.Module], prompt: torch.Tensor, hardware
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Every way to take in a prompt [1, T], by side and engine, and why others could not be had.
-
-    A masked-dense prompt, compiled, has its masks joined to what stands before them: they cost nothing of their own.
-    """
-    contenders, refused = {}, {}
-    compiled = [True] if prompt.device.type == "cuda" and hardware.engine != "eager" else []
-    for side, module in modules.items():
-        for fast in (False, *compiled):
-            run = torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if fast else module
-
-            def call(_, run=run):
-                with torch.no_grad():
-                    return run(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
-
-            name = f"{side}/{'compiled' if fast else 'eager'}"
-            try:
-                call(0)
-            except RuntimeError as error:  # no compiler, no memory
-                if not fast:
-                    raise
-                refused[name] = str(error).strip().partition("\n")[0]
-                log.warning("prefill: no %s (%s)", name, refused[name])
-                continue
-            contenders[name] = Contender(call)
-    return contenders, refused
-
-
-def fastest(engines_timed: dict[str, dict]) -> dict[str, Any]:
-    """The fastest engine of each side, and all of them; by `side/engine`."""
-    section: dict[str, Any] = {"engines": engines_timed}
-    for side in ("dense", "sparse"):
-        names = [name for name in engines_timed if name.startswith(side)]
-        best = min(names, key=lambda name: engines_timed[name]["median_ms"])
-        section |= {side: engines_timed[best], f"{side}_engine": best.partition("/")[2]}
-    return section
-
-
-def of_prompt(times: dict[str, list[float]], skipping: bool) -> dict[str, Any]:
-    """The `prefill` section from samples by `side/engine`; a speed-up only where a kernel skipped."""
-    section = fastest({name: summary(each) for name, each in times.items()})
-    dense, sparse = (times[f"{side}/{section[f'{side}_engine']}"] for side in ("dense", "sparse"))
-    return section | (clock.speedup(dense, sparse) if skipping else {})
 
 
 def threads_of(device: torch.device) -> int:
@@ -267,11 +223,20 @@ def warm(decoder, text: Text) -> None:
 
 
 def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every way to take a step of the untouched model, by engine, and why others could not be had."""
+    """Every way to take a step of the untouched model, by engine, and why others could not be had.
+
+    A quantised model runs by torch's own quantised products as well, if torch has them for its weights.
+    """
     decoders, refused = {}, {}
-    for engine in engines.dense_engines(dense, hardware):
+    own = engines.dense_engines(dense, hardware)
+    ways = {engine: engine for engine in own}
+    if quantised_maps(dense):
+        ways |= {f"{engine}, torch's products": engine for engine in own if engine != "fused"}
+    for way, engine in ways.items():
         try:
-            module = engines.sharing_copy(dense) if engine == "fused" else dense
+            module = dense if way in ("eager", "compiled") else engines.sharing_copy(dense)
+            if way != engine:
+                with_torch_products(module)
             decoder, _, why = checked(module, text, hardware, engine, keep_all=engine == "fused")
             warm(decoder, text)
         except (
@@ -279,13 +244,13 @@ def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, An
             ArithmeticError,
             ValueError,
         ) as error:  # no compiler, no memory, or not the model's own step
-            if engine == "eager":
+            if way == "eager":
                 raise
             why, decoder = {engine: str(error).strip().partition("\n")[0]}, None
-            log.warning("dense decode: no %s step (%s)", engine, why[engine])
+            log.warning("dense decode: no %s step (%s)", way, why[engine])
         if decoder is not None and decoder.engine == engine:
-            decoders[engine] = decoder
-        refused |= why
+            decoders[way] = decoder
+        refused |= dict.fromkeys([way] if why else [], "; ".join(why.values()))
     return decoders, refused
 
 
@@ -339,7 +304,9 @@ def contender(decoder, text: Text, prepare: Callable[[], object] = lambda: None)
     return Contender(steps, lambda: (prepare(), decoder.rewind()), text.untimed)
 
 
-def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, float, dict, dict[str, Any]]:
+def decode_latency(
+    dense, sparse, tokens, settings, hardware, unquantised=None
+) -> tuple[dict, float, dict, dict[str, Any]]:
     """(decode section, executed MACs of a step, parity error and seconds of compiling and warm-up, the two decoders timed).
 
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
@@ -350,10 +317,12 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
     start = time.perf_counter()
     decoders, refused = dense_decoders(dense, text, hardware)
     decoder, eager, errors, why = sparse_decoder(sparse, text, hardware)
+    before = {} if unquantised is None else dense_decoders(unquantised, text, hardware)[0]
     compile_seconds = time.perf_counter() - start
 
     calls = clock.timed_calls(settings.warmup, settings.samples, text.untimed)[: -(-settings.samples // text.block)]
     contenders = {f"dense/{engine}": contender(each, text) for engine, each in decoders.items()}
+    contenders |= {f"unquantised/{engine}": contender(each, text) for engine, each in before.items()}
     with dial(sparse) as turn:
         steps: dict[float, Step] = {}  # by share of the thresholds, the operating point first
         for share in (1.0, *SHARES) if skipping else (1.0,):
@@ -366,11 +335,17 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
         times, warmup_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
     times = {name: [t / text.block for t in each] for name, each in zip(contenders, times, strict=True)}
     curve = [(step, times.pop(share)) for share, step in steps.items()]
+    whole = {name: times.pop(name) for name in [*times] if name.startswith("unquantised/")}
     section = {
         **sides(times, curve[0][1], decoder.engine), "sparsity": steps[1.0].sparsity, "context": settings.context,
         "steps_per_sample": text.block, "untimed_steps": text.block * text.untimed, "refused": refused | why,
         "parity": errors,
     }  # fmt: skip
+    if unquantised is not None:
+        best = clock.fastest({name: summary(each) for name, each in whole.items()}, ["unquantised"])
+        section["unquantised"] = best["unquantised"] | {
+            "engine": best["unquantised_engine"], "dtype": str(next(unquantised.parameters()).dtype).removeprefix("torch.")
+        }  # fmt: skip
     if skipping:
         dense_times = times[f"dense/{section['dense_engine']}"]
         section |= clock.speedup(dense_times, curve[0][1]) | {"break_even": break_even(dense_times, curve)}
@@ -384,7 +359,7 @@ def decode_latency(dense, sparse, tokens, settings, hardware) -> tuple[dict, flo
 
 def sides(dense: dict[str, list[float]], sparse: list[float], engine: str) -> dict[str, Any]:
     """The fastest dense engine beside the sparse one, and all engines. dense: times by `dense/<engine>`."""
-    return fastest({name: summary(each) for name, each in (dense | {f"sparse/{engine}": sparse}).items()})
+    return clock.fastest({name: summary(each) for name, each in (dense | {f"sparse/{engine}": sparse}).items()})
 
 
 def break_even(dense: list[float], curve: list[tuple[Step, list[float]]]) -> dict[str, Any]:

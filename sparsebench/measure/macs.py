@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsebench.modules.base import Cost, SiteSparsity, measured_modules, sparse_modules
-from sparsebench.sites import attention_layout, find_blocks, is_linear, shape
+from sparsebench.sites import attention_layout, find_blocks, is_linear, shape, stored_bytes
 
 
 def dense_sites(module: nn.Module) -> dict[str, Cost]:
@@ -26,9 +26,10 @@ def dense_sites(module: nn.Module) -> dict[str, Cost]:
     costs = {}
     for block in find_blocks(module):
         for site in (*block.sites.values(), *block.others.values()):
-            weight = module.get_submodule(site.path).weight
-            size = weight.numel() * weight.element_size()
-            costs[site.name] = Cost(site.calls * weight.numel(), site.calls * weight.numel(), 0, size, size)
+            linear = module.get_submodule(site.path)
+            m, n = shape(linear)
+            size = stored_bytes(linear)
+            costs[site.name] = Cost(site.calls * m * n, site.calls * m * n, 0, size, size)
         if block.experts is not None:
             active, size = block.experts.active, block.experts.active * block.experts.element_size
             costs |= {name: Cost(active, active, 0, size, size) for name in block.experts.sites.values()}

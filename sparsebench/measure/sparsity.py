@@ -77,8 +77,12 @@ def kept_nonzeros(module: InputSparseLinear, counter: Counter) -> float:
 
 
 def zero_weights(model: nn.Module) -> int:
-    """Weights that are exactly 0 in the sparse linear maps of a model (weight sparsity, apart from that of inputs)."""
-    return sum(int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, InputSparseLinear))
+    """Weights that are exactly 0 in the sparse linear maps of a model (weight sparsity, apart from that of inputs).
+
+    What quantisation rounded to 0 is no pruning, and left out: the dense model has those zeros, too.
+    """
+    maps = (m for m in model.modules() if isinstance(m, InputSparseLinear) and not hasattr(m, "packed"))
+    return sum(int((m.weight == 0).sum()) for m in maps)
 
 
 def model_wide(shares: dict[str, float], weights: dict[str, int]) -> float:

@@ -42,6 +42,7 @@ class Method:
         "train", "adapt", "activation", "control", "stages", "weight_sparsity", "alpha",
     )  # fmt: skip
     neutral_is_exact: ClassVar[bool] = True  # False: up to rounding
+    quantised: ClassVar[bool] = False  # whether it takes a model whose block maps are in 8 or 4 bits (model.quantize)
     takes_experts: ClassVar[bool] = False  # whether it knows what to do with a mixture of experts
 
     def check_model(self, module: nn.Module) -> None:

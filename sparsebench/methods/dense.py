@@ -19,6 +19,7 @@ class Dense(Method):
     neutral: ClassVar = {}
     takes_experts: ClassVar = True
     requested: ClassVar = 0.0
+    quantised: ClassVar = True
 
     def fit(self, loaded, data, work: Work) -> State:
         return State()

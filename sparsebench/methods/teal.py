@@ -52,6 +52,7 @@ class Teal(Method):
     neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "prompt", "threshold_rule", "experts")
     takes_experts: ClassVar = True
+    quantised: ClassVar = True
 
     def __post_init__(self):
         if self.threshold_rule == "signed-hist" and self.histograms is None:

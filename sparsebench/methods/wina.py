@@ -55,9 +55,18 @@ class Wina(Method):
     neutral: ClassVar = {"sparsity": 0.0, "rotate": False}
     operating_point: ClassVar = ("sparsity", "selection", "prompt", "experts")
     takes_experts: ClassVar = True
+    quantised: ClassVar = True
 
     def __post_init__(self):
         check(self)
+
+    def problems(self, settings) -> list[str]:
+        kind = getattr(settings.model, "quantize", "none")
+        if self.rotate and kind != "none":
+            return [
+                f"method.rotate must be false with model.quantize={kind} (stored weights can't be rotated), got true"
+            ]
+        return []
 
     def scaled(self, site: Site) -> bool:
         """Whether a site is scored by |x| c."""

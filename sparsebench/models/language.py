@@ -16,7 +16,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded, gguf, positions, structure
+from sparsebench.models import Loaded, gguf, kept, positions, quantised, structure
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine
 from sparsebench.sites import find_blocks
@@ -43,6 +43,9 @@ class CausalLM:
     trust_remote_code: bool
     architecture: dict | None
     train: Training | None
+    quantize: str = setting(choices=("none", "int8", "int4", "keep"), default="none")
+    quantize_group: int = setting(gt=0, default=128)
+    quantize_axis: str = setting(choices=("input", "output"), default="input")
     kind = "language"
 
     @property
@@ -55,15 +58,24 @@ class CausalLM:
     def problems(self, settings: Any) -> list[str]:
         if self.weights == "scratch" and (self.train is None or self.architecture is None):
             return [f"model.weights=scratch needs model.train and model.architecture, which {self.name} leaves null"]
+        method = getattr(settings, "method", None)
+        if self.quantize != "none" and method is not None and not getattr(method, "quantised", False):
+            return [
+                f"method={method.name} does not run on quantised weights: model.quantize must be none, got {self.quantize}"
+            ]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
         if from_architecture and self.path is not None:
             location_problem(self.location, self.revision)  # of the tokenizer, whose commit names the run
+        if self.quantize == "keep" and from_architecture:
+            return ["model.quantize=keep needs weights that are stored in 8 or 4 bits, got weights that are made here"]
         if not from_architecture:
             if self.path is None:
                 return ["model.path must be a folder, a Hub id or a GGUF file, got null"]
             problem = location_problem(self.location, self.revision)
             if problem is None and Path(self.location).is_dir() and not self.trust_remote_code:
                 problem = structure.config_problem(self.location, "model.path")
+            if problem is None:
+                problem = self.storage_problem()
             if problem:
                 return [problem]
         if is_gguf(self.location) and not from_architecture:
@@ -75,6 +87,18 @@ class CausalLM:
         problem = structure.depth_problem(self.name, config, self.num_layers)
         problem = problem or structure.causal_problem(self.name, config)
         return [problem] if problem else positions.problems(self.name, config, lengths_of(settings))
+
+    def storage_problem(self) -> str | None:
+        """What is wrong with how the weights at `path` are stored, for what `quantize` asks, or None."""
+        if self.quantize == "keep":
+            problem = kept.problem(self.location)
+            return problem and f"model.quantize=keep: {problem}"
+        if self.quantize != "none" and kept.method_of(self.location):
+            return (
+                f"model.quantize must be none or keep for a checkpoint that is in {kept.method_of(self.location)} already, "
+                f"got {self.quantize}"
+            )
+        return kept.package_problem(self.location)
 
     @property
     def tokens_from(self) -> str:
@@ -144,6 +168,8 @@ class CausalLM:
                 module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
         elif is_gguf(location):
             module = gguf.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
+        elif self.quantize == "keep":
+            module = kept.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
         else:
             with hub.answering("model.path", location, self.revision):
                 module = load_whole(
@@ -151,11 +177,11 @@ class CausalLM:
                     config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
                 ).to(hardware.torch_device)  # fmt: skip
         module.eval().requires_grad_(False)
-        blocks = find_blocks(module)
+        parameters, blocks = sum(p.numel() for p in module.parameters()), find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
         info = {
             "name": self.name,
-            "num_parameters": sum(p.numel() for p in module.parameters()),
+            "num_parameters": parameters,
             "source": sources[self.weights],
             "revision": self.revision,
             "architecture": type(module).__name__,
@@ -173,8 +199,14 @@ class CausalLM:
         if data is not None:
             info["cautions"] += positions.cautions(config, data.test.sequence_length) + start_cautions(tokenizer, data)
         if is_gguf(location) and self.weights == "pretrained":
-            info["gguf"], caution = gguf.describe(location, config, hardware.torch_dtype)
+            info["gguf"], caution = gguf.describe(location, config, hardware.torch_dtype, self.quantize)
             info["cautions"].append(caution)
+        if self.quantize in quantised.BITS:
+            info["quantisation"] = quantised.quantise(
+                module, self.quantize, self.quantize_group, self.quantize_axis, hardware.kernel_name
+            )
+        elif self.quantize == "keep":
+            info["quantisation"] = kept.keep(module, location, config, hardware.kernel_name)
         for caution in info["cautions"]:
             log.warning("model=%s: %s", self.name, caution)
         if data is not None:

@@ -41,11 +41,9 @@ class InputSparseLinear(SparseModule, LinearMap):
         self, linear, site, threshold, *, scale=None, top_k=None, prompt="all", low_rank=None, kernel="masked_dense"
     ):
         super().__init__()
-        transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()
-        self.weight = nn.Parameter(transposed.contiguous().t(), requires_grad=False)  # [m, n], n outermost in memory
+        self.take(linear)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
-        device = self.weight.device
-        self.register_buffer("threshold", torch.tensor(float(threshold), device=device), persistent=False)
+        self.register_buffer("threshold", torch.tensor(float(threshold), device=self.device), persistent=False)
         self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
         for name in ("low_rank_a", "low_rank_b"):
             self.register_buffer(name, None, persistent=False)
@@ -53,9 +51,23 @@ class InputSparseLinear(SparseModule, LinearMap):
         self.site, self.top_k, self.prompt, self.kernel_name = site, top_k, prompt, kernel
         kernels.chain(kernel)  # loaded now, not while a graph is compiled
 
+    def take(self, linear) -> None:
+        """Take over the weight of the map that is replaced, stored as [m, n] with n outermost in memory."""
+        transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()
+        self.weight = nn.Parameter(transposed.contiguous().t(), requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return tuple(self.weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     @property
     def covers(self) -> dict[str, int]:
-        return {self.site: self.weight.numel()}
+        return {self.site: self.shape[0] * self.shape[1]}
 
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -69,7 +81,7 @@ class InputSparseLinear(SparseModule, LinearMap):
         self.low_rank_b = None if b is None else F.pad(b, (0, 0, 0, -self.rank % 8)).contiguous()
 
     def new_counter(self) -> Counter:
-        return Counter(self.weight.shape[1], self.weight.device)
+        return Counter(self.shape[1], self.device)
 
     def kernel(self, tokens: int) -> str:
         """One token goes to the kernel, more are masked."""
@@ -108,7 +120,7 @@ class InputSparseLinear(SparseModule, LinearMap):
         Overhead: r (m + n) of the low-rank part (an upper bound: kept inputs need not pass it), n for a scale and n for
         a selection.
         """
-        m, n = self.weight.shape
+        m, n = self.shape
         site = measured[self.site]
         kept = (1 - site.sparsity_of_sparse_tokens) * m * n
         factors, element = self.rank * (m + n), self.weight.element_size()
@@ -117,7 +129,7 @@ class InputSparseLinear(SparseModule, LinearMap):
         return {self.site: Cost(m * n, both, extra, m * n * element, (kept + factors) * element, kept)}
 
     def extra_repr(self) -> str:
-        m, n = self.weight.shape
+        m, n = self.shape
         rule = f"threshold={float(self.threshold):.4g}" if self.top_k is None else f"top_k={self.top_k}"
         return f"{self.site}, {n}->{m}, {rule}, prompt={self.prompt}"
 
@@ -139,6 +151,12 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def swap(model: nn.Module, site, threshold: float, **rule) -> InputSparseLinear:
     """Replace the linear map at a site (sites.py) by an input-sparse one; `rule` as for InputSparseLinear."""
-    sparse = InputSparseLinear(model.get_submodule(site.path), site.name, threshold, **rule)
+    sparse = sparse_of(model.get_submodule(site.path), site.name, threshold, **rule)
     replace(model, site.path, sparse)
     return sparse
+
+
+def sparse_of(linear: nn.Module, name: str, threshold: float, **rule) -> InputSparseLinear:
+    """An input-sparse map with the weight of `linear`; quantised maps (quant_sparse.py) make one of their own."""
+    make = getattr(linear, "sparse", None)
+    return make(name, threshold, **rule) if make else InputSparseLinear(linear, name, threshold, **rule)

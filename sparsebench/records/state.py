@@ -133,6 +133,23 @@ def cached(path: Path, fit: Callable[[], State]) -> tuple[State, dict[str, Any]]
     return state, {"seconds": state.info["fit_seconds"], "cached": False, "state_sha256": sha256}
 
 
+def check_quantisation(state: State, model: dict[str, Any]) -> None:
+    """Raise ValueError where a state was fitted on weights stored in another way; model: the record's model section."""
+    fitted, present = state.info.get("quantisation"), model.get("quantisation")
+    if files.plain(fitted) != files.plain(present):
+        raise ValueError(
+            f"method: thresholds of {in_words(fitted)} don't serve {in_words(present)}: what is run must be what was "
+            "calibrated (fit again)"
+        )
+
+
+def in_words(quantisation: dict[str, Any] | None) -> str:
+    if quantisation is None:
+        return "unquantised weights"
+    group = quantisation.get("group")
+    return f"int{quantisation['bits']} weights" + (f" in groups of {group} ({quantisation['axis']})" if group else "")
+
+
 def recorded(path: Path) -> str:
     """The checksum that a state carries."""
     with safetensors.safe_open(path, framework="pt") as file:

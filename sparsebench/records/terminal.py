@@ -178,9 +178,23 @@ def toy(model: dict[str, Any]) -> str:
     return f" (a toy of {scaled(model.get('num_parameters') or 0)} parameters: for comparing methods, not for their figures)"
 
 
+def stored_as(model: dict[str, Any]) -> str:
+    """What is said beside the name of a model whose weights are quantised: both columns are of it."""
+    about = model.get("quantisation")
+    if not about:
+        return ""
+    groups = f", groups of {about['group']}" if about.get("group") else ""
+    kinds = about["bits"] if isinstance(about["bits"], list) else [about["bits"]]
+    bits = f"{about['bits_per_weight']:.2f} bits a weight"
+    return (
+        f"\nblock maps in int{' and int'.join(map(str, kinds))}{groups} ({about['rounding']}, {bits}), in both columns"
+    )
+
+
 def table(record: dict[str, Any]) -> Table:
     """The run's figures, dense beside sparse."""
-    grid = Table(title=Text(record["name"]) + toy(record.get("model") or {}), title_justify="left")
+    model = record.get("model") or {}
+    grid = Table(title=Text(record["name"]) + toy(model) + stored_as(model), title_justify="left")
     grid.add_column("")
     for name in ("dense", "sparse", "sparse / dense"):
         grid.add_column(name, justify="right")
@@ -190,6 +204,7 @@ def table(record: dict[str, Any]) -> Table:
         label = f"{name}, {metric['tokens']} tokens: LITTLE TEXT" if metric.get("little_text") else name
         both = (uncertain(metric[side], metric.get(f"{side}_stderr")) for side in ("dense", "sparse"))
         grid.add_row(label, *both, change(name, metric))
+    corner_rows(grid, ((record["quality"] or {}).get("nll") or {}).get("corners"))
     if record["sparsity"]:
         sparsity_rows(grid, record["sparsity"])
     if (record.get("extra") or {}).get("critical"):
@@ -208,6 +223,20 @@ def table(record: dict[str, Any]) -> Table:
     if record["memory"]:
         memory_rows(grid, record["memory"])
     return grid
+
+
+def corner_rows(grid: Table, corners: dict[str, Any] | None) -> None:
+    """Of a quantised model: perplexity before it was quantised, and what quantisation and sparsity cost apart and together."""
+    if not corners:
+        return
+    before, added = corners["perplexity"], corners["delta_nll"]
+    cells = (f"{before[n]:.4g}" for n in ("dense", "sparse"))
+    grid.add_row("  perplexity, not quantised", *cells, f"{before['sparse'] / before['dense']:.3f}x")
+    both = (f"{added[name]:+.4f}" for name in ("quantised", "sparse_quantised"))
+    grid.add_row("  NLL above dense, not quantised", *both, f"sparsity alone {added['sparse']:+.4f}")
+    grid.add_row(
+        "  interaction (0: errors add up)", "", uncertain(corners["interaction"], corners["interaction_stderr"]), ""
+    )
 
 
 def per(macs: dict[str, Any]) -> str:
@@ -238,6 +267,8 @@ def memory_rows(grid: Table, memory: dict[str, Any]) -> None:
     grid.add_row(
         "weights in memory", *(scaled(memory.get(key), "B") for key in both), ratio(*(memory.get(key) for key in both))
     )
+    if memory.get("unquantised_weight_bytes"):
+        grid.add_row("  dense, not quantised", scaled(memory["unquantised_weight_bytes"], "B"), "", "")
     for name, peaks in (memory.get("peaks") or {}).items():
         cells = (scaled(peaks[side], "B") for side in ("dense", "sparse"))
         grid.add_row(f"peak memory, {name}", *cells, ratio(peaks["dense"], peaks["sparse"]))
@@ -306,6 +337,11 @@ def latency_rows(grid: Table, latency: dict[str, Any]) -> None:
             grid.add_row("  dense engine (others)", times["dense_engine"], "", engines_beside(times))
             if latency.get("limit"):
                 grid.add_row("  of the bytes limit here", *limit_cells(latency["limit"]))
+            if "unquantised" in times:
+                whole = times["unquantised"]
+                faster = whole["median_ms"] / times["sparse"]["median_ms"]
+                label = f"  dense, not quantised: {whole['dtype']}, {whole['engine']}"
+                grid.add_row(label, f"{whole['median_ms']:.3f}", "", f"sparse: {faster:.2f}x as fast")
     if "break_even" in (latency.get("decode") or {}):
         grid.add_row("decode break-even sparsity", "", *break_even_cells(latency["decode"]["break_even"]))
     for times in latency.get("forward", {}).values():

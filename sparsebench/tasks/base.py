@@ -86,8 +86,18 @@ class Task(ABC, Generic[A]):
         """What changed from dense to sparse."""
 
     @abstractmethod
-    def time(self, dense: nn.Module, sparse: nn.Module, data: Data, settings: Settings) -> Timing:
-        """Wall clock of both models. Raises ArithmeticError where a kernel differs from masked-dense."""
+    def time(
+        self,
+        dense: nn.Module,
+        sparse: nn.Module,
+        data: Data,
+        settings: Settings,
+        unquantised: nn.Module | None = None,
+    ) -> Timing:
+        """Wall clock of both models, and of the dense one before it was quantised, where it was.
+
+        Raises ArithmeticError where a kernel differs from masked-dense.
+        """
 
     @abstractmethod
     def executed(self, macs: dict[str, Any], timing: Timing) -> float:

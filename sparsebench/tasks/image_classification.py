@@ -105,7 +105,7 @@ class ImageClassification(Task[ImageAssessment]):
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings):
+    def time(self, dense, sparse, data, settings, unquantised=None):
         """Whole forward passes at batch 1 and `measure.batch`, and every layer by itself at batch 1.
 
         Dense kernels gain nothing from zeros, so layers run dense unless the kernel that skips was measured faster on

@@ -116,14 +116,14 @@ class LanguageModeling(Task[LanguageAssessment]):
             extra=extra | routed(dense, sparse, costs),
         )
 
-    def time(self, dense, sparse, data, settings):
+    def time(self, dense, sparse, data, settings, unquantised=None):
         measurement = settings.measure
         each = measurement.context + measurement.samples
         needed = max(each * max(measurement.batches or [1]), measurement.prompt)
         tokens = data.test.sequences(-(-needed // data.test.sequence_length)).flatten()
         length = data.test.sequence_length
         few = -(-max(each, measurement.prompt) // length) * length  # what one text needs
-        timing = latency.latency(dense, sparse, tokens[:few], measurement, settings.hardware)
+        timing = latency.latency(dense, sparse, tokens[:few], measurement, settings.hardware, unquantised)
         given = (tokens.to(settings.hardware.torch_device), timing.latency["decode"], measurement, settings.hardware)
         if measurement.batches:
             timing.latency["batches"], timing.extra["union"] = few_rows.batches(dense, sparse, *given)

@@ -72,7 +72,7 @@ class TextClassification(Task[TextAssessment]):
             extra=beside(dense, sparse),
         )
 
-    def time(self, dense, sparse, data, settings):
+    def time(self, dense, sparse, data, settings, unquantised=None):
         """Whole forward passes at batch 1 and `measure.batch`."""
         measurement, hardware = settings.measure, settings.hardware
         sizes = dict.fromkeys((1, measurement.batch))

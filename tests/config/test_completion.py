@@ -11,7 +11,7 @@ from sparsebench.config import completion
         ("experiment=paper/t", {"experiment=paper/teal", "experiment=paper/teal_speed"}),
         ("method.allocation=", {"method.allocation=uniform", "method.allocation=greedy"}),
         ("method=rsparse method.rho_from=s", {"method.rho_from=search"}),
-        ("hardware.kernel=cpu", {"hardware.kernel=cpu_numba"}),
+        ("hardware.kernel=cpu", {"hardware.kernel=cpu_numba", "hardware.kernel=cpu_packed"}),
         ("wandb.mode=o", {"wandb.mode=offline", "wandb.mode=online"}),
         ("force=", {"force=true", "force=false"}),
         ("method=nothing method.allocation=", set()),

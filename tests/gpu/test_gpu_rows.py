@@ -7,7 +7,7 @@ import torch
 
 from sparsebench.engines import Decoder
 from sparsebench.kernels import cuda_rows, masked_dense
-from sparsebench.measure import few_rows, latency
+from sparsebench.measure import clock, few_rows, latency, prompt_pass
 from sparsebench.modules import masking
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.tokens import rows_apart
@@ -132,10 +132,10 @@ def test_a_prompt_is_not_slower_for_its_masks():
     masking.share_rules(sparse, InputSparseLinear)
     prompt = torch.randint(0, 320, (1, 128)).cuda()
     target = SimpleNamespace(engine="auto")
-    ran, refused = latency.prefills({"dense": dense, "sparse": sparse}, prompt, target)
+    ran, refused = prompt_pass.prefills({"dense": dense, "sparse": sparse}, prompt, target)
     assert set(ran) == {"dense/eager", "dense/compiled", "sparse/eager", "sparse/compiled"}, refused
     times, _ = latency.interleaved(list(ran.values()), 3, 30, torch.device("cuda"))
-    figures = latency.fastest({n: latency.summary(t) for n, t in zip(ran, times, strict=True)})
+    figures = clock.fastest({n: clock.summary(t) for n, t in zip(ran, times, strict=True)})
     assert figures["sparse"]["median_ms"] < 1.15 * figures["dense"]["median_ms"], figures["engines"]
 
 

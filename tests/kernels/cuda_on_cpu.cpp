@@ -11,6 +11,13 @@ void run_gather_swiglu(int gx, int gy, int bytes, const Gather* a) { launch(gx, 
 void run_gather_attention(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_attention(*a); }); }
 void run_gather_half(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_half(*a); }); }
 void run_gather_neuron(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_neuron(*a); }); }
+#ifdef BITS
+void run_gather_packed_plain(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_plain(*a); }); }
+void run_gather_packed_norm(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_norm(*a); }); }
+void run_gather_packed_swiglu(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_swiglu(*a); }); }
+void run_gather_packed_attention(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_attention(*a); }); }
+void run_gather_packed_half(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_half(*a); }); }
+#endif
 void run_attend(int gx, int gy, int bytes, const Attend* a) { launch(gx, gy, THREADS, bytes, [=] { attend(*a); }); }
 void run_rows(int gx, int gy, int bytes, const Rows* a) { launch(gx, gy, THREADS, bytes, [=] { rows(*a); }); }
 void run_expert_keep(int gx, int gy, int bytes, const Keep* a) { launch(gx, gy, THREADS, bytes, [=] { expert_keep(*a); }); }

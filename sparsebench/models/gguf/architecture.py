@@ -284,15 +284,22 @@ def load(file: File, config: transformers.PretrainedConfig, dtype: torch.dtype) 
 
 def parameter(file: File, config: transformers.PretrainedConfig, name: str, place: Place) -> torch.Tensor:
     """One parameter as transformers has it, float32."""
-    values, architecture = file.dequantised(place.tensor.name), file.fields["general.architecture"]
-    if place.rows is not None:
-        values = values[place.rows]
-    if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        values = unpermuted(values, heads)
-    if architecture == "gemma3" and name.endswith("norm.weight"):
+    values = arranged(file, config, name, place, file.dequantised(place.tensor.name))
+    if file.fields["general.architecture"] == "gemma3" and name.endswith("norm.weight"):
         values = values - 1
     return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def arranged(
+    file: File, config: transformers.PretrainedConfig, name: str, place: Place, values: np.ndarray
+) -> np.ndarray:
+    """The rows [m, ...] of a stored tensor that are a parameter, in transformers' order."""
+    if place.rows is not None:
+        values = values[place.rows]
+    if file.fields["general.architecture"] == "llama" and re.search(r"\.[qk]_proj\.", name):
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        values = unpermuted(values, heads)
+    return values
 
 
 def unpermuted(values: np.ndarray, heads: int) -> np.ndarray:
