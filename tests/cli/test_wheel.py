@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_wheel_holds_what_runs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("conf/config.yaml", "conf/method/teal.yaml", "kernels/decode.cu", "record.schema.json"):
+    for name in ("conf/config.yaml", "conf/method/teal.yaml", "kernels/decode.cu", "records/record.schema.json"):
         assert f"sparsebench/{name}" in names
     assert (
         "sparsebench/assets/llama-tiny/model.safetensors" in names
