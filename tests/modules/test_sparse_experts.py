@@ -43,13 +43,16 @@ def counted(model, rows=ROWS[:4]):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_keeping_all_is_the_models_own_loop_bit_by_bit(kind):
-    """Check 1: nothing dropped, at input, middle and gate; and a threshold of 0 drops exact zeros only."""
-    expected = logits(tiny(kind), ROWS[:4])
-    assert torch.equal(logits(sparse(tiny(kind), ALL, ALL), ROWS[:4]), expected)
-    assert torch.equal(logits(sparse(tiny(kind), gate=0.0), ROWS[:4]), expected)
-    assert torch.equal(logits(sparse(tiny(kind), mid={"threshold": 0.0}), ROWS[:4]), expected)
-    one = logits(tiny(kind), ROWS[:1, :1])
-    assert torch.equal(logits(sparse(tiny(kind), ALL, ALL), ROWS[:1, :1]), one)
+    """Check 1: nothing dropped, at input, middle and gate; and a threshold of 0 drops exact zeros only.
+
+    Three experts, whose sum tells the order in which they are added.
+    """
+    expected = logits(tiny(kind, num_experts_per_tok=3), ROWS[:4])
+    assert torch.equal(logits(sparse(tiny(kind, num_experts_per_tok=3), ALL, ALL), ROWS[:4]), expected)
+    assert torch.equal(logits(sparse(tiny(kind, num_experts_per_tok=3), gate=0.0), ROWS[:4]), expected)
+    assert torch.equal(logits(sparse(tiny(kind, num_experts_per_tok=3), mid={"threshold": 0.0}), ROWS[:4]), expected)
+    one = logits(tiny(kind, num_experts_per_tok=3), ROWS[:1, :1])
+    assert torch.equal(logits(sparse(tiny(kind, num_experts_per_tok=3), ALL, ALL), ROWS[:1, :1]), one)
 
 
 def test_gate_and_up_of_gpt_oss_lie_in_turns():
