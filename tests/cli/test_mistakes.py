@@ -139,8 +139,8 @@ TABLE = {
         "model.path must hold a config.json that transformers ... knows, got '{broken_config}' (...)",
     "model=hf dataset=pystdlib model.path={encoder}":
         "model=encoder must be a causal language model of transformers, got one of type vit",
-    "model=hf dataset=pystdlib model.path={bloom}":
-        "model=bloom: transformer.h.0 is a block of an unknown structure; ...",
+    "model=hf dataset=pystdlib model.path={doge}":
+        "model=doge: model.layers.0 is a block of an unknown structure; ...",
     f"{HF} dataset.path={{corpus.txt}} {SHORT} model.num_layers=9":
         "model.num_layers must be at most 2 for llama, got 9",
     "model.num_layers=99": "model.num_layers must be at most 4 for llama-tiny, got 99",
@@ -193,7 +193,7 @@ def inputs(tmp_path_factory):
     """name -> path of the files and folders that the table names."""
     root = tmp_path_factory.mktemp("mistakes")
     tiny_model("llama").save_pretrained(root / "llama")
-    for name in ("llama", "broken_config", "encoder", "bloom"):
+    for name in ("llama", "broken_config", "encoder", "doge"):
         if name != "llama":
             shutil.copytree(root / "llama", root / name)
         tiny_tokenizer().save_pretrained(root / name)
@@ -201,8 +201,8 @@ def inputs(tmp_path_factory):
     (root / "empty").mkdir()
     (root / "broken_config" / "config.json").write_text('{"model_type": "lama"}')
     (root / "encoder" / "config.json").write_text('{"model_type": "vit"}')
-    (root / "bloom" / "config.json").write_text(
-        '{"model_type": "bloom", "hidden_size": 64, "n_head": 4, "vocab_size": 320}'
+    (root / "doge" / "config.json").write_text(
+        '{"model_type": "doge", "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 320}'
     )
     (root / "corpus.txt").write_text(TEXT)
     (root / "empty.txt").write_text(" \n")
