@@ -29,7 +29,7 @@ from rich.table import Table
 
 from sparsebench.config.compose import to_dict
 from sparsebench.config.identity import NOT_IDENTITY, digest
-from sparsebench.records import files, stopping, terminal
+from sparsebench.records import files, stopping, terminal, wording
 
 log = logging.getLogger("sparsebench")
 FINISHED, BEFORE, NOT_RUN = "finished", "finished before", "not run"
@@ -184,7 +184,7 @@ def figures(record: dict | None) -> dict:
         "metric": name,
         "dense": quality[name]["dense"] if name else None,
         "sparse": quality[name]["sparse"] if name else None,
-        "change": terminal.change(name, quality[name])
+        "change": wording.change(name, quality[name])
         if name and None not in (quality[name]["dense"], quality[name]["sparse"])
         else None,
         "sparsity": (record.get("sparsity") or {}).get("model_wide"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import altair as alt
 
-from sparsebench.records.terminal import uncertain
+from sparsebench.records.wording import uncertain
 from sparsebench.report import patterns, unions
 from sparsebench.report.groups import Group, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites

@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from sparsebench.records.terminal import uncertain
+from sparsebench.records.wording import uncertain
 from sparsebench.report.export import as_markdown
 from sparsebench.report.groups import protocol
 from sparsebench.report.published import SEEN, same

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.records import files
-from sparsebench.records.terminal import uncertain
+from sparsebench.records.wording import uncertain
 from sparsebench.report import document
 from sparsebench.report.equal_terms import SURE, apart, error, evidence, summed
 from sparsebench.report.groups import label

@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 
 from sparsebench.records import terminal
-from sparsebench.records.terminal import scaled
+from sparsebench.records.wording import scaled
 from sparsebench.report.rows import Row, flat
 from sparsebench.report.tables import DASH, Table, number
 from sparsebench.report.vega import Spec, lines_over, styles

@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsebench.measure import uncertainty
 from sparsebench.measure.uncertainty import Pieces
-from sparsebench.records.terminal import uncertain
+from sparsebench.records.wording import uncertain
 from sparsebench.report.groups import Group, repeats
 from sparsebench.report.interpolation import monotone
 from sparsebench.report.rows import Row

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsebench.records import archive, terminal
-from sparsebench.records.terminal import rounded, scaled, uncertain
+from sparsebench.records import archive, terminal, wording
+from sparsebench.records.wording import rounded, scaled, uncertain
 from sparsebench.report.equal_terms import Point, Standing
 from sparsebench.report.groups import Group, differences, over_seeds
 from sparsebench.report.rows import Row
@@ -94,7 +94,7 @@ def change(row: Row) -> str:
     """Sparse over dense with its paired standard error; of accuracy the difference in points."""
     if row.metric is None or row.sparse is None:
         return DASH
-    return terminal.change(row.metric, row.record["quality"][row.metric])
+    return wording.change(row.metric, row.record["quality"][row.metric])
 
 
 def spread(time: dict, side: str) -> str:

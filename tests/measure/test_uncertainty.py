@@ -8,7 +8,7 @@ import pytest
 from sparsebench.data.text import Document, Split
 from sparsebench.measure import quality, uncertainty
 from sparsebench.measure.uncertainty import Pieces
-from sparsebench.records import terminal
+from sparsebench.records import terminal, wording
 from tests.helpers import TEXT, tiny_model, tiny_tokenizer
 
 
@@ -118,7 +118,7 @@ def test_scored_tokens_know_their_document(bos):
      (10.0449, 0.184, "10.04 ± 0.18"), (5.0, None, "5"), (0.81352, 0.0123, "0.814 ± 0.012")],
 )  # fmt: skip
 def test_significant_digits_only(value, stderr, text):
-    assert terminal.uncertain(value, stderr) == text
+    assert wording.uncertain(value, stderr) == text
 
 
 def test_what_terminal_and_line_say():
@@ -126,8 +126,8 @@ def test_what_terminal_and_line_say():
         "dense": 10.0449, "sparse": 10.98123, "dense_stderr": 0.034, "sparse_stderr": 0.0312, "ratio": 1.09321,
         "ratio_stderr": 0.0031, "difference_stderr": 0.029, "little_text": False, "higher_is_better": False,
     }  # fmt: skip
-    assert terminal.in_words("perplexity", metric) == "10.98 ± 0.03 (1.093 ± 0.003x)"
-    assert "little text" in terminal.in_words("perplexity", {**metric, "little_text": True})
+    assert wording.in_words("perplexity", metric) == "10.98 ± 0.03 (1.093 ± 0.003x)"
+    assert "little text" in wording.in_words("perplexity", {**metric, "little_text": True})
     line = terminal.headline(
         {"status": "finished", "name": "n", "error": None, "quality": {"perplexity": metric}}, "result.json"
     )
@@ -139,4 +139,4 @@ def test_what_terminal_and_line_say():
         "sparse_stderr": 0.012,
         "difference_stderr": 0.011,
     }
-    assert terminal.in_words("accuracy", accuracy) == "0.814 ± 0.012 (-8.6 ± 1.1 points)"
+    assert wording.in_words("accuracy", accuracy) == "0.814 ± 0.012 (-8.6 ± 1.1 points)"
