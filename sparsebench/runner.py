@@ -8,6 +8,7 @@ config -> model + dataset -> dense = task.assess -> method.fit (train or calibra
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 
 from sparsebench import config, ranks, tasks
+from sparsebench.config.identity import contents
 from sparsebench.data.base import Data
 from sparsebench.measure import corners, estimate, limit, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.masking import share_rules
-from sparsebench.records import machine, progress, state
+from sparsebench.records import machine, progress, shared, state
 from sparsebench.records.record import Record
 from sparsebench.tasks import critical
 
@@ -37,6 +39,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     Raises ConfigError before anything slow, and whatever a later stage raises.
     """
     settings = config.build_settings(configuration)
+    shared.begin(record.config_hash if settings.share else None)
     hardware, method, task = settings.hardware, settings.method, tasks.load(settings.model.kind)
     hardware.prepare()
     ranks.start(on_cpu=hardware.torch_device.type == "cpu")
@@ -47,14 +50,14 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     progress.begin(f"loading data {settings.dataset.name}")
     data: Data = settings.dataset.load(settings.seed)
     data.check_disjoint()
-    plain = unquantised(settings, configuration, data, work)
+    plain = unquantised(settings, configuration, data, work, record)
     progress.begin(f"loading model {settings.model.name}")
     loaded: Loaded = settings.model.load(work, data)
     record.model = loaded.info
     method.check_model(loaded.module)
 
     progress.begin("dense model: evaluating")
-    dense = task.assess(loaded, loaded.module, data, settings)
+    dense = assess_dense(loaded, data, settings, configuration, record, "dense")
     needed_later = settings.measure.latency or settings.eval.critical.enabled or task.keeps_dense
     untouched = copy.deepcopy(loaded.module) if needed_later else None
 
@@ -110,6 +113,57 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     return record
 
 
+def assess_dense(
+    loaded: Loaded, data: Data, settings: config.Settings, configuration: dict[str, Any], record: Record, name: str
+) -> Any:
+    """The Assessment of a dense model, or what another run made of the same one; `record.shared` then says which, by name.
+
+    Random numbers go on as if nothing had been assessed, so that what follows is the same either way.
+    """
+    task = tasks.load(settings.model.kind)
+
+    def make() -> Any:
+        on_gpu = settings.hardware.torch_device.type == "cuda"
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
+            return task.assess(loaded, loaded.module, data, settings)
+
+    def decided_by() -> dict[str, Any]:
+        return decides_dense(settings, configuration, loaded, task.tested(data, settings))
+
+    dense, run_of = shared.shared("dense", decided_by, make)
+    record.shared |= {name: run_of} if run_of else {}
+    return dense
+
+
+def decides_dense(
+    settings: config.Settings, configuration: dict[str, Any], loaded: Loaded, tested: list[str]
+) -> dict[str, Any]:
+    """All that decides what is measured of a dense model: its files, what it is tested on, how, and where.
+
+    A pretrained language model and the order of its text don't depend on the seed; of any other model the weights
+    themselves count. Tasks of lm-eval may be downloaded, so they are taken to be the same for a day.
+    """
+    parts = {name: configuration[name] for name in ("model", "dataset", "eval")}
+    pretrained = settings.model.kind == "language" and getattr(settings.model, "weights", None) == "pretrained"
+    measure, hardware = settings.measure, settings.hardware.read_back()
+    return parts | {
+        "tested": tested, "measure": {"context": measure.context, "chunk": measure.chunk},
+        "seed": None if pretrained else settings.seed, "weights": None if pretrained else fingerprint(loaded.module),
+        "day": now()[:10] if settings.eval.lm_eval.tasks else None, "contents": contents(parts), "machine": machine.machine(),
+        "hardware": {name: hardware[name] for name in ("device", "dtype", "threads", "kernel")},
+        "quantisation": loaded.info.get("quantisation"),
+    }  # fmt: skip
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    whole = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
 @dataclass
 class Unquantised:
     """The same model before it was quantised, and the same method fitted on that."""
@@ -119,7 +173,9 @@ class Unquantised:
     module: torch.nn.Module | None  # dense, where it will be timed
 
 
-def unquantised(settings: config.Settings, configuration: dict[str, Any], data: Data, work: Work) -> Unquantised | None:
+def unquantised(
+    settings: config.Settings, configuration: dict[str, Any], data: Data, work: Work, record: Record
+) -> Unquantised | None:
     """What a run with `model.quantize=int8|int4` compares with; None where weights are as they were stored.
 
     Its fit is that of a run with model.quantize=none, cached under that run's key.
@@ -133,7 +189,7 @@ def unquantised(settings: config.Settings, configuration: dict[str, Any], data: 
     progress.begin(f"loading model {model.name}, not quantised")
     loaded = model.load(work, data)
     progress.begin("dense model, not quantised: evaluating")
-    dense = task.assess(loaded, loaded.module, data, settings)
+    dense = assess_dense(loaded, data, settings, configuration, record, "unquantised")
     kept = copy.deepcopy(loaded.module) if settings.measure.latency else None
     progress.begin(f"{method.name}: fitting, not quantised")
     fitted, _ = fit(method, loaded, data, work, settings, configuration)
@@ -172,7 +228,10 @@ def timed_run(
 ) -> Record:
     """`run` with the wall clock in the record."""
     record.started_at, start = now(), time.perf_counter()
+    progress.taken()
     try:
         return run(configuration, record, folder, track)
     finally:
+        shared.begin(None)
+        record.phases = progress.taken()
         record.seconds = time.perf_counter() - start

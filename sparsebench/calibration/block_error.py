@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -66,13 +67,22 @@ def run_block(module: nn.Module, hidden: torch.Tensor, arguments: tuple) -> torc
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
+def common_parent(model: nn.Module, block: Block, groups: tuple[str, ...]) -> nn.Module | None:
+    """The module inside a block that holds all maps of these groups, e.g. `self_attn`; None where only the block does."""
+    paths = [site.path.split(".")[:-1] for site in block.sites.values() if site.group in groups]
+    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    parent = ".".join(names[0] for names in levels)
+    return model.get_submodule(parent) if parent.startswith(f"{block.path}.") else None
+
+
 class BlockError:
     """l2 distance of a block's output, with thresholds on its maps' inputs, from its dense `outputs`.
 
     hidden, outputs: a list of [B, T, D] per batch; only the last `tokens` of each sequence are compared.
-    threshold(role, p) gives t, `scales` c by role. To call it costs less than the block: maps that work token by token
-    are computed for the compared tokens alone (the others are 0), and what a trial leaves as it is on the path it
-    starts from is kept. Memory: the outputs of every map but the last, for those tokens (keys and values for all).
+    threshold(role, p) gives t, `scales` c by role. To call it costs less than the block: maps that work token by token,
+    and the whole FFN, are computed for the compared tokens alone (the others are 0), and what a trial leaves as it is on
+    the path it starts from is kept: outputs of maps, and what attention hands to its last map. Memory: those outputs
+    (keys and values for all tokens) and one hidden state.
     """
 
     def __init__(self, model: nn.Module, block: Block, arguments, hidden, outputs, threshold, scales, tokens: int):
@@ -82,6 +92,10 @@ class BlockError:
         self.threshold, self.scales, self.tokens = functools.cache(threshold), scales, tokens
         self.kept: dict[tuple[int, str], tuple[tuple, torch.Tensor]] = {}
         self.runs = 0  # how often it was called: the cost of a search
+        self.attention = common_parent(model, block, ("attn_in", "attn_out")) if "o" in block.sites else None
+        self.ffn = common_parent(model, block, ("mlp_in", "mlp_mid"))
+        self.attended: dict[int, tuple[tuple, torch.Tensor, tuple | None]] = {}  # by batch: key, input of o, the rest
+        self.last_o: tuple[torch.Tensor, torch.Tensor] | None = None  # input and output of the latest call of o
 
     def decided_by(self, role: str, sparsity: dict[str, float]) -> tuple:
         """The sparsities that a map's output depends on: its own and those of maps that read earlier tensors."""
@@ -94,24 +108,57 @@ class BlockError:
         self.runs += 1
         keys = {r: self.decided_by(r, sparsity) for r in self.sites}
         fixed = {r for r in self.sites if keys[r] == self.decided_by(r, path)}
+        readers = [r for r, site in self.sites.items() if site.group == "attn_in"]
+        attended = tuple(sparsity[r] for r in readers) if fixed.issuperset(readers) else None
         total = torch.zeros((), dtype=torch.float64, device=self.outputs[0].device)
-        own = {r: vars(m).get("forward") for r, m in self.maps.items()}  # set by libraries that wrap modules
-        forwards = {r: m.forward for r, m in self.maps.items()}
+        changed = [m for m in (*self.maps.values(), self.attention, self.ffn) if m is not None]
+        own = {m: vars(m).get("forward") for m in changed}  # set by libraries that wrap modules
+        forwards = {m: m.forward for m in changed}
         try:
             for batch, (hidden, output) in enumerate(zip(self.hidden, self.outputs, strict=True)):
                 for role, module in self.maps.items():
                     place = (batch, role, keys[role] if role in fixed else None)
                     limit = self.threshold(role, sparsity[role])
-                    module.forward = functools.partial(self.product, forwards[role], limit, *place)
+                    module.forward = functools.partial(self.product, forwards[module], limit, *place)
+                if self.attention is not None:
+                    self.attention.forward = functools.partial(self.attend, forwards[self.attention], batch, attended)
+                if self.ffn is not None:
+                    self.ffn.forward = functools.partial(self.feed, forwards[self.ffn])
                 produced = run_block(self.module, hidden, self.arguments)
                 difference = produced[:, -self.tokens :] - output[:, -self.tokens :]
                 total += difference.float().square().sum()
         finally:
-            for role, module in self.maps.items():
+            self.last_o = None
+            for module in changed:
                 del module.forward
-                if own[role] is not None:
-                    module.forward = own[role]
+                if own[module] is not None:
+                    module.forward = own[module]
         return float(total) ** 0.5
+
+    def attend(self, forward, batch: int, key: tuple | None, *args, **named):
+        """Attention's output. Where q, k and v are those kept under `key`, only its last map is computed."""
+        known, x, rest = self.attended.get(batch, (None, None, None))
+        if key is not None and key == known:
+            y = self.maps["o"](x)
+            return y if rest is None else (y, *rest)
+        out = forward(*args, **named)
+        first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        if key is not None and self.last_o is not None and first is self.last_o[1]:  # nothing comes after its last map
+            self.attended[batch] = (key, self.last_o[0], rest)
+        return out
+
+    def feed(self, forward, x: torch.Tensor, *args, **named):
+        """The FFN's output, computed for the compared tokens."""
+        if args or named or x.dim() != 3 or self.tokens >= x.shape[1]:
+            return forward(x, *args, **named)
+        part = forward(x[:, -self.tokens :].contiguous())
+        return self.padded(part, x)
+
+    def padded(self, part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """An output [B, tokens, m] as one for all tokens of x, 0 before the compared ones."""
+        whole = part.new_zeros(*x.shape[:-1], part.shape[-1])
+        whole[:, -self.tokens :] = part
+        return whole
 
     def product(self, forward, limit: float, batch: int, role: str, key: tuple | None, x: torch.Tensor) -> torch.Tensor:
         """A map's output for x [B, T, n] (any other shape is computed whole), kept under `key` unless that is None."""
@@ -122,8 +169,7 @@ class BlockError:
             part = forward(torch.where(kept(read, limit, self.scales.get(role)), read, 0) if limit > 0 else read)
             if key is not None:
                 self.kept[batch, role] = (key, part)
-        if not cut:
-            return part
-        whole = part.new_zeros(*x.shape[:-1], part.shape[-1])
-        whole[:, -self.tokens :] = part
-        return whole
+        y = self.padded(part, x) if cut else part
+        if role == "o":
+            self.last_o = (x, y)
+        return y

@@ -13,7 +13,7 @@ from typing import Any
 from sparsebench.config import digests, inputs
 
 # Keys that say where and whether to write, not what is computed: they are no part of a run's identity.
-NOT_IDENTITY = ("output_dir", "force", "fail_fast", "sweep", "wandb")
+NOT_IDENTITY = ("output_dir", "force", "share", "fail_fast", "sweep", "wandb")
 
 
 def canonical(value: Any) -> Any:

@@ -161,6 +161,7 @@ class Settings:
     seed: int = setting(ge=0, lt=2**32)
     output_dir: str = setting(pattern=r"(?s).+", pattern_text="a folder")
     force: bool
+    share: bool
     fail_fast: bool
     dataset: DatasetPart
     model: ModelPart

@@ -7,10 +7,12 @@ document belongs to one split; documents with equal content are kept once, so no
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,10 +22,12 @@ import torch
 from torch import nn
 
 from sparsebench.config import NAME_PATTERN, digests, setting
+from sparsebench.config.identity import digest
 from sparsebench.data import documents as files
 from sparsebench.data import hub
 
 SPLITS = ("fit", "dev", "test")
+BATCH = 16  # documents that are turned into tokens at once
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # as str.splitlines has them
 ARTICLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # WikiText's article headings
@@ -53,6 +57,7 @@ class Split:
         self.name, self.sequence_length, self.bos = name, sequence_length, bos
         self.documents = sorted(documents, key=lambda d: hashlib.sha256(f"{order}:{d.key}".encode()).digest())
         self.tokenizer: Any = None
+        self.store: Any = None  # of tokens that other runs made (records/shared.py)
         self._tokens: list[int] = []
         self._used = 0  # documents turned into tokens so far
         self._ends: list[int] = []  # where each of them ends among the tokens
@@ -60,13 +65,7 @@ class Split:
     def sequences(self, limit: int | None = None) -> torch.Tensor:
         """The first `limit` windows (None = all), int64 [N, sequence_length]; N is less where the text is short."""
         body = self.sequence_length - (1 if self.bos == "window" else 0)
-        while self._used < len(self.documents) and (limit is None or len(self._tokens) < limit * body):
-            batch = self.documents[self._used : self._used + 16]
-            encoded = self.tokenizer([d.text for d in batch], add_special_tokens=False, return_attention_mask=False)
-            for ids in encoded["input_ids"]:
-                self._tokens += ([self.tokenizer.bos_token_id] if self.bos == "document" else []) + ids
-                self._ends.append(len(self._tokens))
-            self._used += len(batch)
+        self.tokenise(math.inf if limit is None else limit * body)
         count = len(self._tokens) // body
         count = count if limit is None else min(count, limit)
         if count == 0:
@@ -78,6 +77,48 @@ class Split:
         if self.bos == "window":
             windows = torch.cat([torch.full((count, 1), self.tokenizer.bos_token_id), windows], dim=1)
         return windows
+
+    def tokenise(self, count: float) -> None:
+        """Turn documents into tokens until there are `count` or no more; what an earlier run kept is not done again."""
+        if self._used == len(self.documents) or len(self._tokens) >= count:
+            return
+        told = (
+            self.store and getattr(self.tokenizer, "backend_tokenizer", None) is not None
+        )  # of others nothing says it
+        with self.store.held("tokens", self.decided_by) if told else nullcontext() as path:
+            entry = self.store.read(path) if path else None
+            known = entry[0] if entry else {"tokens": torch.empty(0), "ends": torch.empty(0, dtype=torch.int32)}
+            self.take(known["tokens"], known["ends"].tolist(), count)
+            made = False
+            while self._used < len(self.documents) and len(self._tokens) < count:
+                made = True
+                batch = self.documents[self._used : self._used + BATCH]
+                encoded = self.tokenizer([d.text for d in batch], add_special_tokens=False, return_attention_mask=False)
+                for ids in encoded["input_ids"]:
+                    self._tokens += ([self.tokenizer.bos_token_id] if self.bos == "document" else []) + ids
+                    self._ends.append(len(self._tokens))
+                self._used += len(batch)
+            if path and made:
+                held = {"tokens": self._tokens, "ends": self._ends}
+                self.store.keep(path, {k: torch.tensor(v, dtype=torch.int32) for k, v in held.items()})
+
+    def take(self, tokens: torch.Tensor, ends: list[int], count: float) -> None:
+        """Go on with tokens that are known, by as many documents as would have been turned into tokens here."""
+        while self._used < len(ends) and len(self._tokens) < count:
+            used = min(self._used + BATCH, len(ends))
+            self._tokens += tokens[len(self._tokens) : ends[used - 1]].tolist()
+            self._ends += ends[self._used : used]
+            self._used = used
+
+    def decided_by(self) -> dict:
+        """What decides the tokens beside the program: the documents in their order, the tokenizer as it works, BOS."""
+        kind = type(self.tokenizer)
+        return {
+            "documents": digest([document.fingerprint for document in self.documents]),
+            "tokenizer": [kind.__module__, kind.__qualname__, self.tokenizer.bos_token_id],
+            "rules": digest(self.tokenizer.backend_tokenizer.to_str()),
+            "bos": self.bos,
+        }
 
     def scored_documents(self, count: int) -> torch.Tensor:
         """The number of the document that each scored token of the first `count` windows is of, [count, T - 1].
@@ -110,9 +151,9 @@ class TextData:
     info: dict
     kind = "language"
 
-    def set_tokenizer(self, tokenizer: Any) -> None:
+    def set_tokenizer(self, tokenizer: Any, store: Any = None) -> None:
         for split in (self.fit, self.dev, self.test):
-            split.tokenizer = tokenizer
+            split.tokenizer, split.store = tokenizer, store
 
     def check_disjoint(self) -> None:
         """Prove that no document stands in two splits. Raises ValueError naming one that does."""

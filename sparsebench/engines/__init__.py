@@ -75,11 +75,11 @@ def channel_major(module: nn.Module) -> None:
                 replace(module, site.path, sparse_of(linear, site.name, -1.0))
 
 
-def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
-    """Why a model is not of the type the fused steps know, or None.
+def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | None:
+    """Why a model is not of the type the fused steps know, or None. top_k: a step that selects the largest k, too.
 
     They know pre-norm blocks with RMSNorm, q, k, v, o with rotary embedding and grouped queries, and a SiLU-gated FFN,
-    sparse by input channels with thresholds only, with or without a low-rank remainder.
+    sparse by input channels with thresholds (or the largest k of a token), with or without a low-rank remainder.
     """
     try:
         blocks = find_blocks(module)
@@ -110,7 +110,7 @@ def llama_type(module: nn.Module, dtypes: tuple) -> str | None:
             linear = module.get_submodule(site.path)
             if linear.bias is not None and role not in ("q", "k", "v"):
                 return f"it takes no bias at {role}"
-            if getattr(linear, "top_k", None) is not None:
+            if getattr(linear, "top_k", None) is not None and not top_k:
                 return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):
                 return "it takes no norm on queries and keys"

@@ -16,13 +16,14 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparsebench.engines._select_numba import compact_largest
 from sparsebench.engines._step_packed import pointer, weigh
 from sparsebench.kernels._gather_numba import compact, narrow, widen
 
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
 WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
 RANK, LOW_A, LOW_B = 28, 35, 42  # of the low-rank remainder; rank 0 = none
-COLUMNS = 63  # with the scales and zero points of quantised weights (_step_packed.py)
+TOP_K, COLUMNS = 63, 70  # inputs a token keeps, 0 = those above the threshold; 49 to 62 are of _step_packed.py
 UNIT = 64  # outputs that one thread computes together, as quantised weights are stored
 EMBED, NORMS, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD = range(8)  # places in the array of marks
 ROLES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head")
@@ -152,7 +153,10 @@ def project(row, which, keep_all, x, y, m, lo, hi, like, stored, group, index, v
             threshold = carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
             size = 0 if row[SCALE + which] == 0 else n
         scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
-        count = compact(x.reshape(1, n), threshold, scale, index, value)
+        if row[TOP_K + which] > 0 and threshold >= 0:  # a negative threshold keeps all
+            count = compact_largest(x, row[TOP_K + which], scale, index, value)
+        else:
+            count = compact(x.reshape(1, n), threshold, scale, index, value)
     weigh(row, which, in_order, x, y, m, lo, hi, stored, group, index, value, count, part)
     count = n if in_order else count
     rank = row[RANK + which]
@@ -171,7 +175,7 @@ def same_rule(row, a, b, keep_all):
     """Whether two maps keep the same channels of the same input."""
     if keep_all:
         return True
-    if row[SCALE + a] != row[SCALE + b]:
+    if row[SCALE + a] != row[SCALE + b] or row[TOP_K + a] != row[TOP_K + b]:
         return False
     one = carray(pointer(row[THRESHOLD + a]), (1,), np.float32)[0]
     return one == carray(pointer(row[THRESHOLD + b]), (1,), np.float32)[0]

@@ -20,7 +20,6 @@ from sparsebench.engines import _step_packed, heads, llama_type, prefilled, quan
 from sparsebench.engines._step_numba import step
 from sparsebench.kernels import cpu_packed
 from sparsebench.kernels.cpu_numba import as_numpy
-from sparsebench.kernels.masked_dense import kept
 from sparsebench.sites import exact_weight, find_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,7 +28,7 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the table's
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    problem = llama_type(module, DTYPES)
+    problem = llama_type(module, DTYPES, top_k=True)
     packed = None if problem else quantisation(module, find_blocks(module))
     return problem if packed is None else cpu_packed.unserved(packed)
 
@@ -106,6 +105,7 @@ class Decoder:
                 self.weight_of(linear, row, i),
                 linear.threshold.data_ptr(),
             )
+            row[table.TOP_K + i] = linear.top_k or 0
             row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
             for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
                 row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
@@ -175,7 +175,7 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
     keep_all, cosine, sine = decoder.fixed[3], *(torch.from_numpy(t)[position] for t in decoder.fixed[7:9])
 
     def product(linear, x):
-        keep = torch.ones_like(x, dtype=torch.bool) if keep_all else kept(x, linear.threshold, linear.scale)
+        keep = torch.ones_like(x, dtype=torch.bool) if keep_all else linear.keep(x)
         y = exact_weight(linear) @ torch.where(keep, x, 0)
         if linear.low_rank is not None:
             a, b = (f.float() for f in linear.low_rank)

@@ -18,7 +18,7 @@ from sparsebench.data import hub
 from sparsebench.measure import quality
 from sparsebench.models import Loaded, gguf, kept, positions, quantised, structure
 from sparsebench.models.checkpoint import load_whole
-from sparsebench.records import machine
+from sparsebench.records import machine, shared
 from sparsebench.sites import find_blocks
 from sparsebench.training import from_scratch
 from sparsebench.training.loop import Training
@@ -210,7 +210,7 @@ class CausalLM:
         for caution in info["cautions"]:
             log.warning("model=%s: %s", self.name, caution)
         if data is not None:
-            data.set_tokenizer(tokenizer)
+            data.set_tokenizer(tokenizer, shared)
         return Loaded(module, tokenizer, info)
 
     def trained(self, config: transformers.PretrainedConfig, work: Work, data) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,12 +23,35 @@ class Phase:
 
     name = "working"
     shown = False
+    spent: ClassVar[list[dict[str, Any]]] = []  # of the phases so far: name, seconds, cpu_seconds
+    start = (0.0, 0.0)
 
 
 def begin(name: str) -> None:
     """A new phase: said in one line, and named by the progress of its loops."""
-    Phase.name = name
+    end()
+    Phase.name, Phase.start = name, clocks()
     log.info(name)
+
+
+def end() -> None:
+    """The end of the phase that runs, if one does: what it took is added to `Phase.spent`."""
+    if any(Phase.start):
+        seconds, cpu_seconds = (now - then for now, then in zip(clocks(), Phase.start, strict=True))
+        Phase.spent.append({"name": Phase.name, "seconds": seconds, "cpu_seconds": cpu_seconds})
+    Phase.start = (0.0, 0.0)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds that passed, and those that processors spent on this process (all of its threads)."""
+    return time.perf_counter(), time.process_time()
+
+
+def taken() -> list[dict[str, Any]]:
+    """What each phase took since the last call, in order."""
+    end()
+    spent, Phase.spent = Phase.spent, []
+    return spent
 
 
 def shown(items: Iterable[T], total: int, what: str = "") -> Iterator[T]:

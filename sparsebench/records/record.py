@@ -36,6 +36,8 @@ class Record:
     error: dict[str, Any] | None = None  # {type, message, traceback}
     started_at: str = ""  # ISO 8601, UTC
     seconds: float = 0.0
+    phases: list[dict[str, Any]] = field(default_factory=list)  # what each took: name, seconds, cpu_seconds
+    shared: dict[str, str] = field(default_factory=dict)  # what another run measured, and that run's hash
     env: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
     dataset: dict[str, Any] | None = None

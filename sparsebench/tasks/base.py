@@ -61,6 +61,10 @@ class Task(ABC, Generic[A]):
         """Lines about a model and its data that would stop the run later, as far as they show before weights are read."""
         return trial.read(settings.dataset, settings.seed)[1]
 
+    def tested(self, data: Data, settings: Settings) -> list[str]:
+        """Digests of all held-out data that `assess` reads."""
+        return [data.describe()[split]["fingerprint"] for split in ("dev", "test")]
+
     @abstractmethod
     def assess(self, loaded: Loaded, module: nn.Module, data: Data, settings: Settings) -> A:
         """Measure one model on `data.test`. module: the dense model of `loaded`, or what a method made of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,13 @@ class LanguageModeling(Task[LanguageAssessment]):
 
     def problems(self, settings):
         return trial.language(settings)
+
+    def tested(self, data, settings):
+        text = settings.eval.text
+        sequences = data.test.sequences(text.test_sequences)
+        read = [sequences, data.test.scored_documents(len(sequences))]
+        read += [data.dev.sequences(text.dev_sequences)] if settings.eval.neurons.enabled else []
+        return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in read]
 
     def assess(self, loaded, module, data, settings):
         text, harness = settings.eval.text, settings.eval.lm_eval
