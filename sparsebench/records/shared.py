@@ -37,8 +37,8 @@ class Sharing:
 
 
 def begin(run: str | None) -> None:
-    """Share from here on as the run of this hash; None: share nothing. Several processes of one run share nothing."""
-    Sharing.run = run if ranks.count() == 1 else None
+    """Share from here on as the run of this hash; without one share nothing. Several processes of one run share nothing."""
+    Sharing.run = (run or None) if ranks.count() == 1 else None
 
 
 def place(kind: str, parts: Any) -> Path:
