@@ -137,9 +137,8 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
             return {key: encoded(each, tensors) for key, each in value.items()}
         return {"!": "dict", "of": [[encoded(k, tensors), encoded(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        name = str(len(tensors))
-        array = isinstance(value, np.ndarray)
-        tensors[name] = torch.from_numpy(np.array(value)) if array else value.detach().cpu().clone()
+        name, array = str(len(tensors)), isinstance(value, np.ndarray)
+        tensors[name] = torch.as_tensor(value).detach().cpu().clone()
         return {"!": "array" if array else "tensor", "of": name}
     kind = type(value)
     if not own(kind) or not hasattr(value, "__dict__"):
