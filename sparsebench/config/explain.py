@@ -8,6 +8,7 @@ from the source of the classes. Nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -228,9 +229,11 @@ def nearest(query: str) -> str | None:
         names = {f"{near[0]}={o.name}" for o in options(near[0])} if near else set()
     else:
         names = {e.key for e in entries()}
-    leaves = {} if "=" in query else {key.rpartition(".")[2]: key for key in sorted(names, reverse=True)}
-    near = difflib.get_close_matches(query, sorted(names), n=1)
-    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(query, sorted(leaves), n=1)]
+    # of an option its name counts, not the group that every other has too; of a key what stands behind its dots, at last
+    leaves = {re.split(r"[=/.]", name)[-1]: name for name in sorted(names, reverse=True)}
+    whole = difflib.get_close_matches(query, sorted(names), n=1)
+    leaf = [leaves[each] for each in difflib.get_close_matches(re.split(r"[=/.]", query)[-1], sorted(leaves), n=1)]
+    near = (leaf or whole) if "=" in query else (whole or leaf)
     return near[0] if near else None
 
 

@@ -35,7 +35,7 @@ TABLE = {
     "hardware.engine=fussed":
         "hardware.engine must be one of auto, eager, compiled, fused (did you mean fused?), got 'fussed'",
     "hardware.kernel=numba":
-        "hardware.kernel must be one of auto, cpu_numba, cuda_gather, cuda_triton, masked_dense ..., got 'numba'",
+        "hardware.kernel must be one of auto, cpu_numba, cpu_packed, ..., masked_dense ..., got 'numba'",
     "hardware=cpu hardware.kernel=cuda_gather": "hardware.kernel=cuda_gather runs on cuda, got device cpu",
     "model.num_layers=0": "model.num_layers must be a whole number > 0 or null, got 0",
     "model.weights=pretraned":
@@ -57,7 +57,7 @@ TABLE = {
         "eval.test_sequences is not a known key (did you mean eval.text.test_sequences?); allowed: ...",
     "eval.tasks=[piqa]": "eval.tasks is not a known key (did you mean eval.lm_eval.tasks?); allowed: ...",
     "modle=gpt2": "modle is not a known key (did you mean model?); allowed: ...",
-    "method=teel": "method must be one of cats, ..., wina_plain (did you mean teal?), got 'teel'",
+    "method=teel": "method must be one of cats, ..., wisparse (did you mean teal?), got 'teel'",
     "method=null model=llama7b": "model must be one of ... (did you mean llama2-7b?), got 'llama7b'",
     "experiment=tael":
         "experiment must be one of ... paper/teal, paper/teal_speed, ... (did you mean paper/teal?), got 'tael'",

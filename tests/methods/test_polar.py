@@ -244,7 +244,7 @@ def test_an_oracle_claims_no_speed_and_runs_all_products(tmp_path):
     target = SimpleNamespace(
         torch_device=torch.device("cpu"), kernel_name="cpu_numba", torch_dtype=torch.float32, skips=True, engine="auto"
     )
-    settings = SimpleNamespace(samples=3, warmup=1, context=8, prompt=8)
+    settings = SimpleNamespace(samples=3, warmup=1, context=8, prompt=8, by_kernel=False, energy=False)
     ids = torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(1))
     dense = tiny_model()
     for router, skips in (("oracle", False), ("static", True)):
