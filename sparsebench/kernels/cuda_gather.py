@@ -158,19 +158,15 @@ def accumulate(
     start("gather_plain", arguments, weight, tuning)
 
 
+def defines_of(tuning: Tuning, dtype: torch.dtype) -> dict[str, int]:
+    """What decode.cu, and every source that includes it, is compiled with for a product alone: no attention in it."""
+    sizes = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": 64, "GROUP": 1, "SPLITS": 1}
+    return sizes | ({"BF16": 1} if dtype == torch.bfloat16 else {})
+
+
 def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int):
     """A kernel for the weight's type and device, compiled the first time."""
-    defines = {
-        "WARPS": tuning.warps,
-        "LOADS": tuning.loads,
-        "WIDE": tuning.wide,
-        "HEAD_DIM": 64,
-        "GROUP": 1,
-        "SPLITS": 1,
-    }
-    if weight.dtype == torch.bfloat16:
-        defines["BF16"] = 1
-    return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines)
+    return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines_of(tuning, weight.dtype))
 
 
 def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:

@@ -12,7 +12,16 @@ import torch
 
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels._packed import Packed
-from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Tuning, _workspaces, processors, reserve
+from sparsebench.kernels.cuda_gather import (
+    SOURCE,
+    Gather,
+    Pointer,
+    Tuning,
+    _workspaces,
+    defines_of,
+    processors,
+    reserve,
+)
 
 RANK = 15  # below cuda_gather, whose products these complete
 SKIPS = True
@@ -85,15 +94,7 @@ def grid(outputs: list[int], packed: Packed, tuning: Tuning, processors: float) 
 def start(name: str, arguments: PackedGather, packed: Packed, tuning: Tuning, dense: bool = False) -> None:
     """Start a packed gather of one part on the current stream."""
     device, shared = packed.device.index, shared_bytes(tuning, packed.bits)
-    defines = {
-        "WARPS": tuning.warps,
-        "LOADS": tuning.loads,
-        "WIDE": tuning.wide,
-        "HEAD_DIM": 64,
-        "GROUP": 1,
-        "SPLITS": 1,
-    }
-    defines |= {"BITS": packed.bits} | ({"BF16": 1} if packed.dtype == torch.bfloat16 else {})
+    defines = defines_of(tuning, packed.dtype) | {"BITS": packed.bits}
     kernel = _nvrtc.function(SOURCE, name, device, shared, **defines, **({"DENSE": 1} if dense else {}))
     size = grid([packed.shape[0]], packed, tuning, processors(device))
     _nvrtc.launch(kernel, size, tuning.warps * 32, shared, [arguments], overlap=True)

@@ -97,16 +97,7 @@ def run_rows(
 
 def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int):
     """A kernel for the weight's type and device, compiled the first time."""
-    defines = {
-        "WARPS": tuning.warps,
-        "LOADS": tuning.loads,
-        "WIDE": tuning.wide,
-        "HEAD_DIM": 64,
-        "GROUP": 1,
-        "SPLITS": 1,
-    }
-    if weight.dtype == torch.bfloat16:
-        defines["BF16"] = 1
+    defines = cuda_gather.defines_of(tuning, weight.dtype)
     return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines)
 
 
