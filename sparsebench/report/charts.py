@@ -20,7 +20,7 @@ import altair as alt
 
 from sparsebench.records.wording import uncertain
 from sparsebench.report import patterns, unions
-from sparsebench.report.groups import Group, on_target, pareto, repeats
+from sparsebench.report.groups import Group, of_seeds, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
 from sparsebench.report.step_charts import MOST_LINES, MOST_MAPS, nearest_half, of_machine
 from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, tooltip, without_schema
@@ -49,7 +49,7 @@ def point(same: list[Row], href: str | None) -> dict[str, Any]:
     error = spread or row.difference_stderr or 0.0
     place = {
         "run": re.sub(r" seed=\S+", "", row.label) if len(same) > 1 else row.label, "series": row.series,
-        "seeds": len(same), "machine": row.machine, "kernel": time.get("kernel"), "href": href, "quality": quality,
+        "seeds": len(of_seeds(same)), "machine": row.machine, "kernel": time.get("kernel"), "href": href, "quality": quality,
         "low": quality - error, "high": quality + error, "figure": uncertain(quality, error),
         "real": any(t["speedup"] is not None for t in row.times.values()),
     }  # fmt: skip

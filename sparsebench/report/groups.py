@@ -191,15 +191,18 @@ def repeats(rows: list[Row], everywhere: bool = False) -> list[list[Row]]:
             [{k: v for k, v in row.record["config"].items() if k not in left_out}, dtype_of(row) if everywhere else row.machine]
         ))  # fmt: skip
         sets.setdefault(key, []).append(row)
-    if everywhere:
-        return [list({r.record["config"].get("seed"): r for r in same}.values()) for same in sets.values()]
-    return list(sets.values())
+    return [of_seeds(same) for same in sets.values()] if everywhere else list(sets.values())
+
+
+def of_seeds(same: list[Row]) -> list[Row]:
+    """One row of each seed, the last: a run made twice (with other versions, say) is no second seed."""
+    return list({r.record["config"].get("seed"): r for r in same}.values())
 
 
 def over_seeds(rows: list[Row]) -> list[dict]:
     """Mean and standard deviation where rows differ in nothing but the seed."""
     summaries = []
-    for same in repeats(rows):
+    for same in map(of_seeds, repeats(rows)):
         if len(same) < 2 or any(r.sparse is None for r in same):
             continue
         name = " ".join(w for w in same[0].label.split() if not w.startswith("seed="))

@@ -262,6 +262,13 @@ def test_seeds_are_summed_up(tmp_path):
     assert (same["seeds"], same["mean"], same["sd"]) == (3, 13.0, 1.0) and "Over seeds" in html
 
 
+def test_a_run_made_twice_is_no_second_seed(tmp_path):
+    """The same settings and seed with another version of a package are another run, of the same seed."""
+    twice = [made(config_hash=str(n) * 64, perplexity=12.0 + n) for n in range(2)]
+    _, groups, html, _ = reported(laid(tmp_path, *twice))
+    assert len(groups[0].rows) == 2 and not grouping.over_seeds(groups[0].rows) and "Over seeds" not in html
+
+
 def test_estimates_stand_apart_and_beside_the_measured_target(tmp_path):
     guess = made(estimate={"label": "estimate", "target": "h200", "decode": {"dense_ms": 5.0, "sparse_ms": 2.5, "speedup": 2.0},
                            "fitted_on": {"device": "Test CPU"}, "cautions": []})  # fmt: skip
