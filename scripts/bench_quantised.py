@@ -77,7 +77,7 @@ class Sheet:
 
 
 def graph_of(body: Callable[[int], object], copies: int):
-    """A CUDA graph of `body` over all weight copies."""
+    """A CUDA graph of `body` over all weight copies; it keeps `body`, whose tensors it reads by address."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(copies):
@@ -87,6 +87,7 @@ def graph_of(body: Callable[[int], object], copies: int):
     with torch.cuda.graph(graph):
         for i in range(copies):
             body(i)
+    graph.body = body
     return graph
 
 

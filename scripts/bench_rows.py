@@ -23,7 +23,7 @@ import transformers
 from sparsebench import kernels
 from sparsebench.engines import channel_major, sharing_copy
 from sparsebench.kernels import cuda_rows, masked_dense
-from sparsebench.measure import clock, few_rows, latency
+from sparsebench.measure import clock, few_rows, latency, prompt_pass
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.masking import share_rules
@@ -182,9 +182,9 @@ def steps(out: Out, dtype: torch.dtype, layers: int) -> None:
     for s, dense, sparse in models(dtype, layers):
         about = {"layers": layers, "sparsity": s, "dtype": str(dtype)}
         if s == SPARSITIES[0] and out.time_for("prefill", 40):
-            ran, refused = latency.prefills({"dense": dense, "sparse": sparse}, ids[None, :128], hardware)
+            ran, refused = prompt_pass.prefills({"dense": dense, "sparse": sparse}, ids[None, :128], hardware)
             times, _ = interleaved(list(ran.values()), WARMUP, SAMPLES, hardware.torch_device)
-            figures = latency.fastest({n: summary(t) for n, t in zip(ran, times, strict=True)})
+            figures = clock.fastest({n: summary(t) for n, t in zip(ran, times, strict=True)})
             engines = {name: each["median_ms"] for name, each in figures["engines"].items()}
             out.add("prefill", tokens=128, simulated=True, engines_ms=engines, refused=refused, **about,
                     dense_ms=figures["dense"]["median_ms"], sparse_ms=figures["sparse"]["median_ms"])  # fmt: skip

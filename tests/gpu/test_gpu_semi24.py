@@ -50,9 +50,9 @@ def test_gpu_prompt_of_a_map(correction):
 def test_gpu_tiles_are_another_mask():
     """Check 11, torch's own pruning by tiles: tokens decide on each other's masks there."""
     torch.manual_seed(0)
-    x = torch.randn(64, 128, device="cuda").half()
+    x = torch.randn(128, 128, device="cuda").half()
     fits(x, x)
-    kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    kind = torch.sparse.SparseSemiStructuredTensorCUSPARSELT  # CUTLASS's runs on compute capability 8.x alone
     tiled = kind.prune_dense_static_sort(x).to_dense()
     assert not torch.equal(tiled != 0, Selection(2, 4).keep(x))
 
