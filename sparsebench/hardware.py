@@ -20,6 +20,7 @@ cache.provide_compilers()  # before a kernel imports one
 
 ENGINES = ("auto", "eager", "compiled", "fused")  # of decode: see sparsebench/engines
 OPTIONS = "hardware=auto, hardware=cpu"  # targets that every machine has
+THREADS_BESIDE_A_GPU = 8  # more only get into the way of other runs on the same host
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,7 +96,8 @@ class Hardware:
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
-        torch.set_num_threads(self.threads or cores)
+        most = THREADS_BESIDE_A_GPU if self.torch_device.type == "cuda" else cores
+        torch.set_num_threads(self.threads or min(cores, most))
         self.kernel_name = kernels.best(self.torch_device.type) if self.kernel == "auto" else self.kernel
         kernels.load(self.kernel_name).prepare(torch.get_num_threads())
 

@@ -189,13 +189,29 @@ def check_mask(device: str) -> None:
             assert torch.equal(keep_or_zero(x, threshold, scale, dense), torch.where(keep, x, 0))
 
 
+def check_largest(device: str) -> None:
+    """Exactly the k largest, the first of equal ones: ties, signs, both zeros, infinities; odd sizes, every k that is special."""
+    from sparsebench.kernels._triton_mask import k_largest
+
+    torch.manual_seed(0)
+    for n in (1, 5, 70, 576):
+        for x in (torch.randn(3, 2, n), torch.randint(-2, 3, (3, 2, n)) * 0.5, torch.randn(3, 2, n).bfloat16()):
+            x[0, 0, ::3] *= -0.0
+            x[1, 1, -1] = float("inf")
+            order = x.float().sort(dim=-1, descending=True, stable=True).indices
+            for k in {1, n // 3 + 1, n}:
+                expected = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+                assert torch.equal(k_largest(x.to(device), k).cpu(), expected), (n, k, x.dtype)
+
+
 def asymmetric(weight, group):
     """A weight [m, n] in 4 bits with zero points far from the middle, in groups along the inputs."""
     columns = weight.float().t()
     padded = torch.nn.functional.pad(columns, (0, 0, 0, -len(columns) % group)).unflatten(0, (-1, group))
     low, high = padded.amin(1), padded.amax(1)
     scale = ((high - low) / 15).clamp_min(2**-20).half()
-    zero = torch.where(torch.arange(low.shape[1]) % 2 == 0, -low / scale.float(), 14.0).round().half()
+    even = torch.arange(low.shape[1], device=low.device) % 2 == 0
+    zero = torch.where(even, -low / scale.float(), 14.0).round().half()
     wide_scale, wide_zero = (t.float().repeat_interleave(group, 0)[: len(columns)] for t in (scale, zero))
     levels = (columns / wide_scale + wide_zero).round().clamp(0, 15).to(torch.uint8)
     return packed_of(levels, scale, zero, 4, group, "input", weight.dtype)

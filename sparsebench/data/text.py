@@ -7,6 +7,7 @@ document belongs to one split; documents with equal content are kept once, so no
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from sparsebench.data import documents as files
 from sparsebench.data import hub
 
 SPLITS = ("fit", "dev", "test")
+log = logging.getLogger(__name__)
+LONG = 20_000_000  # characters that take a tokenizer tens of seconds
 BATCH = 16  # documents that are turned into tokens at once
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # as str.splitlines has them
@@ -90,6 +93,9 @@ class Split:
             known = entry[0] if entry else {"tokens": torch.empty(0), "ends": torch.empty(0, dtype=torch.int32)}
             self.take(known["tokens"], known["ends"].tolist(), count)
             made = False
+            left = sum(len(document.text) for document in self.documents[self._used :])
+            if left > LONG and len(self._tokens) < count:
+                log.info("turning text into tokens, of up to %d million characters", left // 1_000_000)
             while self._used < len(self.documents) and len(self._tokens) < count:
                 made = True
                 batch = self.documents[self._used : self._used + BATCH]

@@ -8,13 +8,19 @@ from sparsebench.kernels import masked_dense
 from sparsebench.modules.cut import Cut, CutFFN, CutLinear, Shared
 from sparsebench.modules.input_sparse import InputSparseLinear
 from tests.helpers import tiny_model
-from tests.kernel_checks import KERNEL_SHAPES, LIMIT, check_triton, error, inputs
+from tests.kernel_checks import KERNEL_SHAPES, LIMIT, check_largest, check_mask, check_triton, error, inputs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_triton_kernels_on_the_gpu(dtype):
     check_triton("cuda", KERNEL_SHAPES, (dtype,))
+
+
+@pytest.mark.gpu
+def test_selection_on_the_gpu():
+    check_mask("cuda")
+    check_largest("cuda")
 
 
 @pytest.mark.gpu

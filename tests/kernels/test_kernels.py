@@ -122,9 +122,10 @@ def test_cpu_neuron_sparse_ffn_reads_only_active_neurons():
 
 TRITON_ON_CPU = """
 import torch
-from tests.kernel_checks import KERNEL_SHAPES, TILED, check_mask, check_triton
+from tests.kernel_checks import KERNEL_SHAPES, TILED, check_largest, check_mask, check_triton
 check_triton("cpu", {shapes}, (torch.float32, torch.bfloat16))
 check_mask("cpu")
+check_largest("cpu")
 print("checked")
 """
 
