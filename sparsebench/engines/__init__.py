@@ -7,7 +7,6 @@ Engines share `step(token)`, `rewind()` and the name `engine`. `verified` makes 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 from typing import Any
@@ -21,6 +20,7 @@ from sparsebench.kernels._packed import Packed
 from sparsebench.modules.base import measured_modules
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
 from sparsebench.modules.quant_sparse import QuantSparseLinear
+from sparsebench.modules.storage import lay
 from sparsebench.sites import find_blocks, shape
 
 __all__ = ["Decoder", "choose", "decoder", "verified"]
@@ -48,12 +48,6 @@ def dense_engines(module: nn.Module, hardware: Any) -> list[str]:
     return ["eager", *compiled, *(["fused"] if fused(hardware).unsupported(module) is None else [])]
 
 
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """The same modules with the same tensors, so that a map can be replaced without touching `module`."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
-
-
 def fused(hardware: Any):
     return importlib.import_module(f"{__name__}.fused_{hardware.torch_device.type}")
 
@@ -73,6 +67,7 @@ def channel_major(module: nn.Module) -> None:
             linear = module.get_submodule(site.path)
             if not isinstance(linear, InputSparseLinear):
                 replace(module, site.path, sparse_of(linear, site.name, -1.0))
+    lay(module)
 
 
 def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | None:

@@ -23,6 +23,7 @@ from sparsebench.engines import heads, llama_type, marks, prefilled, quantisatio
 from sparsebench.kernels import _nvrtc, cuda_packed
 from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
 from sparsebench.kernels.masked_dense import kept
+from sparsebench.modules import storage
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.sites import Block, exact_weight, find_blocks
 
@@ -348,7 +349,7 @@ class Decoder:
         problem = unsupported(module)
         if problem:
             raise ValueError(f"no fused decode step: {problem}")
-        self.length = prompt.shape[1]
+        self.length, self.lying = prompt.shape[1], storage.lie(module)
         self.cache, self.logits = prefilled(module, prompt, room)
         device = torch.cuda.get_device_properties(prompt.device)
         remembered = tuned(module, device.name, keep_all)
@@ -370,7 +371,8 @@ class Decoder:
         return self.steps.logits.view(1, 1, -1)
 
     def rewind(self) -> None:
-        """Back to the end of the prompt."""
+        """Back to the end of the prompt, with the weights as the step reads them."""
+        storage.put(self.lying)
         self.steps.position.fill_(self.length)
 
     def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:

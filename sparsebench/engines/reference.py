@@ -10,6 +10,7 @@ from torch import nn
 from transformers import StaticCache
 
 from sparsebench.engines import marks
+from sparsebench.modules import storage
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -29,6 +30,8 @@ class Decoder:
 
     def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, compiled: bool):
         self.module, self.length = module, prompt.shape[1]
+        self.lying = storage.lie(module)
+        storage.put(self.lying)
         self.engine = "compiled" if compiled else "eager"
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
         self.given = {cache_argument(module): self.cache}
@@ -68,7 +71,8 @@ class Decoder:
         return marks.by_name(take, steps)
 
     def rewind(self, length: int | None = None) -> None:
-        """Back to the end of the prompt, or to so many tokens (no sliding windows)."""
+        """Back to the end of the prompt, or to so many tokens (no sliding windows); the weights lie as the model wants them."""
+        storage.put(self.lying)
         length = self.length if length is None else length
         for layer in self.holding:
             layer.cumulative_length.fill_(length)

@@ -19,6 +19,7 @@ from sparsebench import kernels
 from sparsebench.engines import Decoder, check, speculative
 from sparsebench.measure import clock, latency, macs, unions
 from sparsebench.measure.clock import interleaved, summary
+from sparsebench.modules import storage
 from sparsebench.modules.base import SiteSparsity, measured_modules
 from sparsebench.modules.tokens import rows_apart
 
@@ -133,9 +134,11 @@ def timed(dense: nn.Module, sparse: nn.Module, text: Rows, settings: Any, hardwa
     rows = text.prompt.shape[0] * text.width
     if hardware.torch_device.type == "cuda":
         torch.compiler.reset()  # else every size counts towards the limit of recompilations of one forward
+    storage.lay(sparse)
     with latency.dial(sparse) as turn:
         every, _, refused = contenders(dense, sparse, text, hardware, turn)
         times, _ = interleaved(list(every.values()), settings.warmup, settings.samples, hardware.torch_device)
+    storage.lay(sparse)  # what follows asks which kernels serve it
     taken = {name: [t / text.block for t in each] for name, each in zip(every, times, strict=True)}
     engines = {name: summary(each) for name, each in taken.items()}
     best = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from sparsebench.measure import clock
 from sparsebench.measure.clock import Contender, summary
+from sparsebench.modules import storage
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +34,16 @@ def prefills(
                     return run(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
 
             name = f"{side}/{'compiled' if fast else 'eager'}"
+            contender = Contender(call, functools.partial(storage.put, storage.lie(module)))
             try:
-                call(0)
+                contender.laid(0)
             except RuntimeError as error:  # no compiler, no memory
                 if not fast:
                     raise
                 refused[name] = str(error).strip().partition("\n")[0]
                 log.warning("prefill: no %s (%s)", name, refused[name])
                 continue
-            contenders[name] = Contender(call)
+            contenders[name] = contender
     return contenders, refused
 
 

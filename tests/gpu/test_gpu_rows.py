@@ -123,7 +123,8 @@ def test_a_prompt_is_not_slower_for_its_masks():
     """Compiled, masks are joined to what stands before them; medians of the fastest engines within 15 percent."""
     dense = tiny_model(hidden_size=512, intermediate_size=1024, num_attention_heads=8)
     dense = dense.cuda().half()
-    from sparsebench.engines import channel_major, sharing_copy
+    from sparsebench.engines import channel_major
+    from sparsebench.modules.storage import sharing_copy
 
     sparse = sharing_copy(dense)
     channel_major(sparse)

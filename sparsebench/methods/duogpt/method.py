@@ -76,6 +76,10 @@ class DuoGPT(Method):
             self.weight_sparsity, self.pattern, self.alpha, self.damping, self.order, self.block, self.compat_lazy
         )
 
+    @property
+    def changes(self) -> str | None:
+        return "block maps, pruned" if self.weight_sparsity or self.alpha else None
+
     def fit(self, loaded, data, work: Work) -> State:
         """`weight.<site>`: the pruned weights [m, n] of every projection; none where nothing is to be changed.
 
