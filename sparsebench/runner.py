@@ -147,13 +147,17 @@ def decides_dense(
     themselves count. Tasks of lm-eval may be downloaded, so they are taken to be the same for a day.
     """
     parts = {name: configuration[name] for name in ("model", "dataset", "eval")}
-    pretrained = settings.model.kind == "language" and getattr(settings.model, "weights", None) == "pretrained"
+    source = getattr(settings.model, "weights", None) if settings.model.kind == "language" else None
+    pretrained, known = (
+        source == "pretrained",
+        source in ("pretrained", "random"),
+    )  # random ones follow from seed and place
     measure, hardware = settings.measure, settings.hardware.read_back()
     return parts | {
         "tested": tested, "measure": {"context": measure.context, "chunk": measure.chunk},
-        "seed": None if pretrained else settings.seed, "weights": None if pretrained else fingerprint(loaded.module),
+        "seed": None if pretrained else settings.seed, "weights": None if known else fingerprint(loaded.module),
         "day": now()[:10] if settings.eval.lm_eval.tasks else None, "contents": contents(parts), "machine": machine.machine(),
-        "hardware": {name: hardware[name] for name in ("device", "dtype", "threads", "kernel")},
+        "hardware": {name: hardware[name] for name in ("device", "devices", "dtype", "threads", "kernel")},
         "quantisation": loaded.info.get("quantisation"),
     }  # fmt: skip
 

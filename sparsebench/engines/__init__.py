@@ -38,14 +38,19 @@ def choose(module: nn.Module, hardware: Any) -> str:
     if hardware.engine == "fused":
         raise ValueError(f"hardware.engine=fused: {problem}")
     log.info("decode: no fused step (%s)", problem)
-    return "compiled" if hardware.torch_device.type == "cuda" else "eager"
+    return "compiled" if compiles(hardware) else "eager"
 
 
 def dense_engines(module: nn.Module, hardware: Any) -> list[str]:
     """The engines that may run an untouched model here, `eager` first; whatever runs the sparse one."""
-    on_gpu = hardware.torch_device.type == "cuda"
-    compiled = ["compiled"] if on_gpu or hardware.engine == "compiled" else []
+    compiled = ["compiled"] if compiles(hardware) or hardware.engine == "compiled" else []
     return ["eager", *compiled, *(["fused"] if fused(hardware).unsupported(module) is None else [])]
+
+
+def compiles(hardware: Any) -> bool:
+    """Whether a compiled step is looked at without being asked for: a CUDA graph is of one device, and what is compiled
+    without one is slower than the fused step and takes minutes for the models that need several."""
+    return hardware.torch_device.type == "cuda" and hardware.devices == 1
 
 
 def fused(hardware: Any):

@@ -93,16 +93,25 @@ class Step:
         module: a causal LM for which `unsupported` is None, with input-sparse linears at every site.
         cache: a transformers StaticCache that holds the prompt; its tensors are used in place.
         processors: multiprocessors to spread over.
+        blocks: those that it runs, all on one device; the others' steps come before and after it. None = all.
         keep_all: a dense step, by kernels that know no thresholds.
         tunings: per kernel kind (qkv, attend, o, gate_up, down, head); else DENSE or DEFAULTS.
     """
 
     def __init__(
-        self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None
+        self,
+        module: nn.Module,
+        cache: Any,
+        processors: int,
+        keep_all: bool = False,
+        tunings: dict | None = None,
+        blocks: list[Block] | None = None,
     ):
         self.module, self.cache, self.processors, self.keep_all = module, cache, processors, keep_all
         config = module.config
-        self.blocks = find_blocks(module)
+        every = find_blocks(module)
+        self.blocks = blocks or every
+        self.begins, self.ends = self.blocks[0].index == every[0].index, self.blocks[-1].index == every[-1].index
         self.packed = quantisation(module, self.blocks)
         self.tunings = (
             (DENSE if keep_all else DEFAULTS) | (PACKED[self.packed.bits] if self.packed else {}) | (tunings or {})
@@ -111,7 +120,7 @@ class Step:
         self.hidden, self.mid = config.hidden_size, config.intermediate_size
         self.vocabulary = module.get_output_embeddings().weight.shape[0]
         self.dtype = next(module.parameters()).dtype
-        self.device = next(module.parameters()).device
+        self.device = next(module.get_submodule(self.blocks[0].path).parameters()).device
         self.positions = cache.layers[0].keys.shape[2]
         query, group = self.num_heads * self.head_dim, self.num_groups * self.head_dim
 
@@ -136,7 +145,7 @@ class Step:
         self.softmax = floats(self.num_heads, self.splits, 2)
         self.arrived = integers(1)
         self.best, self.best_row = floats(processors * 8), integers(processors * 8)
-        self.cosine, self.sine = rotary_tables(module, self.positions)
+        self.cosine, self.sine = (table.to(self.device) for table in rotary_tables(module, self.positions))
         self.nothing_dropped = torch.full((), -1.0, device=self.device)
         self.launches = list(self.plan())
 
@@ -157,12 +166,12 @@ class Step:
     def plan(self) -> Iterator[Launch]:
         """The launches of one step."""
         base = self.module.base_model
-        simple = Tuning(warps=8)
-        yield Launch(
-            "embed", "embed", (8, 1), 0,
-            [Pointer(base.get_input_embeddings().weight.data_ptr()), Pointer(self.token.data_ptr()),
-             Pointer(self.residual.data_ptr()), ctypes.c_int(self.hidden)], simple,
-        )  # fmt: skip
+        if self.begins:
+            yield Launch(
+                "embed", "embed", (8, 1), 0,
+                [Pointer(base.get_input_embeddings().weight.data_ptr()), Pointer(self.token.data_ptr()),
+                 Pointer(self.residual.data_ptr()), ctypes.c_int(self.hidden)], Tuning(warps=8),
+            )  # fmt: skip
         for block in self.blocks:
             layer = self.module.get_submodule(block.path)
             norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
@@ -179,7 +188,8 @@ class Step:
             yield from self.gather(
                 block, "down", [self.residual], "swiglu", self.gate, second=self.up, zero=self.inner["gate_up"]
             )
-        yield self.head(base)
+        if self.ends:
+            yield self.head(base)
 
     def gather(self, block: Block, kind: str, outs, mode, source, *, norm=None, second=None, zero) -> Iterator[Launch]:
         """The launch of the maps of one input, and one more for their remainders; `zero` is cleared by the first."""
@@ -337,10 +347,24 @@ def tuned(module: nn.Module, gpu: str, keep_all: bool = False) -> dict[str, Tuni
         return {}
 
 
+def steps_of(module: nn.Module, cache: Any, keep_all: bool) -> list[Step]:
+    """The step's parts, one to each device that holds blocks, in order."""
+    by_device: dict[torch.device, list[Block]] = {}
+    for block in find_blocks(module):
+        by_device.setdefault(next(module.get_submodule(block.path).parameters()).device, []).append(block)
+    parts = []
+    for device, blocks in by_device.items():
+        about = torch.cuda.get_device_properties(device)
+        remembered = tuned(module, about.name, keep_all)
+        parts.append(Step(module, cache, about.multi_processor_count, keep_all, remembered, blocks))
+    return parts
+
+
 class Decoder:
     """A fused step with its prompt, captured in a CUDA graph. The interface of engines.reference.Decoder.
 
-    Raises ValueError for a model that `unsupported` names.
+    A model over several devices has a part of the step, and a graph, on each: the residual stream is handed on. Raises
+    ValueError for a model that `unsupported` names.
     """
 
     engine, marked_by = "fused", "kernels in their order, profiler"
@@ -349,44 +373,69 @@ class Decoder:
         problem = unsupported(module)
         if problem:
             raise ValueError(f"no fused decode step: {problem}")
-        self.length, self.lying = prompt.shape[1], storage.lie(module)
+        self.length, self.lying, self.device = prompt.shape[1], storage.lie(module), prompt.device
         self.cache, self.logits = prefilled(module, prompt, room)
-        device = torch.cuda.get_device_properties(prompt.device)
-        remembered = tuned(module, device.name, keep_all)
-        self.steps = Step(module, self.cache, device.multi_processor_count, keep_all, remembered)
+        self.parts = steps_of(module, self.cache, keep_all)
         self.rewind()
-        self.steps.token.copy_(prompt[0, -1:])
-        self.steps.enqueue()  # compiles what is not compiled yet
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.steps.enqueue()
+        self.parts[0].token.copy_(prompt[0, -1:])
+        for i, part in enumerate(self.parts):  # compiles what is not compiled yet
+            self.hand_on(i)
+            with torch.cuda.device(part.device):
+                part.enqueue()
+                torch.cuda.synchronize()
+        self.graphs = [captured(part) for part in self.parts]
         self.rewind()
+
+    def hand_on(self, i: int) -> None:
+        """Give part i the residual stream that the part before it has left."""
+        if i:
+            self.parts[i].residual.copy_(self.parts[i - 1].residual)
 
     def step(self, token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [1, 1, V] after one more token [1, 1]; without an argument after the token chosen last (greedy)."""
+        first, last = self.parts[0], self.parts[-1]
         if token is not None:
-            self.steps.token.copy_(token.view(1))
-        self.graph.replay()
-        return self.steps.logits.view(1, 1, -1)
+            first.token.copy_(token.view(1))
+        elif first is not last:
+            first.token.copy_(last.token)
+        for i, (part, graph) in enumerate(zip(self.parts, self.graphs, strict=True)):
+            self.hand_on(i)
+            with torch.cuda.device(part.device):
+                graph.replay()
+        for part in self.parts[:-1]:  # the last one's head has moved on
+            part.position.copy_(last.position)
+        return last.logits.view(1, 1, -1).to(self.device)
 
     def rewind(self) -> None:
         """Back to the end of the prompt, with the weights as the step reads them."""
         storage.put(self.lying)
-        self.steps.position.fill_(self.length)
+        for part in self.parts:
+            part.position.fill_(self.length)
 
     def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:
         """Milliseconds of a step by role while `take` takes so many; norms are inside the products that they stand before.
 
         Raises ValueError where the profiler does not see the graph's kernels.
         """
-        launches = self.steps.launches
+        launches = [launch for part in self.parts for launch in part.launches]
         return marks.by_order(take, steps, [each.name for each in launches], [each.role for each in launches])
 
     def parity(self, token: torch.Tensor) -> dict[str, float]:
         """Relative error per projection of a step taken kernel by kernel; rewinds afterwards."""
         self.rewind()
-        self.steps.token.copy_(token.view(1))
-        errors = self.steps.check(self.steps.start, torch.cuda.synchronize)
+        self.parts[0].token.copy_(token.view(1))
+        errors: dict[str, float] = {}
+        for i, part in enumerate(self.parts):
+            self.hand_on(i)
+            with torch.cuda.device(part.device):
+                errors |= part.check(part.start, torch.cuda.synchronize)
         self.rewind()
         return errors
+
+
+def captured(part: Step) -> torch.cuda.CUDAGraph:
+    """A part of the step as a CUDA graph of its device."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(part.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(part.device)):
+        part.enqueue()
+    return graph

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebench import kernels
+from sparsebench import engines, kernels
 from sparsebench.engines import Decoder, check, speculative
 from sparsebench.measure import clock, latency, macs, unions
 from sparsebench.measure.clock import interleaved, summary
@@ -99,7 +99,7 @@ def apart(call: Any) -> Any:
 def contenders(dense: nn.Module, sparse: nn.Module, text: Rows, hardware: Any, turn: Any) -> tuple[dict, Decoder, dict]:
     """(contenders by name, the eager sparse decoder, why some are missing); checks the kernels against masked-dense."""
     room, rows = text.block * text.width, text.prompt.shape[0] * text.width
-    compiled = [True] if hardware.torch_device.type == "cuda" and hardware.engine != "eager" else []
+    compiled = [True] if engines.compiles(hardware) and hardware.engine != "eager" else []
     real, ran, refused, eager = hardware.skips and skips(sparse, rows, text.width), {}, {}, None
     for side, module in (("dense", dense), ("sparse", sparse)):
         for fast in (False, *compiled):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsebench import engines
 from sparsebench.measure import clock
 from sparsebench.measure.clock import Contender, summary
 from sparsebench.modules import storage
@@ -24,7 +25,7 @@ def prefills(
     A masked-dense prompt, compiled, has its masks joined to what stands before them: they cost nothing of their own.
     """
     contenders, refused = {}, {}
-    compiled = [True] if prompt.device.type == "cuda" and hardware.engine != "eager" else []
+    compiled = [True] if engines.compiles(hardware) and hardware.engine != "eager" else []
     for side, module in modules.items():
         for fast in (False, *compiled):
             run = torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if fast else module

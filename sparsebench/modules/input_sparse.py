@@ -48,7 +48,8 @@ class InputSparseLinear(SparseModule, LinearMap):
         self.take(linear)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
         self.register_buffer("threshold", torch.tensor(float(threshold), device=self.device), persistent=False)
-        self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
+        scale = None if scale is None else scale.to(self.device, torch.float32).contiguous()
+        self.register_buffer("scale", scale, persistent=False)
         for name in ("low_rank_a", "low_rank_b"):
             self.register_buffer(name, None, persistent=False)
         self.low_rank = low_rank
@@ -83,8 +84,8 @@ class InputSparseLinear(SparseModule, LinearMap):
     def low_rank(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         a, b = factors or (None, None)
         self.rank = 0 if a is None else a.shape[1]
-        self.low_rank_a = None if a is None else F.pad(a, (0, -self.rank % 8)).contiguous()
-        self.low_rank_b = None if b is None else F.pad(b, (0, 0, 0, -self.rank % 8)).contiguous()
+        self.low_rank_a = None if a is None else F.pad(a.to(self.device), (0, -self.rank % 8)).contiguous()
+        self.low_rank_b = None if b is None else F.pad(b.to(self.device), (0, 0, 0, -self.rank % 8)).contiguous()
 
     def new_counter(self) -> Counter:
         return Counter(self.shape[1], self.device)
