@@ -101,6 +101,7 @@ class Hardware:
             torch.cuda.set_device(chosen[0])
             if self.devices > 1:
                 self.torch_devices = [torch.device("cuda", i) for i in chosen]
+                self.torch_device = self.torch_devices[0]
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()

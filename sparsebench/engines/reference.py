@@ -64,6 +64,8 @@ class Decoder:
 
         Raises ValueError where nothing can be told: on a CPU a compiled step has no marks.
         """
+        if len({parameter.device for parameter in self.module.parameters()}) > 1:
+            raise ValueError("an eager step over several devices has no marks")
         if self.engine == "eager":
             return marks.by_module(self.module, take, steps)
         if next(self.module.parameters()).device.type != "cuda":

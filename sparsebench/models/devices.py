@@ -8,6 +8,7 @@ taken off, since a compiler can't look into them and kernels of our own need the
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
-from sparsebench.sites import find_blocks
+from sparsebench.sites import Block, find_blocks
 
 Placement = dict[str, torch.device]  # by the path of a part
 
@@ -107,7 +108,8 @@ def spread(module: nn.Module, placement: Placement) -> nn.Module:
         if any(t.device != device for t in (*part.parameters(), *part.buffers())):
             part.to(device)
         part.register_forward_pre_hook(functools.partial(arrive, device), with_kwargs=True)
-    module.register_forward_hook(functools.partial(leave, module.get_input_embeddings().weight.device))
+    for whole in {module, module.base_model}:
+        whole.register_forward_hook(functools.partial(leave, module.get_input_embeddings().weight.device))
     return module
 
 
@@ -138,16 +140,15 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def device_of(module: nn.Module, block: Block) -> torch.device:
+    return next(module.get_submodule(block.path).parameters()).device
+
+
 def devices_of(module: nn.Module) -> list[torch.device]:
     """The devices of a model's blocks, in order, each once."""
-    firsts = (next(module.get_submodule(block.path).parameters()).device for block in find_blocks(module))
-    return list(dict.fromkeys(firsts))
+    return list(dict.fromkeys(device_of(module, block) for block in find_blocks(module)))
 
 
-def described(placement: Placement) -> dict[str, int]:
+def blocks_on(module: nn.Module) -> dict[str, int]:
     """How many blocks lie on each device, for the record."""
-    counts: dict[str, int] = {}
-    for path, device in placement.items():
-        if path.rpartition(".")[2].isdecimal():
-            counts[str(device)] = counts.get(str(device), 0) + 1
-    return counts
+    return dict(Counter(str(device_of(module, block)) for block in find_blocks(module)))

@@ -195,6 +195,8 @@ class CausalLM:
             "positions": positions.limit(config),
             "cautions": [],
         }
+        if several:
+            info["devices"] = devices.blocks_on(module)
         with_experts = [b.experts for b in blocks if b.experts]
         if with_experts:
             one = with_experts[0]

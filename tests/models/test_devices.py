@@ -44,7 +44,6 @@ def test_blocks_lie_in_order_in_shares_of_equal_bytes(count, layers):
         )
     if layers == 80:
         assert [numbers.count(i) for i in range(2)] == [40, 40] and 137e9 < total < 139e9
-        assert devices.described(placement) == {"cuda:0": 40, "cuda:1": 40}
 
 
 def test_a_head_that_is_tied_stays_with_the_embeddings():
@@ -74,7 +73,7 @@ def test_every_part_gets_its_inputs_on_its_own_device(monkeypatch):
     assert [placement[b.path] for b in find_blocks(model)] == [CPU, CPU, META, META]
     devices.spread(model, placement)
     output = model(input_ids=torch.arange(12)[None])
-    assert output.logits.device == META and output.logits.shape == (1, 12, 320) and seen == [CPU]
+    assert output.logits.device == META and output.logits.shape == (1, 12, 320) and seen == [CPU, CPU]
 
 
 def test_a_spread_model_is_the_model_eager_fused_dense_and_sparse():
@@ -82,7 +81,7 @@ def test_a_spread_model_is_the_model_eager_fused_dense_and_sparse():
     ids, plain = torch.arange(20)[None] % 320, tiny_model()
     expected = plain(input_ids=ids).logits
     spread = devices.moved_to(tiny_model(), [CPU, CPU])
-    assert torch.equal(spread(input_ids=ids).logits, expected)
+    assert torch.equal(spread(input_ids=ids).logits, expected) and devices.blocks_on(spread) == {"cpu": 2}
     twin, target = storage.sharing_copy(spread), built("hardware", "hardware=cpu", threads=1)
     target.prepare()
     step = engines.decoder(plain, ids[:, :8], 4, target, "eager").step(ids[:, 8:9])

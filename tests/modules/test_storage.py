@@ -19,6 +19,7 @@ from tests.helpers import built, sparse_copy, tiny_model
 
 NOTHING = ("teal", "cats", "topp", "nm", "rsparse", "wisparse", "polar", "wina_plain")  # methods that change no weight
 CHANGING = ("wina", "larosa", "duogpt")
+QUICK = {"wisparse": {"allocation": "uniform", "alpha": [1.0], "ladder": False}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,7 +62,7 @@ def target():
 
 def applied(name, model, data, target, folder):
     """(method, what keeps the dense model, the sparse one) as a run makes them."""
-    method = built("method", f"method={name}", calibration_tokens=512)
+    method = built("method", f"method={name}", calibration_tokens=512, **QUICK.get(name, {}))
     work = Work(0, target, folder, folder, 8, lambda row: None)
     dense = storage.beside(model, method.changes)
     return method, dense, method.apply(model, method.fit(Loaded(model, None, {}), data, work), work)

@@ -117,7 +117,7 @@ class DuoGPT(Method):
             with changed(module, block, rules):
                 for roles in groups(block):
                     width = weight_of(module.get_submodule(block.sites[roles[0]].path)).shape[1]
-                    statistics = pruning.Statistics.empty(width, work.hardware.torch_device)
+                    statistics = pruning.Statistics.empty(width, next(layer.parameters()).device)
                     path = block.sites[roles[0]].path.removeprefix(f"{block.path}.")
                     for x, y in zip(dense, sparse, strict=True):
                         statistics.add(seen(layer, path, y, named), seen(original, path, x, named))
