@@ -83,7 +83,7 @@ class Method:
         """What `fit` and `apply` write to of the dense model's tensors, in words; None = nothing.
 
         Where it is None the dense and the sparse model share their weights' memory (modules may be replaced in any case);
-        else a run that times both holds the dense model's weights a second time.
+        else a run that times both holds the dense model's weights a second time, and says so with these words.
         """
         return "any weight"
 

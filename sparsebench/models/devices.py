@@ -91,9 +91,11 @@ def map_of(config: transformers.PretrainedConfig, dtype: torch.dtype, devices: l
 
 def check_room(config: transformers.PretrainedConfig, dtype: torch.dtype, devices: list[torch.device]) -> None:
     """Raise ValueError where a model's weights don't fit: a part on the CPU would be timed as the bus between them."""
+    if devices[0].type != "cuda":
+        return
     needed = sum(own_bytes(part) for part in skeleton(config, dtype).modules())
-    there = sum(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
-    if devices[0].type == "cuda" and needed > there:
+    there = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    if needed > there:
         raise ValueError(
             f"hardware.devices={len(devices)}: the weights take {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free; nothing "
             "is left on the CPU, since a time would be that of moving weights: take more devices or model.num_layers=N"

@@ -63,6 +63,9 @@ class CausalLM:
             return [
                 f"method={method.name} does not run on quantised weights: model.quantize must be none, got {self.quantize}"
             ]
+        several = getattr(getattr(settings, "hardware", None), "devices", 1)
+        if several > 1 and self.trust_remote_code:
+            return [f"hardware.devices must be 1 with model.trust_remote_code=true, got {several}"]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
         if from_architecture and self.path is not None:
             location_problem(self.location, self.revision)  # of the tokenizer, whose commit names the run
@@ -163,8 +166,8 @@ class CausalLM:
         tokens_from = location if self.weights == "scratch" else self.tokens_from
         tokenizer = self.tokenizer(tokens_from, config, data)
         several = hardware.torch_devices if len(hardware.torch_devices) > 1 else None
-        if several:
-            devices.check_room(config, hardware.torch_dtype, several)
+        if self.quantize != "keep" and not self.trust_remote_code:
+            devices.check_room(config, hardware.torch_dtype, hardware.torch_devices)
         if self.weights == "random":
             module = devices.made_random(config, hardware.torch_dtype, hardware.torch_devices, work.seed)
         elif is_gguf(location):

@@ -54,8 +54,8 @@ def test_a_head_that_is_tied_stays_with_the_embeddings():
 def test_random_weights_are_drawn_where_they_stay():
     """As transformers draws them, rotary tables included; the modules are not built with content first."""
     config = tiny_model().config
-    module = devices.made_random(config, torch.float32, [CPU, CPU], seed=1)
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    module = devices.made_random(config, torch.float32, [CPU, CPU], seed=1).requires_grad_(False)
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
     for (name, own), (_, other) in zip(module.named_parameters(), plain.named_parameters(), strict=True):
         assert own.shape == other.shape and float(own.std()) == pytest.approx(float(other.std()), rel=0.1), name
     for own, other in zip(module.buffers(), plain.buffers(), strict=True):
