@@ -39,8 +39,21 @@ def unsupported(module: nn.Module) -> str | None:
         return f"it takes head sizes 8, 16, 32, 64, 128 and 256, got {head_dim}"
     if any(size % 8 for size in (config.hidden_size, config.intermediate_size)):
         return "it takes sizes that are multiples of 8"
-    packed = quantisation(module, find_blocks(module))
-    return None if packed is None else cuda_packed.unserved(packed)
+    blocks = find_blocks(module)
+    packed = quantisation(module, blocks)
+    return elsewhere(module, blocks) or (None if packed is None else cuda_packed.unserved(packed))
+
+
+def elsewhere(module: nn.Module, blocks: list[Block]) -> str | None:
+    """Why a step can't read embeddings or head by address, since they lie on another device than their blocks, or None."""
+    first, last = (next(module.get_submodule(blocks[i].path).parameters()).device for i in (0, -1))
+    if module.get_input_embeddings().weight.device != first:
+        return "it takes embeddings on the device of the first block"
+    return (
+        None
+        if module.get_output_embeddings().weight.device == last
+        else "it takes a head on the device of the last block"
+    )
 
 
 def tuning_file(module: nn.Module, gpu: str, keep_all: bool = False) -> Path:

@@ -117,7 +117,8 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         decode["by_kernel"] = breakdown.by_kernel(timed, text, device)
     if settings.energy:
         steps = {side: contender(each, text) for side, each in timed.items()}
-        about["energy"] = energy.measure(steps, text.block, "token", device)
+        cards = len({parameter.device for parameter in dense.parameters()})
+        about["energy"] = energy.measure(steps, text.block, "token", device, cards)
     storage.lay(sparse)  # what follows asks which kernels serve it
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,

@@ -65,6 +65,8 @@ def of_run(device: torch.device, model_bytes: int, cache_bytes: int) -> dict[str
 
 def restart(device: torch.device) -> None:
     """A new run: its peaks are counted from here."""
+    if device.type == "cuda":
+        torch.cuda.init()  # before it torch has no counters
     note(device)
     Most.run = Most.phase = 0
 

@@ -42,6 +42,7 @@ class Allocator:
 
     def stub(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda i: self.now)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda i: self.most)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from sparsebench import engines
+from sparsebench.engines import fused_cuda
 from sparsebench.models import devices
 from sparsebench.modules import storage
 from sparsebench.sites import find_blocks
@@ -49,6 +50,14 @@ def test_blocks_lie_in_order_in_shares_of_equal_bytes(count, layers):
 def test_a_head_that_is_tied_stays_with_the_embeddings():
     placement = devices.placed(tiny_model(tie_word_embeddings=True), CARDS[:2])
     assert placement["lm_head"] == placement["model.embed_tokens"] == CARDS[0] and placement["model.norm"] == CARDS[1]
+
+
+def test_a_fused_step_with_a_tied_head_on_another_device_is_refused():
+    model = devices.skeleton(tiny_model(tie_word_embeddings=True).config, torch.float16)
+    blocks = find_blocks(model)
+    assert fused_cuda.elsewhere(model, blocks) is None
+    model.get_submodule(blocks[-1].path).to_empty(device="cpu")
+    assert fused_cuda.elsewhere(model, blocks) == "it takes a head on the device of the last block"
 
 
 def test_random_weights_are_drawn_where_they_stay():
