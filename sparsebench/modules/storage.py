@@ -36,15 +36,16 @@ def turnable(weight: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def turn(parameter: nn.Parameter, channels: bool) -> None:
-    """Store a weight [m, n] by its input channels, or by its rows; in place."""
+def turn(parameter: nn.Parameter, channels: bool) -> bool:
+    """Store a weight [m, n] by its input channels, or by its rows; in place. Whether it lay otherwise."""
     weight = parameter.data
     if not turnable(weight) or by_channels(weight) == channels:
-        return
+        return False
     Last.put = None
     (m, n), flat = weight.shape, (weight if channels else weight.t()).view(-1)
     flat.copy_((weight.t() if channels else weight).contiguous().view(-1))
     parameter.data = flat.view(n, m).t() if channels else flat.view(m, n)
+    return True
 
 
 def channel_major(parameter: nn.Parameter) -> nn.Parameter:
@@ -72,8 +73,9 @@ def put(lying: Lie) -> None:
     """Turn what does not lie so."""
     if Last.put is not None and Last.put() is lying:
         return
-    for parameter, channels in lying:
-        turn(parameter, channels)
+    turned = [parameter for parameter, channels in lying if turn(parameter, channels)]
+    for device in {parameter.device for parameter in turned if parameter.is_cuda}:
+        torch.cuda.synchronize(device)  # a clock waits for one device alone
     Last.put = weakref.ref(lying)
 
 
