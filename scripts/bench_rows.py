@@ -21,12 +21,13 @@ import torch.nn.functional as F
 import transformers
 
 from sparsebench import kernels
-from sparsebench.engines import channel_major, sharing_copy
+from sparsebench.engines import channel_major
 from sparsebench.kernels import cuda_rows, masked_dense
 from sparsebench.measure import clock, few_rows, latency, prompt_pass
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.masking import share_rules
+from sparsebench.modules.storage import sharing_copy
 
 SHAPES = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008)}  # (m, n) of Llama-2-7B
 BATCHES, CHUNKS = (1, 2, 4, 8, 16, 32, 64), (2, 4, 8)
@@ -175,7 +176,12 @@ def models(dtype: torch.dtype, layers: int) -> Iterator[tuple[float, Any, Any]]:
 def steps(out: Out, dtype: torch.dtype, layers: int) -> None:
     """Prefill of 128 tokens; decode steps of B texts and verify steps, compiled by both sides."""
     hardware = SimpleNamespace(
-        torch_device=torch.device("cuda"), skips=True, engine="auto", torch_dtype=dtype, kernel_name="cuda_gather"
+        torch_device=torch.device("cuda"),
+        devices=1,
+        skips=True,
+        engine="auto",
+        torch_dtype=dtype,
+        kernel_name="cuda_gather",
     )
     settings = SimpleNamespace(samples=SAMPLES, warmup=WARMUP, context=128)
     ids = torch.randint(0, 32000, (64 * 256,), generator=torch.Generator().manual_seed(1)).cuda()

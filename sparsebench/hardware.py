@@ -32,6 +32,7 @@ class Hardware:
     device: str = setting(choices=("auto", "cpu", "cuda"))
     requires: str | None
     dtype: str = setting(choices=("auto", *DTYPES))
+    devices: int = setting(gt=0, default=1)
     threads: int | None = setting(gt=0)
     kernel: str = setting(choices=("auto", *kernels.names()))
     engine: str = setting(choices=ENGINES)
@@ -39,6 +40,7 @@ class Hardware:
     peak_tflops: float | None = setting(gt=0)
     estimate: bool
     torch_device: torch.device = field(init=False, default=torch.device("cpu"))
+    torch_devices: list[torch.device] = field(init=False, default_factory=lambda: [torch.device("cpu")])
     torch_dtype: torch.dtype = field(init=False, default=torch.float32)
     kernel_name: str = field(init=False, default="masked_dense")
 
@@ -74,6 +76,13 @@ class Hardware:
                 f"hardware={self.name} needs a device named {self.requires!r}, this machine has "
                 f"{', '.join(gpus) or 'no GPU'}; here: {'hardware=cuda, ' if gpus else ''}{OPTIONS}"
             )
+        fitting = [gpu for gpu in gpus if self.estimate or not self.requires or self.requires in gpu]
+        if self.devices > 1 and self.present_device == "cpu" and not problems:
+            problems.append(f"hardware.devices must be 1 on a CPU, got {self.devices}")
+        elif self.devices > 1 and self.present_device == "cuda" and len(fitting) < self.devices and not problems:
+            problems.append(self.too_few(len(fitting)))
+        elif self.devices > 1 and ranks.count() > 1:
+            problems.append(f"hardware.devices must be 1 where {ranks.count()} processes train, got {self.devices}")
         if self.kernel != "auto":
             device = kernels.device_of(self.kernel)
             if device not in (None, self.present_device):
@@ -87,12 +96,13 @@ class Hardware:
         """Set threads, device, dtype and kernel for this process."""
         cache.check_compiled()
         self.torch_device = torch.device(self.present_device)
-        if (
-            self.torch_device.type == "cuda" and self.requires and ranks.count() == 1
-        ):  # else each takes its own (ranks.py)
-            torch.cuda.set_device(
-                self.chosen([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
-            )
+        self.torch_devices = [self.torch_device]
+        if self.torch_device.type == "cuda" and ranks.count() == 1:  # else each takes its own (ranks.py)
+            chosen = self.chosen([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
+            torch.cuda.set_device(chosen[0])
+            if self.devices > 1:
+                self.torch_devices = [torch.device("cuda", i) for i in chosen]
+                self.torch_device = self.torch_devices[0]
         automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
         self.torch_dtype = DTYPES[automatic if self.dtype == "auto" else self.dtype]
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
@@ -101,14 +111,21 @@ class Hardware:
         self.kernel_name = kernels.best(self.torch_device.type) if self.kernel == "auto" else self.kernel
         kernels.load(self.kernel_name).prepare(torch.get_num_threads())
 
-    def chosen(self, names: list[str]) -> int:
-        """The number of the device to use among those that torch sees: the first one of the kind that is required."""
+    def chosen(self, names: list[str]) -> list[int]:
+        """The numbers of the devices to use among those that torch sees: the first ones of the kind that is required."""
         fitting = [i for i, name in enumerate(names) if self.estimate or not self.requires or self.requires in name]
         if not fitting:
             raise ValueError(
                 f"hardware={self.name} needs a device named {self.requires!r}, torch sees {names or 'none'}"
             )
-        return fitting[0]
+        if len(fitting) < self.devices:
+            raise ValueError(self.too_few(len(fitting)))
+        return fitting[: self.devices]
+
+    def too_few(self, there: int) -> str:
+        """The line about more devices than there are."""
+        kind = f" named {self.requires!r}" if self.requires and not self.estimate else ""
+        return f"hardware.devices must be at most {there}, the GPUs of this machine{kind}, got {self.devices}"
 
     @property
     def skips(self) -> bool:
@@ -119,6 +136,7 @@ class Hardware:
         """What is in force now, for the record."""
         return {
             "device": str(self.torch_device),
+            "devices": self.devices,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "kernel": self.kernel_name,

@@ -7,7 +7,6 @@ config -> model + dataset -> dense = task.assess -> method.fit (train or calibra
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 import time
@@ -25,6 +24,7 @@ from sparsebench.data.base import Data
 from sparsebench.measure import corners, estimate, limit, memory, neutral
 from sparsebench.methods.base import Method, Work
 from sparsebench.models import Loaded
+from sparsebench.modules import storage
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.masking import share_rules
 from sparsebench.records import machine, progress, shared, state
@@ -42,6 +42,9 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     shared.begin(record.config_hash if settings.share else None)
     hardware, method, task = settings.hardware, settings.method, tasks.load(settings.model.kind)
     hardware.prepare()
+    device = hardware.torch_device
+    memory.restart(device)
+    progress.with_peaks(lambda: memory.phase_peak(device))
     ranks.start(on_cpu=hardware.torch_device.type == "cpu")
     torch.manual_seed(settings.seed)
     record.env = machine.describe(hardware.torch_device.type) | {"hardware": hardware.read_back()}
@@ -59,13 +62,13 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     progress.begin("dense model: evaluating")
     dense = assess_dense(loaded, data, settings, configuration, record, "dense")
     needed_later = settings.measure.latency or settings.eval.critical.enabled or task.keeps_dense
-    untouched = copy.deepcopy(loaded.module) if needed_later else None
+    untouched = storage.beside(loaded.module, method.changes) if needed_later else None
 
     inputs, expected = neutral.probe(loaded.module, data)
     progress.begin(f"{method.name}: fitting")
-    peak_before = memory.restart_peak(hardware.torch_device)
     fitted, record.fit = fit(method, loaded, data, work, settings, configuration)
-    record.fit |= {"peak_bytes": memory.peak_bytes(hardware.torch_device), "model_bytes": dense.weight_bytes}
+    progress.begin(f"{method.name}: applying")
+    record.fit |= {"peak_bytes": progress.last().get("peak_bytes"), "model_bytes": dense.weight_bytes}
     if not ranks.first():
         return record
     state.keep(work.output_dir / "states" / record.fit["state"], folder)
@@ -73,6 +76,7 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
     if settings.eval.critical.enabled:
         progress.begin("critical sparsity: searching on dev")
         record.extra["critical"] = critical.search(task, untouched, method, fitted, work, data, settings)
+    untouched = untouched if settings.measure.latency or task.keeps_dense else None
     module = method.apply(loaded.module, fitted, work)
     share_rules(module, InputSparseLinear)
     record.fit |= {"neutral_relative_error": neutral.check(method, module, inputs, expected)}
@@ -94,20 +98,19 @@ def run(configuration: dict[str, Any], record: Record, folder: Path, track: Call
 
     if settings.measure.latency:
         progress.begin("timing dense against sparse")
-        peak_before = max(peak_before, memory.restart_peak(hardware.torch_device))
         beside = {} if plain is None else {"unquantised": plain.module}
         timing = task.time(untouched, module, data, settings, **beside)
         record.latency, record.macs["executed"] = timing.latency, task.executed(record.macs, timing)
-        record.memory["peaks"], peak_before = timing.peaks, max(peak_before, timing.highest)
+        record.memory["peaks"] = timing.peaks
         record.extra |= timing.extra
         if hardware.estimate:
             rates = estimate.rates(hardware.torch_device, hardware.torch_dtype)
             record.estimate = estimate.predict(hardware, record, *rates)
     record.extra |= fitted.info.get("extra", {})
     record.extra |= task.illustrate((untouched, dense), (module, sparse), data, folder)
-    device = hardware.torch_device
-    record.memory["peak_bytes"] = max(peak_before, memory.peak_bytes(device))
-    record.memory["peak_of"] = "device" if device.type == "cuda" else "process"
+    model_bytes = dense.weight_bytes + (0 if plain is None else plain.dense.weight_bytes)
+    record.memory |= memory.of_run(device, model_bytes, task.cache_bytes(dense, settings))
+    record.memory["second_copy"] = method.changes if untouched is not None else None
     if settings.measure.latency and "decode" in record.latency:  # after the peak: it reads memory of its own
         record.latency["limit"] = limit.of_decode(record.latency["decode"], record.bytes, device)
     return record
@@ -144,13 +147,17 @@ def decides_dense(
     themselves count. Tasks of lm-eval may be downloaded, so they are taken to be the same for a day.
     """
     parts = {name: configuration[name] for name in ("model", "dataset", "eval")}
-    pretrained = settings.model.kind == "language" and getattr(settings.model, "weights", None) == "pretrained"
+    source = getattr(settings.model, "weights", None) if settings.model.kind == "language" else None
+    pretrained, known = (
+        source == "pretrained",
+        source in ("pretrained", "random"),
+    )  # random ones follow from seed and place
     measure, hardware = settings.measure, settings.hardware.read_back()
     return parts | {
         "tested": tested, "measure": {"context": measure.context, "chunk": measure.chunk},
-        "seed": None if pretrained else settings.seed, "weights": None if pretrained else fingerprint(loaded.module),
+        "seed": None if pretrained else settings.seed, "weights": None if known else fingerprint(loaded.module),
         "day": now()[:10] if settings.eval.lm_eval.tasks else None, "contents": contents(parts), "machine": machine.machine(),
-        "hardware": {name: hardware[name] for name in ("device", "dtype", "threads", "kernel")},
+        "hardware": {name: hardware[name] for name in ("device", "devices", "dtype", "threads", "kernel")},
         "quantisation": loaded.info.get("quantisation"),
     }  # fmt: skip
 
@@ -190,7 +197,7 @@ def unquantised(
     loaded = model.load(work, data)
     progress.begin("dense model, not quantised: evaluating")
     dense = assess_dense(loaded, data, settings, configuration, record, "unquantised")
-    kept = copy.deepcopy(loaded.module) if settings.measure.latency else None
+    kept = storage.beside(loaded.module, method.changes) if settings.measure.latency else None
     progress.begin(f"{method.name}: fitting, not quantised")
     fitted, _ = fit(method, loaded, data, work, settings, configuration)
     module = method.apply(loaded.module, fitted, work)

@@ -183,8 +183,13 @@ def exact_weight(module: nn.Module) -> torch.Tensor:
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear map as [m, n], a view whichever way round it is stored."""
-    return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
+    """The weight of a linear map as [m, n], a view whichever way round it is stored.
+
+    A frozen one is the parameter itself, which stays right where its content is turned (modules/storage.py).
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.data.t()
+    return module.weight.data if module.weight.requires_grad else module.weight
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from sparsebench import engines
 from sparsebench.calibration.histograms import AbsHistogram, observe
 from sparsebench.measure.clock import Contender, interleaved, summary
+from sparsebench.modules import storage
 from sparsebench.sites import find_blocks
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def time_step(settings) -> list[dict]:
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(0, module.config.vocab_size, (1, max(settings.contexts)), generator=generator).to(device)
     limits = thresholds(module, ids[:, :512], sorted({0.0, *settings.sparsities}))
-    dense = copy.deepcopy(module)  # its weights stay as transformers lays them out
+    dense = storage.sharing_copy(module)  # its decoder lays the weights out as transformers does
     engines.channel_major(module)
     if device.type == "cuda":
         from sparsebench.engines.tune_cuda import tune

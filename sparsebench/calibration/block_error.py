@@ -75,14 +75,25 @@ def common_parent(model: nn.Module, block: Block, groups: tuple[str, ...]) -> nn
     return model.get_submodule(parent) if parent.startswith(f"{block.path}.") else None
 
 
+def per_token(argument: object, hidden: torch.Tensor) -> bool:
+    """Whether an argument of a block has a row for every token of hidden [B, T, D], so that it would have to be cut with it."""
+    return (
+        isinstance(argument, torch.Tensor)
+        and argument.dim() >= 3
+        and argument.shape[-2] == hidden.shape[1]
+        and argument.shape[-1] != hidden.shape[1]
+    )
+
+
 class BlockError:
     """l2 distance of a block's output, with thresholds on its maps' inputs, from its dense `outputs`.
 
     hidden, outputs: a list of [B, T, D] per batch; only the last `tokens` of each sequence are compared.
-    threshold(role, p) gives t, `scales` c by role. To call it costs less than the block: maps that work token by token,
-    and the whole FFN, are computed for the compared tokens alone (the others are 0), and what a trial leaves as it is on
-    the path it starts from is kept: outputs of maps, and what attention hands to its last map. Memory: those outputs
-    (keys and values for all tokens) and one hidden state.
+    threshold(role, p) gives t, `scales` c by role. To call it costs less than the block: what works token by token (maps,
+    the FFN, norms behind attention) is computed for the compared tokens alone (the others are 0), and what a trial leaves
+    as it is on the path it starts from is kept: outputs of maps, what attention hands to its last map, the first norm's
+    output. Where attention is kept the block sees no other tokens at all. Memory: those outputs (keys and values for all
+    tokens) and two hidden states.
     """
 
     def __init__(self, model: nn.Module, block: Block, arguments, hidden, outputs, threshold, scales, tokens: int):
@@ -96,6 +107,13 @@ class BlockError:
         self.ffn = common_parent(model, block, ("mlp_in", "mlp_mid"))
         self.attended: dict[int, tuple[tuple, torch.Tensor, tuple | None]] = {}  # by batch: key, input of o, the rest
         self.last_o: tuple[torch.Tensor, torch.Tensor] | None = None  # input and output of the latest call of o
+        inside = set(self.maps.values())
+        self.norms = [m for m in self.module.children() if not inside.intersection(m.modules())]
+        self.first: dict[tuple[int, int], torch.Tensor] = {}  # by batch and norm: its output for the block's own input
+        self.behind = False  # whether attention has run in the present call
+        self.by_token = hidden[0].dim() == 3 and not any(
+            per_token(each, hidden[0]) for each in (*arguments[0], *arguments[1].values())
+        )
 
     def decided_by(self, role: str, sparsity: dict[str, float]) -> tuple:
         """The sparsities that a map's output depends on: its own and those of maps that read earlier tensors."""
@@ -111,7 +129,7 @@ class BlockError:
         readers = [r for r, site in self.sites.items() if site.group == "attn_in"]
         attended = tuple(sparsity[r] for r in readers) if fixed.issuperset(readers) else None
         total = torch.zeros((), dtype=torch.float64, device=self.outputs[0].device)
-        changed = [m for m in (*self.maps.values(), self.attention, self.ffn) if m is not None]
+        changed = [m for m in (*self.maps.values(), self.attention, self.ffn, *self.norms) if m is not None]
         own = {m: vars(m).get("forward") for m in changed}  # set by libraries that wrap modules
         forwards = {m: m.forward for m in changed}
         try:
@@ -124,7 +142,12 @@ class BlockError:
                     self.attention.forward = functools.partial(self.attend, forwards[self.attention], batch, attended)
                 if self.ffn is not None:
                     self.ffn.forward = functools.partial(self.feed, forwards[self.ffn])
-                produced = run_block(self.module, hidden, self.arguments)
+                for i, norm in enumerate(self.norms):
+                    norm.forward = functools.partial(self.normed, forwards[norm], (batch, i), hidden)
+                self.behind = False
+                kept_attention = attended is not None and self.attended.get(batch, (None,))[0] == attended
+                given = hidden[:, -self.tokens :] if kept_attention and self.by_token else hidden
+                produced = run_block(self.module, given, self.arguments)
                 difference = produced[:, -self.tokens :] - output[:, -self.tokens :]
                 total += difference.float().square().sum()
         finally:
@@ -139,13 +162,27 @@ class BlockError:
         """Attention's output. Where q, k and v are those kept under `key`, only its last map is computed."""
         known, x, rest = self.attended.get(batch, (None, None, None))
         if key is not None and key == known:
-            y = self.maps["o"](x)
+            y = self.maps["o"](x[:, -self.tokens :].contiguous() if self.by_token else x)
+            self.behind = True
             return y if rest is None else (y, *rest)
         out = forward(*args, **named)
+        self.behind = True
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if key is not None and self.last_o is not None and first is self.last_o[1]:  # nothing comes after its last map
             self.attended[batch] = (key, self.last_o[0], rest)
         return out
+
+    def normed(self, forward, place: tuple[int, int], hidden: torch.Tensor, x: torch.Tensor, *args, **named):
+        """A norm's output: of the block's own input it is computed once, behind attention for the compared tokens."""
+        if args or named:
+            return forward(x, *args, **named)
+        if x is hidden:
+            if place not in self.first:
+                self.first[place] = forward(x)
+            return self.first[place]
+        if self.behind and x.dim() == 3 and self.tokens < x.shape[1]:
+            return self.padded(forward(x[:, -self.tokens :].contiguous()), x)
+        return forward(x)
 
     def feed(self, forward, x: torch.Tensor, *args, **named):
         """The FFN's output, computed for the compared tokens."""

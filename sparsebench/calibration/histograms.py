@@ -46,7 +46,7 @@ class AbsHistogram:
         counts = torch.bincount(bits, minlength=NUM_BINS)
         if counts.numel() > NUM_BINS:
             raise ValueError("calibration met NaN in the activations")
-        self.counts += counts
+        self.counts += counts.to(self.counts.device)
 
     def trimmed(self) -> tuple[int, torch.Tensor]:
         """(index of the first non-empty bin, counts up to the last non-empty one): the form that is saved."""

@@ -148,6 +148,7 @@ class HardwarePart(Part, Protocol):
     """hardware.py says what these do."""
 
     estimate: bool
+    devices: int
 
     def prepare(self) -> None: ...
 
@@ -211,6 +212,10 @@ def mismatches(settings: Settings) -> list[str]:
         if getattr(settings.measure, key) is not None and model.kind != "language":
             value = getattr(settings.measure, key)
             problems.append(f"measure.{key} must be null for model={model.name} ({model.kind}), got {value}")
+    if settings.hardware.devices > 1 and model.kind != "language":
+        problems.append(
+            f"hardware.devices must be 1 for model={model.name} ({model.kind}), got {settings.hardware.devices}"
+        )
     if settings.hardware.estimate and model.kind != "language":
         problems.append(f"hardware.estimate must be false for model={model.name} ({model.kind}), got true")
     if settings.eval.lm_eval.tasks and model.kind != "language":

@@ -7,7 +7,6 @@ Engines share `step(token)`, `rewind()` and the name `engine`. `verified` makes 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 from typing import Any
@@ -21,6 +20,7 @@ from sparsebench.kernels._packed import Packed
 from sparsebench.modules.base import measured_modules
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
 from sparsebench.modules.quant_sparse import QuantSparseLinear
+from sparsebench.modules.storage import lay
 from sparsebench.sites import find_blocks, shape
 
 __all__ = ["Decoder", "choose", "decoder", "verified"]
@@ -38,20 +38,19 @@ def choose(module: nn.Module, hardware: Any) -> str:
     if hardware.engine == "fused":
         raise ValueError(f"hardware.engine=fused: {problem}")
     log.info("decode: no fused step (%s)", problem)
-    return "compiled" if hardware.torch_device.type == "cuda" else "eager"
+    return "compiled" if compiles(hardware) else "eager"
 
 
 def dense_engines(module: nn.Module, hardware: Any) -> list[str]:
     """The engines that may run an untouched model here, `eager` first; whatever runs the sparse one."""
-    on_gpu = hardware.torch_device.type == "cuda"
-    compiled = ["compiled"] if on_gpu or hardware.engine == "compiled" else []
+    compiled = ["compiled"] if compiles(hardware) or hardware.engine == "compiled" else []
     return ["eager", *compiled, *(["fused"] if fused(hardware).unsupported(module) is None else [])]
 
 
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """The same modules with the same tensors, so that a map can be replaced without touching `module`."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
+def compiles(hardware: Any) -> bool:
+    """Whether a compiled step is looked at without being asked for: a CUDA graph is of one device, and what is compiled
+    without one is slower than the fused step and takes minutes for the models that need several."""
+    return hardware.torch_device.type == "cuda" and hardware.devices == 1
 
 
 def fused(hardware: Any):
@@ -73,6 +72,7 @@ def channel_major(module: nn.Module) -> None:
             linear = module.get_submodule(site.path)
             if not isinstance(linear, InputSparseLinear):
                 replace(module, site.path, sparse_of(linear, site.name, -1.0))
+    lay(module)
 
 
 def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | None:

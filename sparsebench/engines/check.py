@@ -159,7 +159,12 @@ def verified(
             f"{errors['cache']:.2e} (relative, at most {DENSE_TOLERANCE[dtype]:.0e}), so no decode step can be timed"
         )
     expected = references(module, prompt, tokens, keep_all)
-    order = ["fused", *(["compiled"] if hardware.torch_device.type == "cuda" else []), "eager"]
+    on_gpu = hardware.torch_device.type == "cuda"
+    order = [
+        "fused",
+        *(["compiled"] if on_gpu and (engine == "compiled" or engines.compiles(hardware)) else []),
+        "eager",
+    ]
     for name in order[order.index(engine) if engine in order else -1 :]:
         before = {s.path: module.get_submodule(s.path) for b in blocks_or_none(module) for s in b.sites.values()}
         try:

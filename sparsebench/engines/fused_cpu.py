@@ -20,6 +20,7 @@ from sparsebench.engines import _step_packed, heads, llama_type, prefilled, quan
 from sparsebench.engines._step_numba import step
 from sparsebench.kernels import cpu_packed
 from sparsebench.kernels.cpu_numba import as_numpy
+from sparsebench.modules import storage
 from sparsebench.sites import exact_weight, find_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +46,7 @@ class Decoder:
         problem = unsupported(module)
         if problem:
             raise ValueError(f"no fused decode step: {problem}")
-        config, self.module = module.config, module
+        config, self.module, self.lying = module.config, module, storage.lie(module)
         self.length, self.threads = prompt.shape[1], torch.get_num_threads()
         self.cache, self.logits = prefilled(module, prompt, room)
         count, groups, head_dim = heads(config)
@@ -147,7 +148,8 @@ class Decoder:
         return torch.from_numpy(self.output).view(1, 1, -1)
 
     def rewind(self) -> None:
-        """Back to the end of the prompt."""
+        """Back to the end of the prompt, with the weights as the step reads them."""
+        storage.put(self.lying)
         self.position = self.length
 
     def marked(self, take: Callable[[], object], steps: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import StaticCache
 
 from sparsebench.engines import marks
+from sparsebench.modules import storage
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -29,6 +30,8 @@ class Decoder:
 
     def __init__(self, module: nn.Module, prompt: torch.Tensor, room: int, compiled: bool):
         self.module, self.length = module, prompt.shape[1]
+        self.lying = storage.lie(module)
+        storage.put(self.lying)
         self.engine = "compiled" if compiled else "eager"
         self.cache = StaticCache(config=module.config, max_cache_len=self.length + room)
         self.given = {cache_argument(module): self.cache}
@@ -61,6 +64,8 @@ class Decoder:
 
         Raises ValueError where nothing can be told: on a CPU a compiled step has no marks.
         """
+        if len({parameter.device for parameter in self.module.parameters()}) > 1:
+            raise ValueError("an eager step over several devices has no marks")
         if self.engine == "eager":
             return marks.by_module(self.module, take, steps)
         if next(self.module.parameters()).device.type != "cuda":
@@ -68,7 +73,8 @@ class Decoder:
         return marks.by_name(take, steps)
 
     def rewind(self, length: int | None = None) -> None:
-        """Back to the end of the prompt, or to so many tokens (no sliding windows)."""
+        """Back to the end of the prompt, or to so many tokens (no sliding windows); the weights lie as the model wants them."""
+        storage.put(self.lying)
         length = self.length if length is None else length
         for layer in self.holding:
             layer.cumulative_length.fill_(length)

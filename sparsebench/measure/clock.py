@@ -52,6 +52,11 @@ class Contender:
     reset: Callable[[], object] = lambda: None
     untimed: int = 1
 
+    def laid(self, i: int) -> object:
+        """The call after its reset."""
+        self.reset()
+        return self.call(i)
+
 
 def timed_calls(warmup: int, samples: int, untimed: int = 1) -> range:
     """The indices of the calls that `interleaved` times."""

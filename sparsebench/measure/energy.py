@@ -120,13 +120,18 @@ def between_ticks(call: Callable[[], object], meter: Counter, seconds: float) ->
             return value - first[0], now - first[1], calls - first[2]
 
 
-def measure(contenders: dict[str, Contender], units: int, per: str, device: torch.device) -> dict[str, Any]:
+def measure(
+    contenders: dict[str, Contender], units: int, per: str, device: torch.device, cards: int = 1
+) -> dict[str, Any]:
     """The record's section: joules per token (or example) and mean watts of each contender, dense and sparse.
 
     units: tokens or examples of a call; per: their name. Where no counter can be read each side is None and `reason` says why.
+    cards: how many devices hold the model.
     """
     nothing: dict[str, Any] = {**dict.fromkeys(contenders), "per": per, "source": None}
     try:
+        if cards > 1:
+            raise OSError(f"the counter is of one card, the model lies on {cards}")
         meter = counter(device)
         sums = dict.fromkeys(contenders, (0.0, 0.0, 0))
         for turn in range(TURNS):

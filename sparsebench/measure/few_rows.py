@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebench import kernels
+from sparsebench import engines, kernels
 from sparsebench.engines import Decoder, check, speculative
 from sparsebench.measure import clock, latency, macs, unions
 from sparsebench.measure.clock import interleaved, summary
+from sparsebench.modules import storage
 from sparsebench.modules.base import SiteSparsity, measured_modules
 from sparsebench.modules.tokens import rows_apart
 
@@ -98,7 +99,7 @@ def apart(call: Any) -> Any:
 def contenders(dense: nn.Module, sparse: nn.Module, text: Rows, hardware: Any, turn: Any) -> tuple[dict, Decoder, dict]:
     """(contenders by name, the eager sparse decoder, why some are missing); checks the kernels against masked-dense."""
     room, rows = text.block * text.width, text.prompt.shape[0] * text.width
-    compiled = [True] if hardware.torch_device.type == "cuda" and hardware.engine != "eager" else []
+    compiled = [True] if engines.compiles(hardware) and hardware.engine != "eager" else []
     real, ran, refused, eager = hardware.skips and skips(sparse, rows, text.width), {}, {}, None
     for side, module in (("dense", dense), ("sparse", sparse)):
         for fast in (False, *compiled):
@@ -133,9 +134,11 @@ def timed(dense: nn.Module, sparse: nn.Module, text: Rows, settings: Any, hardwa
     rows = text.prompt.shape[0] * text.width
     if hardware.torch_device.type == "cuda":
         torch.compiler.reset()  # else every size counts towards the limit of recompilations of one forward
+    storage.lay(sparse)
     with latency.dial(sparse) as turn:
         every, _, refused = contenders(dense, sparse, text, hardware, turn)
         times, _ = interleaved(list(every.values()), settings.warmup, settings.samples, hardware.torch_device)
+    storage.lay(sparse)  # what follows asks which kernels serve it
     taken = {name: [t / text.block for t in each] for name, each in zip(every, times, strict=True)}
     engines = {name: summary(each) for name, each in taken.items()}
     best = {

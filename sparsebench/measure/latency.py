@@ -3,12 +3,14 @@
 How to read it: decode at batch 1 is bound by reading weights, prefill by arithmetic. Every engine that can run the
 untouched model is timed, and the fastest is the dense figure. All contenders take turns with the same settings, each
 sample after untimed steps of the same contender (clock.py); inputs are on the device and compiled code is warm
-before the clock starts. Each decode step takes another token of held-out text, from a fixed context length on. Samples
-are kept, the median is quoted.
+before the clock starts. Dense and sparse models share their weights' memory: before a contender's turn they are laid as
+it reads them (storage.py), outside the clock. Each decode step takes another token of held-out text, from a fixed context
+length on. Samples are kept, the median is quoted.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from sparsebench.engines import check
 from sparsebench.measure import breakdown, clock, energy, macs, memory, prompt_pass, quality
 from sparsebench.measure.clock import Contender, interleaved, summary
 from sparsebench.measure.sparsity import counting, model_wide, summarise
+from sparsebench.modules import storage
 from sparsebench.modules.base import MANY, SiteSparsity, measured_modules, sparse_modules
 from sparsebench.modules.quant_sparse import quantised_maps, with_torch_products
 
@@ -43,7 +46,6 @@ class Timing:
     step_macs: float | None = None  # executed by a timed decode step
     skipping: set[str] = field(default_factory=set)  # sites of which a forward pass at batch 1 skipped work
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by what ran, dense and sparse; CUDA only
-    highest: int = 0  # bytes of the device in use at most while `peaks` were taken
     extra: dict[str, Any] = field(default_factory=dict)  # further findings, for the record
 
 
@@ -98,12 +100,13 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
     start = time.perf_counter()
     contenders, refused = prompt_pass.prefills({"dense": dense, "sparse": sparse}, prompt, hardware)
     compile_seconds = time.perf_counter() - start
-    eager = {side: contenders[f"{side}/eager"].call for side in ("dense", "sparse")}
+    eager = {side: contenders[f"{side}/eager"].laid for side in ("dense", "sparse")}
+    storage.lay(sparse)
     skipping, parity = any(kernels.load(m.kernel(settings.prompt)).SKIPS for m in sparse_modules(sparse)), {}
     if skipping:
         errors = check.parity(sparse, lambda: eager["sparse"](0))
         parity = {"parity_relative_error": check.check_parity(errors, next(sparse.parameters()).dtype)}
-    peaks, highest = memory.peaks({"dense": dense, "sparse": sparse}, eager, device)
+    peaks = memory.peaks({"dense": dense, "sparse": sparse}, eager, device)
     with clock.watching(threads_of(device)) as load:
         decode, executed, about, timed = decode_latency(dense, sparse, tokens, settings, hardware, unquantised)
         times, more_seconds = interleaved(list(contenders.values()), settings.warmup, settings.samples, device)
@@ -114,7 +117,9 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         decode["by_kernel"] = breakdown.by_kernel(timed, text, device)
     if settings.energy:
         steps = {side: contender(each, text) for side, each in timed.items()}
-        about["energy"] = energy.measure(steps, text.block, "token", device)
+        cards = len({parameter.device for parameter in dense.parameters()})
+        about["energy"] = energy.measure(steps, text.block, "token", device, cards)
+    storage.lay(sparse)  # what follows asks which kernels serve it
     section = {
         "kernel": kernels_used(sparse, 1), "device": str(device), "decode": decode,
         "prefill": prompt_pass.of_prompt(dict(zip(contenders, times, strict=True)), skipping) | parity | {
@@ -123,7 +128,7 @@ def latency(dense: nn.Module, sparse: nn.Module, tokens: torch.Tensor, settings,
         },
     } | about  # fmt: skip
     section |= clock.noise({"dense decode": decode["dense"], "sparse decode": decode["sparse"]}, load)
-    return Timing(latency=section, step_macs=executed, peaks={"prefill": peaks} if peaks else {}, highest=highest)
+    return Timing(latency=section, step_macs=executed, peaks={"prefill": peaks} if peaks else {})
 
 
 def threads_of(device: torch.device) -> int:
@@ -145,12 +150,12 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
             with torch.no_grad():
                 return quality.logits(module, batch)
 
-        return Contender(call)
+        return Contender(call, functools.partial(storage.put, storage.lie(module)))
 
     both = {"dense": dense, "sparse": sparse}
     batch = inputs[max(inputs)]
-    calls = {name: forward(module, batch).call for name, module in both.items()}
-    peaks, highest = memory.peaks(both, calls, device)
+    calls = {name: forward(module, batch).laid for name, module in both.items()}
+    peaks = memory.peaks(both, calls, device)
     sizes, seconds = {}, 0.0
     with clock.watching(threads_of(device)) as load:
         for size, batch in inputs.items():
@@ -167,11 +172,12 @@ def forward_latency(dense: nn.Module, sparse: nn.Module, inputs: dict[int, objec
     if settings.energy:
         calls = {side: forward(module, inputs[1]) for side, module in both.items()}
         section["energy"] = energy.measure(calls, 1, "example", device)
+    storage.lay(sparse)
     one = sizes["1"]
     section |= clock.noise({"dense forward": one["dense"], "sparse forward": one["sparse"]}, load)
     named = {f"forward, batch {max(inputs)}": peaks} if peaks else {}
     sites = skipping_sites(sparse) if skipping else set()
-    return Timing(latency=section, skipping=sites, peaks=named, highest=highest)
+    return Timing(latency=section, skipping=sites, peaks=named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ def dense_decoders(dense: nn.Module, text: Text, hardware) -> tuple[dict[str, An
         ways |= {f"{engine}, torch's products": engine for engine in own if engine != "fused"}
     for way, engine in ways.items():
         try:
-            module = dense if way in ("eager", "compiled") else engines.sharing_copy(dense)
+            module = dense if way in ("eager", "compiled") else storage.sharing_copy(dense)
             if way != engine:
                 with_torch_products(module)
             decoder, _, why = checked(module, text, hardware, engine, keep_all=engine == "fused")
@@ -312,6 +318,7 @@ def decode_latency(
     A sample is BLOCK steps in a row on a GPU, so that the processor can run ahead as it does in real decoding. Where the
     kernel skips, the sparse engine is timed with lower thresholds as well, for the break-even.
     """
+    storage.lay(sparse)
     device, skipping = hardware.torch_device, skips(sparse)
     text = Text.of(tokens, settings.context, dense)
     start = time.perf_counter()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsebench import engines
 from sparsebench.measure import clock
 from sparsebench.measure.clock import Contender, summary
+from sparsebench.modules import storage
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ def prefills(
     A masked-dense prompt, compiled, has its masks joined to what stands before them: they cost nothing of their own.
     """
     contenders, refused = {}, {}
-    compiled = [True] if prompt.device.type == "cuda" and hardware.engine != "eager" else []
+    compiled = [True] if engines.compiles(hardware) and hardware.engine != "eager" else []
     for side, module in modules.items():
         for fast in (False, *compiled):
             run = torch.compile(module.forward, mode="reduce-overhead", fullgraph=True) if fast else module
@@ -32,15 +35,16 @@ def prefills(
                     return run(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
 
             name = f"{side}/{'compiled' if fast else 'eager'}"
+            contender = Contender(call, functools.partial(storage.put, storage.lie(module)))
             try:
-                call(0)
+                contender.laid(0)
             except RuntimeError as error:  # no compiler, no memory
                 if not fast:
                     raise
                 refused[name] = str(error).strip().partition("\n")[0]
                 log.warning("prefill: no %s (%s)", name, refused[name])
                 continue
-            contenders[name] = Contender(call)
+            contenders[name] = contender
     return contenders, refused
 
 

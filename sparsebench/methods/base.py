@@ -79,6 +79,15 @@ class Method:
         return str(vars(self).get("prompt", "all"))
 
     @property
+    def changes(self) -> str | None:
+        """What `fit` and `apply` write to of the dense model's tensors, in words; None = nothing.
+
+        Where it is None the dense and the sparse model share their weights' memory (modules may be replaced in any case);
+        else a run that times both holds the dense model's weights a second time, and says so with these words.
+        """
+        return "any weight"
+
+    @property
     def prunes(self) -> bool:
         """Whether it sets weights to 0, so that MACs count nonzero weights only."""
         return False

@@ -45,6 +45,10 @@ class Cats(Method):
         """Model-wide, where that is what was asked for."""
         return self.sparsity if self.sparsity_of == "model" else None
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """`hist.<layer>.gate`: int64 counts of |act(x W_gate)|, their first bin in info; of experts over pairs."""
         module, blocks = loaded.module, find_blocks(loaded.module)

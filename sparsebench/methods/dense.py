@@ -21,6 +21,10 @@ class Dense(Method):
     requested: ClassVar = 0.0
     quantised: ClassVar = True
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         return State()
 

@@ -34,6 +34,10 @@ class Larosa(Method):
     neutral: ClassVar = {"sparsity": 0.0}
     operating_point: ClassVar = ("sparsity", "tilt", "prompt")
 
+    @property
+    def changes(self) -> str | None:
+        return "block maps, rotated, and norms, folded into them" if self.sparsity else None
+
     def fit(self, loaded, data, work: Work) -> State:
         """`basis.<layer>.<group>`: Q [n, n] of the normalised input (the norm's weight divided out of the maps' input).
 

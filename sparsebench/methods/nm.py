@@ -80,6 +80,10 @@ class NM(Method):
             return None
         return column_norms(weight) if self.score == "colnorm" else amber_factors(weight)
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Sensitivity e of every map at this pattern, score and correction (`sensitivity.<site>`), `scale.<site>`, and for
         calibrated corrections `center.<site>` or `gain.<site>`; upstream is dense in every pass.

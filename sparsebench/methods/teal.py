@@ -65,6 +65,10 @@ class Teal(Method):
             )
         check(self)
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of |x| for the four tensors of each block and, for greedy, its table of sparsities per block.
 

@@ -121,6 +121,10 @@ class TopKSparsity(Method):
                 replace(module, site.path, sparse)
         return held
 
+    @property
+    def changes(self) -> str | None:
+        return None if self.train is None else "any weight, trained"
+
     def fit(self, loaded, data, work: Work) -> State:
         """Train a copy with top-k from the first step (k annealed where asked for). Tensors: `weights.*`.
 

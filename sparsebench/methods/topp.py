@@ -59,6 +59,10 @@ class TopP(Method):
         """Whether nothing can be dropped: then every map stays as it is, bit by bit."""
         return self.p == (0 if self.rule == "maxp" else 1)
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Nothing, or with cut=frozen `cut.<layer>.<tensor>`: the mean over calibration tokens of the smallest magnitude
         that stays, float64 scalars.

@@ -72,6 +72,10 @@ class Wina(Method):
         """Whether a site is scored by |x| c."""
         return self.scope == "all" or site.role in SCALED[self.scope]
 
+    @property
+    def changes(self) -> str | None:
+        return "block maps, rotated, and norms, folded into them" if self.rotate else None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Bases Q (`basis.<layer>.<group>`), column norms c (`scale.<site>`, taken after folding and rotation),
         histograms of the scores and, for greedy, its tables: all on the transformed model. The model is left as it was.

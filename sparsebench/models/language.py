@@ -16,7 +16,7 @@ import transformers
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.data import hub
 from sparsebench.measure import quality
-from sparsebench.models import Loaded, gguf, kept, positions, quantised, structure
+from sparsebench.models import Loaded, devices, gguf, kept, positions, quantised, structure
 from sparsebench.models.checkpoint import load_whole
 from sparsebench.records import machine, shared
 from sparsebench.sites import find_blocks
@@ -63,6 +63,9 @@ class CausalLM:
             return [
                 f"method={method.name} does not run on quantised weights: model.quantize must be none, got {self.quantize}"
             ]
+        several = getattr(getattr(settings, "hardware", None), "devices", 1)
+        if several > 1 and self.trust_remote_code:
+            return [f"hardware.devices must be 1 with model.trust_remote_code=true, got {several}"]
         from_architecture = self.weights != "pretrained" and self.architecture is not None
         if from_architecture and self.path is not None:
             location_problem(self.location, self.revision)  # of the tokenizer, whose commit names the run
@@ -162,20 +165,23 @@ class CausalLM:
             location = str(self.trained(config, work, data))
         tokens_from = location if self.weights == "scratch" else self.tokens_from
         tokenizer = self.tokenizer(tokens_from, config, data)
+        several = hardware.torch_devices if len(hardware.torch_devices) > 1 else None
+        if self.quantize != "keep" and not self.trust_remote_code:
+            devices.check_room(config, hardware.torch_dtype, hardware.torch_devices)
         if self.weights == "random":
-            torch.manual_seed(work.seed)
-            with torch.device(hardware.torch_device):
-                module = transformers.AutoModelForCausalLM.from_config(config, dtype=hardware.torch_dtype)
+            module = devices.made_random(config, hardware.torch_dtype, hardware.torch_devices, work.seed)
         elif is_gguf(location):
-            module = gguf.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
+            module = devices.moved_to(gguf.load(location, config, hardware.torch_dtype), hardware.torch_devices)
         elif self.quantize == "keep":
-            module = kept.load(location, config, hardware.torch_dtype).to(hardware.torch_device)
+            module = devices.moved_to(kept.load(location, config, hardware.torch_dtype), hardware.torch_devices)
         else:
+            there = {"device_map": devices.map_of(config, hardware.torch_dtype, several)} if several else {}
             with hub.answering("model.path", location, self.revision):
                 module = load_whole(
                     transformers.AutoModelForCausalLM, location, self.num_layers,
-                    config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(),
-                ).to(hardware.torch_device)  # fmt: skip
+                    config=config, dtype=hardware.torch_dtype, use_safetensors=True, **self.source(), **there,
+                )  # fmt: skip
+            module = devices.moved_to(module, hardware.torch_devices)
         module.eval().requires_grad_(False)
         parameters, blocks = sum(p.numel() for p in module.parameters()), find_blocks(module)
         sources = {"pretrained": self.path, "random": "random weights", "scratch": location}
@@ -192,6 +198,8 @@ class CausalLM:
             "positions": positions.limit(config),
             "cautions": [],
         }
+        if several:
+            info["devices"] = devices.blocks_on(module)
         with_experts = [b.experts for b in blocks if b.experts]
         if with_experts:
             one = with_experts[0]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsebench import kernels
+from sparsebench.modules import storage
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.tokens import left_dense, per_row
@@ -32,13 +33,13 @@ class GateSparseFFN(SparseModule):
     """
 
     unit = "neurons"
+    lies_by_channels: tuple[str, ...] = ("down",)
 
     def __init__(self, ffn: nn.Module, layer: int, threshold: float, *, prefix="", prompt="all", kernel="masked_dense"):
         super().__init__()
         self.gate, self.up, self.activation, self.own_rule = ffn.gate_proj, ffn.up_proj, ffn.act_fn, own_rule(ffn)
-        down = ffn.down_proj.weight.data
-        self.down = nn.Parameter(down.t().contiguous().t(), requires_grad=False)  # [d, f], f outermost in memory
-        self.register_buffer("threshold", torch.tensor(float(threshold), device=down.device), persistent=False)
+        self.down = storage.channel_major(ffn.down_proj.weight)  # [d, f], f outermost in memory
+        self.register_buffer("threshold", torch.tensor(float(threshold), device=self.down.device), persistent=False)
         self.site, self.prompt, self.kernel_name = f"{layer}.{prefix}ffn", prompt, kernel
         self.layer, self.prefix = layer, prefix
         kernels.chain(kernel)  # loaded now, not while a graph is compiled

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
+from sparsebench.modules import storage
 from sparsebench.modules.activations import topk_mask
 from sparsebench.modules.base import MANY, Cost, Counter, PromptCost, SiteSparsity
 from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.modules.tokens import left_dense, per_row
-from sparsebench.sites import weight_of
 
 PHASES = ("prefill", "all")
 CORRECTIONS = ("none", "shift", "variance")
@@ -124,8 +124,9 @@ class GroupSparseLinear(InputSparseLinear):
         width = self.weight.shape[1]
         if width % selection.m:
             raise ValueError(f"method.m must divide the {width} inputs of {site}, got {selection.m}")
-        if phase == "prefill":
-            self.weight = nn.Parameter(weight_of(linear), requires_grad=False)
+        if phase == "prefill" and not isinstance(linear, Conv1D):
+            self.lies_by_channels = ()
+            storage.turn(self.weight, channels=False)
         self.n, self.m, self.phase = selection.n, selection.m, phase
         self.correction, self.gain = selection.correction, selection.gain
         self.read_at = (-1, False)  # version of the threshold when it was last read, and whether it kept everything

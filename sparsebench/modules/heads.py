@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsebench import kernels
+from sparsebench.modules import storage
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.tokens import CALLS, follow, left_dense, per_row
 from sparsebench.sites import Block, LinearMap
@@ -38,13 +39,14 @@ class HeadSparseOutput(SparseModule, LinearMap):
     """
 
     unit = "heads"
+    lies_by_channels: tuple[str, ...] = ("weight",)
 
     def __init__(
         self, linear, layer: int, heads: int, units: int, kept: int, *, router: str, by_output=False, ranking=None,
         route=None, prompt="all", kernel="masked_dense",
     ):  # fmt: skip
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.data.t().contiguous().t(), requires_grad=False)  # channel-major
+        self.weight = storage.channel_major(linear.weight)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
         device = self.weight.device
         self.register_buffer("threshold", torch.zeros((), device=device), persistent=False)

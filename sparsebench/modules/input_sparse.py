@@ -1,7 +1,8 @@
 """Input-sparse linear: y = W (x where |x| c > t) + b, the module behind every method that drops input channels.
 
 The weight is stored once, transposed in memory (one input channel is contiguous) so that decode can skip the dropped
-channels; it keeps the shape [m, n] and dense products over many tokens read it just as fast that way round.
+channels; it keeps the shape [m, n] and dense products over many tokens read it just as fast that way round. It is the
+dense map's own parameter, turned (storage.py): a dense model beside the sparse one takes no memory of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
 from sparsebench.kernels import masked_dense
+from sparsebench.modules import storage
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.masking import masked
 from sparsebench.modules.tokens import follow, left_dense, per_row
@@ -25,7 +27,7 @@ class InputSparseLinear(SparseModule, LinearMap):
     """A linear map that drops input channels per token.
 
     Args:
-        linear: the map to replace (nn.Linear or transformers' Conv1D); its weight is taken over, not copied twice.
+        linear: the map to replace (nn.Linear or transformers' Conv1D); its weight is taken over, not copied.
         site: name in records, e.g. `3.gate`.
         threshold: keep x_i iff |x_i| c_i > threshold (strictly).
         scale: c [n], e.g. column norms; None = 1.
@@ -37,6 +39,8 @@ class InputSparseLinear(SparseModule, LinearMap):
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
     """
 
+    lies_by_channels: tuple[str, ...] = ("weight",)
+
     def __init__(
         self, linear, site, threshold, *, scale=None, top_k=None, prompt="all", low_rank=None, kernel="masked_dense"
     ):
@@ -44,7 +48,8 @@ class InputSparseLinear(SparseModule, LinearMap):
         self.take(linear)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
         self.register_buffer("threshold", torch.tensor(float(threshold), device=self.device), persistent=False)
-        self.register_buffer("scale", None if scale is None else scale.float().contiguous(), persistent=False)
+        scale = None if scale is None else scale.to(self.device, torch.float32).contiguous()
+        self.register_buffer("scale", scale, persistent=False)
         for name in ("low_rank_a", "low_rank_b"):
             self.register_buffer(name, None, persistent=False)
         self.low_rank = low_rank
@@ -53,8 +58,10 @@ class InputSparseLinear(SparseModule, LinearMap):
 
     def take(self, linear) -> None:
         """Take over the weight of the map that is replaced, stored as [m, n] with n outermost in memory."""
-        transposed = linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.t()
-        self.weight = nn.Parameter(transposed.contiguous().t(), requires_grad=False)
+        if isinstance(linear, Conv1D):  # it lies so already, under the transposed shape
+            self.weight = nn.Parameter(linear.weight.data.contiguous().t(), requires_grad=False)
+        else:
+            self.weight = storage.channel_major(linear.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,8 +84,8 @@ class InputSparseLinear(SparseModule, LinearMap):
     def low_rank(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         a, b = factors or (None, None)
         self.rank = 0 if a is None else a.shape[1]
-        self.low_rank_a = None if a is None else F.pad(a, (0, -self.rank % 8)).contiguous()
-        self.low_rank_b = None if b is None else F.pad(b, (0, 0, 0, -self.rank % 8)).contiguous()
+        self.low_rank_a = None if a is None else F.pad(a.to(self.device), (0, -self.rank % 8)).contiguous()
+        self.low_rank_b = None if b is None else F.pad(b.to(self.device), (0, 0, 0, -self.rank % 8)).contiguous()
 
     def new_counter(self) -> Counter:
         return Counter(self.shape[1], self.device)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsebench import kernels
+from sparsebench.modules import storage
 from sparsebench.modules.activations import Activation
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import replace
@@ -78,7 +79,7 @@ class NeuronSparseFFN(SparseModule):
         """Store each neuron of the last map contiguously, as the kernels read it."""
         last = self.last
         if not isinstance(last, Conv1D):
-            last.weight = nn.Parameter(last.weight.data.t().contiguous().t(), requires_grad=False)
+            last.weight, last.lies_by_channels = storage.channel_major(last.weight), ("weight",)
 
     @property
     def threshold(self) -> torch.Tensor:

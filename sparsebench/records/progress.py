@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 from rich.console import Console
@@ -23,8 +23,9 @@ class Phase:
 
     name = "working"
     shown = False
-    spent: ClassVar[list[dict[str, Any]]] = []  # of the phases so far: name, seconds, cpu_seconds
+    spent: ClassVar[list[dict[str, Any]]] = []  # of the phases so far: name, seconds, cpu_seconds, peak_bytes
     start = (0.0, 0.0)
+    peak: ClassVar[Callable[[], int] | None] = None  # most bytes in use since it was last asked
 
 
 def begin(name: str) -> None:
@@ -38,7 +39,8 @@ def end() -> None:
     """The end of the phase that runs, if one does: what it took is added to `Phase.spent`."""
     if any(Phase.start):
         seconds, cpu_seconds = (now - then for now, then in zip(clocks(), Phase.start, strict=True))
-        Phase.spent.append({"name": Phase.name, "seconds": seconds, "cpu_seconds": cpu_seconds})
+        spent = {"name": Phase.name, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        Phase.spent.append(spent | ({} if Phase.peak is None else {"peak_bytes": Phase.peak()}))
     Phase.start = (0.0, 0.0)
 
 
@@ -50,8 +52,18 @@ def clocks() -> tuple[float, float]:
 def taken() -> list[dict[str, Any]]:
     """What each phase took since the last call, in order."""
     end()
-    spent, Phase.spent = Phase.spent, []
+    spent, Phase.spent, Phase.peak = Phase.spent, [], None
     return spent
+
+
+def last() -> dict[str, Any]:
+    """What the last phase took."""
+    return Phase.spent[-1]
+
+
+def with_peaks(peak: Callable[[], int]) -> None:
+    """Let each phase from this one on say what memory it took."""
+    Phase.peak = peak
 
 
 def shown(items: Iterable[T], total: int, what: str = "") -> Iterator[T]:

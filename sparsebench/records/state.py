@@ -170,4 +170,6 @@ def key(settings: Settings, configuration: dict[str, Any], machine: dict[str, An
         "dtype": hardware["dtype"],
         "versions": machine["versions"],
     }
+    if hardware["devices"] > 1:  # random weights are drawn by each device
+        parts["devices"] = hardware["devices"]
     return digest(parts)[:16]

@@ -212,7 +212,11 @@ def memory_rows(grid: Table, memory: dict[str, Any]) -> None:
         cells = (scaled(peaks[side], "B") for side in ("dense", "sparse"))
         grid.add_row(f"peak memory, {name}", *cells, ratio(peaks["dense"], peaks["sparse"]))
     where = memory.get("peak_of", "run")
-    grid.add_row(f"peak of the {where}, both models: {scaled(memory.get('peak_bytes'), 'B')}", "", "", "")
+    of_model = memory.get("peak_ratio")
+    times = f", {of_model:.2f} of the model with its cache" if of_model and where == "device" else ""
+    grid.add_row(f"peak of the {where}, both models: {scaled(memory.get('peak_bytes'), 'B')}{times}", "", "", "")
+    if memory.get("second_copy"):
+        grid.add_row(f"  held twice: {memory['second_copy']}", "", "", "")
 
 
 def sparsity_rows(grid: Table, measured: dict[str, Any]) -> None:

@@ -103,6 +103,10 @@ class Task(ABC, Generic[A]):
         Raises ArithmeticError where a kernel differs from masked-dense.
         """
 
+    def cache_bytes(self, dense: A, settings: Settings) -> int:
+        """Bytes of the largest cache that is timed."""
+        return 0
+
     @abstractmethod
     def executed(self, macs: dict[str, Any], timing: Timing) -> float:
         """MACs that the timed sparse model ran, in the unit of the record's macs section."""

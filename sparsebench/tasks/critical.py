@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from sparsebench.measure import critical, macs
 from sparsebench.measure.uncertainty import Pieces
+from sparsebench.modules import storage
 from sparsebench.sites import find_blocks
 from sparsebench.tasks.base import Task
 
@@ -24,7 +24,7 @@ def search(
     weights = block_weights(dense)
 
     def sparse(value: float) -> nn.Module:
-        return replace(method, **{knob.name: value}).apply(copy.deepcopy(dense), state, work)
+        return replace(method, **{knob.name: value}).apply(storage.beside(dense, method.changes), state, work)
 
     def on(split: Any, limit: int | None) -> tuple[Pieces, Callable[[float], critical.Point]]:
         """(the dense model's pieces, a function that measures one setting of the knob) on a split."""

@@ -139,6 +139,10 @@ class LanguageModeling(Task[LanguageAssessment]):
             timing.latency["verify"] = few_rows.verify(dense, sparse, *given)
         return timing
 
+    def cache_bytes(self, dense, settings):
+        rows = max(settings.measure.batches or [1]) if settings.measure.latency else 0
+        return int(rows * dense.outside.cache_bytes)
+
     def executed(self, macs, timing):
         return timing.step_macs
 

@@ -73,3 +73,20 @@ def test_a_trial_on_the_ffn_runs_no_attention_and_no_other_tokens(monkeypatch):
         assert set(fed) >= {(3, TOKENS)}
         moved = path | {"v": 0.1}
         assert error(moved, moved) == pytest.approx(plain(moved), rel=1e-5), "what was kept of another path is not used"
+
+
+def test_norms_run_once_before_attention_and_on_the_compared_tokens_behind_it():
+    """And where attention is kept, nothing of the block sees another token."""
+    model, block, error, plain = prepared("llama")
+    layer, seen = model.get_submodule(block.path), {"input_layernorm": [], "post_attention_layernorm": []}
+    for name, shapes in seen.items():
+        norm = getattr(layer, name)
+        norm.forward = lambda x, own=norm.forward, shapes=shapes: shapes.append(x.shape[1]) or own(x)
+    path = dict.fromkeys(block.sites, 0.05)
+    with torch.no_grad():
+        for trial in (path | {"q": 0.1}, path | {"k": 0.1}, path):
+            error(trial, path)
+        assert seen["input_layernorm"] == [20] * len(error.hidden) and set(seen["post_attention_layernorm"]) == {TOKENS}
+        del seen["input_layernorm"][:]
+        assert error(path | {"o": 0.2}, path) == pytest.approx(plain(path | {"o": 0.2}), rel=1e-5)
+    assert set(seen["input_layernorm"][: len(error.hidden)]) == {TOKENS}

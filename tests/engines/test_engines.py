@@ -168,6 +168,28 @@ def test_the_dense_cuda_step_knows_no_thresholds(emulated, kind, dtype):
     follow(model, cache, step, emulated)
 
 
+def test_a_cuda_step_in_parts_is_the_whole_step(emulated):
+    """As on two devices: each part runs its blocks on the residual stream that the one before it left."""
+    model = sparse_model(threshold=0.4, dtype=torch.float16, layers=3, hidden_size=64, intermediate_size=136)
+    cache, _ = engines.prefilled(model, IDS[:, :20], 4)
+    blocks, logits = find_blocks(model), []
+    for cut in ([blocks], [blocks[:2], blocks[2:]], [[block] for block in blocks]):
+        parts = [fused_cuda.Step(model, cache, processors=4, tunings=SMALL, blocks=each) for each in cut]
+        names = [launch.name for part in parts for launch in part.launches]
+        assert names.count("embed") == names.count("rows") == 1 and names.count("attend") == 3
+        parts[0].token.copy_(IDS[0, 20:21])
+        for before, part in zip([None, *parts], parts, strict=False):
+            if before is not None:
+                part.residual.copy_(before.residual)
+            part.position.fill_(20)
+            library = emulated(**part.defines(SMALL["qkv"]))
+            assert max(part.check(emulate(part, library), lambda: None).values()) < 1e-5
+        logits.append(parts[-1].logits)
+        assert int(parts[-1].position) == 21
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-4)
+
+
 def follow(model, cache, step, emulated):
     """Two tokens of a CUDA step on the CPU beside the same in torch."""
     dtype = step.dtype

@@ -56,10 +56,10 @@ def test_cuda_greedy_tokens_come_from_the_device():
     first = int(fused.logits[0, -1].argmax())
     values = [first]
     fused.step(torch.tensor([[first]], device="cuda"))
-    values.append(int(fused.steps.token))
+    values.append(int(fused.parts[-1].token))
     for _ in range(4):
         fused.step()
-        values.append(int(fused.steps.token))
+        values.append(int(fused.parts[-1].token))
     assert values == expected
 
 

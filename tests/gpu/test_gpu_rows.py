@@ -102,6 +102,7 @@ def test_batches_and_verify_are_timed_on_the_gpu():
     settings = SimpleNamespace(samples=3, warmup=1, context=6, batches=[1, 4, 32], chunk=4)
     target = SimpleNamespace(
         torch_device=torch.device("cuda"),
+        devices=1,
         kernel_name="cuda_gather",
         torch_dtype=torch.float16,
         skips=True,
@@ -123,7 +124,8 @@ def test_a_prompt_is_not_slower_for_its_masks():
     """Compiled, masks are joined to what stands before them; medians of the fastest engines within 15 percent."""
     dense = tiny_model(hidden_size=512, intermediate_size=1024, num_attention_heads=8)
     dense = dense.cuda().half()
-    from sparsebench.engines import channel_major, sharing_copy
+    from sparsebench.engines import channel_major
+    from sparsebench.modules.storage import sharing_copy
 
     sparse = sharing_copy(dense)
     channel_major(sparse)
@@ -131,7 +133,7 @@ def test_a_prompt_is_not_slower_for_its_masks():
         each.threshold.fill_(0.3)
     masking.share_rules(sparse, InputSparseLinear)
     prompt = torch.randint(0, 320, (1, 128)).cuda()
-    target = SimpleNamespace(engine="auto")
+    target = SimpleNamespace(engine="auto", devices=1, torch_device=torch.device("cuda"))
     ran, refused = prompt_pass.prefills({"dense": dense, "sparse": sparse}, prompt, target)
     assert set(ran) == {"dense/eager", "dense/compiled", "sparse/eager", "sparse/compiled"}, refused
     times, _ = latency.interleaved(list(ran.values()), 3, 30, torch.device("cuda"))

@@ -12,6 +12,7 @@ from sparsebench.config.compose import compose_all
 from sparsebench.engines import Decoder, check, fused_cpu
 from sparsebench.measure import clock, latency, macs, sparsity
 from sparsebench.methods.base import Work
+from sparsebench.modules import storage
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
 from tests.helpers import accounted, sparse_copy, tiny_model
@@ -119,7 +120,7 @@ def test_executed_macs_are_those_of_the_timed_tokens():
 def test_the_dense_step_is_the_untouched_models_own(monkeypatch):
     """Built from the dense model and leaving it as it was: other weights in the sparse one change nothing."""
     dense, ids = tiny_model(seed=5), tokens()
-    before = {name: (p.data_ptr(), p.stride()) for name, p in dense.named_parameters()}
+    before = {name: (p.data_ptr(), p.stride(), p.data.clone()) for name, p in dense.named_parameters()}
     text = latency.Text(ids[None, :8], ids[8:])
     decoders, refused = latency.dense_decoders(dense, text, hardware("cpu_numba"))
     assert list(decoders) == ["eager", "fused"] and not refused
@@ -128,7 +129,10 @@ def test_the_dense_step_is_the_untouched_models_own(monkeypatch):
     for decoder in decoders.values():
         decoder.rewind()
         torch.testing.assert_close(decoder.step(ids[8].view(1, 1)), expected, rtol=1e-3, atol=1e-3)
-    assert before == {name: (p.data_ptr(), p.stride()) for name, p in dense.named_parameters()}
+    storage.lay(dense)
+    for name, parameter in dense.named_parameters():
+        address, stride, values = before[name]
+        assert (parameter.data_ptr(), parameter.stride()) == (address, stride) and torch.equal(parameter, values)
     assert not any(isinstance(m, InputSparseLinear) for m in dense.modules())
 
 

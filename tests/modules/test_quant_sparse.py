@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from sparsebench import engines, kernels
+from sparsebench import kernels
 from sparsebench.kernels import masked_dense
 from sparsebench.kernels._packed import quantised
 from sparsebench.measure import macs, memory
 from sparsebench.measure.sparsity import counting, summarise, zero_weights
 from sparsebench.models.quantised import quantise
+from sparsebench.modules import storage
 from sparsebench.modules.input_sparse import InputSparseLinear, sparse_of, swap
 from sparsebench.modules.quant_sparse import QuantLinear, QuantSparseLinear, TorchQuantLinear, with_torch_products
 from sparsebench.sites import find_blocks, shape, weight_of
@@ -91,7 +92,7 @@ def test_the_product_with_nothing_skipped_is_the_dense_one(bits):
     """Check 10: the sparse map at p = 0 and the dense map give the same logits through the same kernel, to the bit."""
     model = tiny_model()
     quantise(model, f"int{bits}", 32, "input", "cpu_numba")
-    sparse = engines.sharing_copy(model)
+    sparse = storage.sharing_copy(model)
     for block in find_blocks(sparse):
         for site in block.sites.values():
             swap(sparse, site, -1.0, kernel="cpu_numba")

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sparsebench.calibration import expert_pairs, histograms
-from sparsebench.engines import sharing_copy
 from sparsebench.measure import macs, quality, routing, sparsity
 from sparsebench.measure.memory import weight_bytes
 from sparsebench.modules import fused_experts
 from sparsebench.modules.fused_experts import Gating, pairs_of, tensors_of
 from sparsebench.modules.sparse_experts import INSIDE, swap_experts, swap_gated_experts
+from sparsebench.modules.storage import sharing_copy
 from sparsebench.sites import expert_modules, find_blocks
 from tests.families import ROWS, family
 from tests.helpers import Rows, logits

@@ -107,7 +107,7 @@ def test_nvml_is_asked_by_uuid(driver, monkeypatch):
 
 def test_of_several_devices_the_required_one_is_used():
     hardware = built("hardware", "hardware=h200")
-    assert hardware.chosen(["NVIDIA A100", "NVIDIA H200", "NVIDIA H200"]) == 1
+    assert hardware.chosen(["NVIDIA A100", "NVIDIA H200", "NVIDIA H200"]) == [1]
     with pytest.raises(ValueError, match="needs a device named 'H200', torch sees"):
         hardware.chosen(["NVIDIA A100"])
-    assert built("hardware", "hardware=cuda").chosen(["NVIDIA A100", "NVIDIA H200"]) == 0
+    assert built("hardware", "hardware=cuda").chosen(["NVIDIA A100", "NVIDIA H200"]) == [0]

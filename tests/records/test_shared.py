@@ -201,7 +201,7 @@ def test_a_run_takes_the_dense_results_of_another_and_says_whose(tmp_path, text_
     longer = record_of_run(tmp_path, text_file, model_folder, "eval.text.test_sequences=9")
     assert longer.shared == {}, "other windows are another text"
     names = [phase["name"].partition(" ")[0] for phase in first.phases]
-    assert names == ["loading", "loading", "dense", "teal:", "sparse"]
+    assert names == ["loading", "loading", "dense", "teal:", "teal:", "sparse"]
     assert 0.5 * first.seconds < sum(phase["seconds"] for phase in first.phases) <= first.seconds
     assert sum(phase["cpu_seconds"] for phase in first.phases) > 0
 

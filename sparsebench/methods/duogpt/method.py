@@ -76,6 +76,10 @@ class DuoGPT(Method):
             self.weight_sparsity, self.pattern, self.alpha, self.damping, self.order, self.block, self.compat_lazy
         )
 
+    @property
+    def changes(self) -> str | None:
+        return "block maps, pruned" if self.weight_sparsity or self.alpha else None
+
     def fit(self, loaded, data, work: Work) -> State:
         """`weight.<site>`: the pruned weights [m, n] of every projection; none where nothing is to be changed.
 
@@ -113,7 +117,7 @@ class DuoGPT(Method):
             with changed(module, block, rules):
                 for roles in groups(block):
                     width = weight_of(module.get_submodule(block.sites[roles[0]].path)).shape[1]
-                    statistics = pruning.Statistics.empty(width, work.hardware.torch_device)
+                    statistics = pruning.Statistics.empty(width, next(layer.parameters()).device)
                     path = block.sites[roles[0]].path.removeprefix(f"{block.path}.")
                     for x, y in zip(dense, sparse, strict=True):
                         statistics.add(seen(layer, path, y, named), seen(original, path, x, named))

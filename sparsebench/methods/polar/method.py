@@ -55,6 +55,10 @@ class Polar(Method):
     neutral: ClassVar = {"density": 1.0, "neurons": "none"}
     operating_point: ClassVar = ("density", "budget", "neurons", "prompt")
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Statistics of ||a_h|| on data.fit, and the routers where they are asked for.
 

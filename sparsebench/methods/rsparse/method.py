@@ -70,6 +70,10 @@ class RSparse(Method):
         if self.rho_file is not None and not Path(self.rho_file).is_file():
             raise ValueError(f"rho_file must be an existing file, got {self.rho_file!r}")
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of the scores, `rho` [sites] and the factors `a.<site>`, `b.<site>`; searched where asked.
 

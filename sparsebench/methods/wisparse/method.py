@@ -77,6 +77,10 @@ class WiSparse(Method):
     # -----------------------------------------------------------------------------------------------------------------
     # Fit
 
+    @property
+    def changes(self) -> None:
+        return None
+
     def fit(self, loaded, data, work: Work) -> State:
         """Histograms of the scores, `scale.<site>` = c^a where a is not 0, tables inside blocks, `blocks` [L].
 
