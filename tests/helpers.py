@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
 import os
@@ -87,6 +88,16 @@ def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model.eval().requires_grad_(False)
+
+
+def emulate(library):
+    """A function that runs one launch of a fused CUDA step in a library of its kernels built for the CPU."""
+
+    def run(launch):
+        arguments = launch.arguments if launch.name == "embed" else [ctypes.byref(launch.arguments[0])]
+        getattr(library, f"run_{launch.name}")(*launch.grid, launch.shared_bytes, *arguments)
+
+    return run
 
 
 def sparse_copy(threshold=0.3, kernel="cpu_numba", model=None):

@@ -1,78 +1,33 @@
 """A whole decode step of a Llama-type model on an NVIDIA GPU, dense or sparse, as five kernels a layer (decode.cu).
 
-What surrounds the projections is fused into them: the norm, the thresholds and the compaction of the kept channels
-stand in front of each product, residual adds at its end; a low-rank remainder takes one kernel more per input. The step is
-captured once in a CUDA graph; the next token and the position live on the device.
+What surrounds the projections is fused into them (_step_cuda.py has the kernels in their order). The step is captured
+once in a CUDA graph; the next token and the position live on the device.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sparsebench import cache
-from sparsebench.engines import heads, llama_type, marks, prefilled, quantisation, rotary_tables
-from sparsebench.kernels import _nvrtc, cuda_packed
-from sparsebench.kernels.cuda_gather import SOURCE, Gather, Pointer, Rows, Tuning, gather_bytes, rows_bytes
-from sparsebench.kernels.masked_dense import kept
-from sparsebench.modules.input_sparse import InputSparseLinear
-from sparsebench.sites import Block, exact_weight, find_blocks
+from sparsebench.engines import heads, llama_type, marks, prefilled, quantisation
+from sparsebench.engines._step_cuda import DEFAULTS, MAPS, Launch, Step
+from sparsebench.kernels import cuda_packed
+from sparsebench.kernels.cuda_gather import SOURCE, Tuning
+from sparsebench.sites import find_blocks
 
-
-class Attend(ctypes.Structure):
-    """Arguments of decode.cu's `attend`."""
-
-    _fields_ = [
-        ("q", Pointer), ("k", Pointer), ("v", Pointer), ("q_bias", Pointer), ("k_bias", Pointer), ("v_bias", Pointer),
-        ("cosine", Pointer), ("sine", Pointer), ("keys", Pointer), ("values", Pointer), ("position", Pointer),
-        ("partial", Pointer), ("softmax", Pointer), ("positions", ctypes.c_int),
-        ("window", ctypes.c_int), ("scaling", ctypes.c_float),
-    ]  # fmt: skip
-
-
-@dataclass
-class Launch:
-    """One kernel of the step."""
-
-    name: str
-    label: str  # e.g. `3.qkv`
-    grid: tuple[int, int]
-    shared_bytes: int
-    arguments: list
-    tuning: Tuning
-    reference: Callable[[], dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None
-
-    @property
-    def role(self) -> str:
-        """What it is in a layer; a remainder's second product counts with the first."""
-        name = self.label.split(".")[1] if "." in self.label else self.label
-        return "attention" if name == "attend" else name
-
+__all__ = ["DEFAULTS", "MAPS", "SOURCE", "Decoder", "Launch", "Step", "tuned", "tuning_file", "unsupported"]
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}  # by the input they read
-# What was fastest on Hopper for Llama-2-7B shapes; tune_cuda.py looks further and remembers per GPU and shape.
-DEFAULTS = {
-    "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 8, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
-    "down": Tuning(8, 8, 2, 2.0), "head": Tuning(16, 8, 1, 1.0),
-}  # fmt: skip
-# Of products with quantised weights, by their bits.
-PACKED = {bits: dict.fromkeys(MAPS, tuning) for bits, tuning in cuda_packed.TUNINGS.items()}
-# Of the dense products, which wait for nothing before they read: more rows in flight, wider, by fewer CTAs.
-DENSE = DEFAULTS | dict.fromkeys(MAPS, Tuning(8, 8, 2, 2.0))
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    problem = llama_type(module, DTYPES)
+    problem = llama_type(module, DTYPES, top_k=True)
     if problem:
         return problem
     config = module.config
@@ -83,233 +38,6 @@ def unsupported(module: nn.Module) -> str | None:
         return "it takes sizes that are multiples of 8"
     packed = quantisation(module, find_blocks(module))
     return None if packed is None else cuda_packed.unserved(packed)
-
-
-class Step:
-    """The kernels of one decode step, in order, with the buffers they share.
-
-    Args:
-        module: a causal LM for which `unsupported` is None, with input-sparse linears at every site.
-        cache: a transformers StaticCache that holds the prompt; its tensors are used in place.
-        processors: multiprocessors to spread over.
-        keep_all: a dense step, by kernels that know no thresholds.
-        tunings: per kernel kind (qkv, attend, o, gate_up, down, head); else DENSE or DEFAULTS.
-    """
-
-    def __init__(
-        self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None
-    ):
-        self.module, self.cache, self.processors, self.keep_all = module, cache, processors, keep_all
-        config = module.config
-        self.blocks = find_blocks(module)
-        self.packed = quantisation(module, self.blocks)
-        self.tunings = (
-            (DENSE if keep_all else DEFAULTS) | (PACKED[self.packed.bits] if self.packed else {}) | (tunings or {})
-        )
-        self.num_heads, self.num_groups, self.head_dim = heads(config)
-        self.hidden, self.mid = config.hidden_size, config.intermediate_size
-        self.vocabulary = module.get_output_embeddings().weight.shape[0]
-        self.dtype = next(module.parameters()).dtype
-        self.device = next(module.parameters()).device
-        self.positions = cache.layers[0].keys.shape[2]
-        query, group = self.num_heads * self.head_dim, self.num_groups * self.head_dim
-
-        def floats(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=self.device)
-
-        def integers(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self.device)
-
-        self.residual, self.qkv = floats(self.hidden), floats(query + 2 * group)
-        self.q, self.k, self.v = self.qkv.split([query, group, group])
-        ranks = {kind: self.largest_rank(kind) for kind in MAPS}
-        self.before_down = floats(2 * self.mid + ranks["down"])  # cleared together
-        self.gate, self.up, down = self.before_down.split([self.mid, self.mid, ranks["down"]])
-        self.of_attention, gate_up = floats(ranks["qkv"] + ranks["o"]), floats(ranks["gate_up"])
-        qkv, o = self.of_attention.split([ranks["qkv"], ranks["o"]])
-        self.inner = {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}  # A (x where dropped) of the remainders
-        self.logits = floats(self.vocabulary)
-        self.token, self.position = integers(1), integers(1)
-        self.splits = max(1, processors // self.num_groups)
-        self.partial = floats(self.num_heads, self.splits, self.head_dim)
-        self.softmax = floats(self.num_heads, self.splits, 2)
-        self.arrived = integers(1)
-        self.best, self.best_row = floats(processors * 8), integers(processors * 8)
-        self.cosine, self.sine = rotary_tables(module, self.positions)
-        self.nothing_dropped = torch.full((), -1.0, device=self.device)
-        self.launches = list(self.plan())
-
-    def maps(self, block: Block, kind: str) -> list[InputSparseLinear]:
-        return [self.module.get_submodule(block.sites[role].path) for role in MAPS[kind]]
-
-    def largest_rank(self, kind: str) -> int:
-        """Ranks of the remainders of one kind's maps together, in the block that has most."""
-        ranks = (sum(m.low_rank[0].shape[1] for m in self.maps(b, kind) if m.low_rank) for b in self.blocks)
-        return 0 if self.keep_all else max(ranks)
-
-    def defines(self, tuning: Tuning) -> dict[str, int]:
-        constants = {"WARPS": tuning.warps, "LOADS": tuning.loads, "WIDE": tuning.wide, "HEAD_DIM": self.head_dim}
-        constants |= {"GROUP": self.num_heads // self.num_groups, "SPLITS": self.splits}
-        constants |= ({"DENSE": 1} if self.keep_all else {}) | ({"BITS": self.packed.bits} if self.packed else {})
-        return {**constants, "BF16": 1} if self.dtype == torch.bfloat16 else constants
-
-    def plan(self) -> Iterator[Launch]:
-        """The launches of one step."""
-        base = self.module.base_model
-        simple = Tuning(warps=8)
-        yield Launch(
-            "embed", "embed", (8, 1), 0,
-            [Pointer(base.get_input_embeddings().weight.data_ptr()), Pointer(self.token.data_ptr()),
-             Pointer(self.residual.data_ptr()), ctypes.c_int(self.hidden)], simple,
-        )  # fmt: skip
-        for block in self.blocks:
-            layer = self.module.get_submodule(block.path)
-            norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
-            yield from self.gather(
-                block, "qkv", [self.q, self.k, self.v], "norm", self.residual, norm=norms[0], zero=self.before_down
-            )
-            yield self.attend(block)
-            yield from self.gather(
-                block, "o", [self.residual], "attention", self.partial, second=self.softmax, zero=self.qkv
-            )
-            yield from self.gather(
-                block, "gate_up", [self.gate, self.up], "norm", self.residual, norm=norms[1], zero=self.of_attention
-            )
-            yield from self.gather(
-                block, "down", [self.residual], "swiglu", self.gate, second=self.up, zero=self.inner["gate_up"]
-            )
-        yield self.head(base)
-
-    def gather(self, block: Block, kind: str, outs, mode, source, *, norm=None, second=None, zero) -> Iterator[Launch]:
-        """The launch of the maps of one input, and one more for their remainders; `zero` is cleared by the first."""
-        maps, label, tuning = self.maps(block, kind), f"{block.index}.{kind}", self.tunings[kind]
-        thresholds = [self.nothing_dropped if self.keep_all else m.threshold for m in maps]
-        whole, rest = cuda_packed.PackedGather() if self.packed else Gather(), Gather()
-        for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-            stored = linear.packed if self.packed else linear.weight.t()
-            whole.set_part(i, stored, source, out, thresholds[i], linear.scale)
-        arguments = whole.of if self.packed else whole
-        hybrid = [] if self.keep_all else [i for i, linear in enumerate(maps) if linear.low_rank]
-        factors = [maps[i].low_rank for i in hybrid]
-        inner = self.inner[kind][: sum(len(b) for _, b in factors)].split([len(b) for _, b in factors])
-        for k, i in enumerate(hybrid):
-            (a, b), rule = factors[k], (thresholds[i], maps[i].scale)
-            arguments.set_part(len(maps) + k, a, source, inner[k], *rule, complement=True)
-            rest.set_part(k, b, inner[k], outs[i], self.nothing_dropped)
-        if second is not None:
-            arguments.second = second.data_ptr()
-        if norm is not None:
-            arguments.norm, arguments.eps = norm.weight.data_ptr(), norm.variance_epsilon
-        if zero.numel():
-            arguments.zero, arguments.zero_count = zero.data_ptr(), zero.numel()
-
-        def reference() -> dict:
-            """Masked-dense in fp32 on the buffers as they are now: what this launch must add to its outputs."""
-            x = source
-            if mode == "norm":
-                x = x * torch.rsqrt(x.square().mean() + norm.variance_epsilon) * norm.weight.float()
-            elif mode == "swiglu":
-                x = F.silu(x) * second
-            elif mode == "attention":
-                fade = (second[..., :1] - second[..., :1].amax(1, keepdim=True)).exp()
-                x = ((x * fade).sum(1) / (second[..., 1:] * fade).sum(1)).flatten()
-            expected, keep = {}, [kept(x, t, linear.scale) for t, linear in zip(thresholds, maps, strict=True)]
-            for i, (linear, out) in enumerate(zip(maps, outs, strict=True)):
-                expected[f"{label}[{i}]"] = (out, out + exact_weight(linear) @ torch.where(keep[i], x, 0))
-            for k, i in enumerate(hybrid):
-                dropped = torch.where(keep[i], 0, x)
-                expected[f"{label}[{i}].a"] = (inner[k], inner[k] + dropped @ factors[k][0].float())
-            return expected
-
-        def reference_of_rest() -> dict:
-            added = {i: inner[k] @ factors[k][1].float() for k, i in enumerate(hybrid)}
-            return {f"{label}[{i}].b": (outs[i], outs[i] + value) for i, value in added.items()}
-
-        if self.packed:
-            tiling = cuda_packed.grid([linear.shape[0] for linear in maps], maps[0].packed, tuning, self.processors)
-            shared = cuda_packed.shared_bytes(tuning, self.packed.bits)
-            yield Launch(f"gather_packed_{mode}", label, tiling, shared, [whole], tuning, reference)
-            return
-        yield self.spread(f"gather_{mode}", label, arguments, tuning, reference)
-        if hybrid:
-            yield self.spread("gather_plain", f"{label}.remainder", rest, tuning, reference_of_rest)
-
-    def spread(self, name: str, label: str, arguments: Gather, tuning: Tuning, reference) -> Launch:
-        """A gather over tiles of outputs and, where there are channels enough for every warp, over shares of them."""
-        tiles = sum(-(-m // (256 * tuning.wide)) for m in arguments.m)
-        most = -(-max(arguments.n) // (2 * tuning.warps))
-        shares = max(1, min(most, round(self.processors * tuning.per_sm / tiles)))
-        return Launch(name, label, (tiles, shares), gather_bytes(tuning), [arguments], tuning, reference)
-
-    def attend(self, block: Block) -> Launch:
-        tuning, layer = self.tunings["attend"], self.cache.layers[block.index]
-        arguments = Attend()
-        for name, linear in zip("qkv", self.maps(block, "qkv"), strict=True):
-            setattr(arguments, name, getattr(self, name).data_ptr())
-            if linear.bias is not None:
-                setattr(arguments, f"{name}_bias", linear.bias.data_ptr())
-        for name in ("cosine", "sine", "position", "partial", "softmax"):
-            setattr(arguments, name, getattr(self, name).data_ptr())
-        arguments.positions = self.positions
-        arguments.keys, arguments.values = layer.keys.data_ptr(), layer.values.data_ptr()
-        arguments.scaling = self.head_dim**-0.5
-        group = self.num_heads // self.num_groups
-        shared = group * (self.head_dim + tuning.warps * (self.head_dim + 2)) * 4
-        return Launch("attend", f"{block.index}.attend", (self.num_groups, self.splits), shared, [arguments], tuning)
-
-    def head(self, base: nn.Module) -> Launch:
-        tuning, weight = self.tunings["head"], self.module.get_output_embeddings().weight
-        norm = next(m for m in base.children() if hasattr(m, "variance_epsilon"))
-        ctas = round(self.processors * tuning.per_sm)
-        arguments = Rows()
-        arguments.weight, arguments.input, arguments.norm = (
-            weight.data_ptr(),
-            self.residual.data_ptr(),
-            norm.weight.data_ptr(),
-        )
-        arguments.out, arguments.eps = self.logits.data_ptr(), norm.variance_epsilon
-        arguments.m, arguments.n = weight.shape
-        for name in ("token", "position", "best", "best_row"):
-            setattr(arguments, name, getattr(self, name).data_ptr())
-        arguments.arrived = self.arrived.data_ptr()
-        shared = rows_bytes(self.hidden, tuning)
-
-        def reference() -> dict:
-            x = self.residual * torch.rsqrt(self.residual.square().mean() + norm.variance_epsilon) * norm.weight.float()
-            return {"head": (self.logits, weight.float() @ x)}
-
-        return Launch("rows", "head", (ctas, 1), shared, [arguments], tuning, reference)
-
-    def start(self, launch: Launch) -> None:
-        """Start one kernel on the current stream; it may begin while the one before it drains."""
-        device = torch.cuda.current_device()
-        kernel = _nvrtc.function(SOURCE, launch.name, device, launch.shared_bytes, **self.defines(launch.tuning))
-        _nvrtc.launch(
-            kernel, launch.grid, launch.tuning.warps * 32, launch.shared_bytes, launch.arguments, overlap=True
-        )
-
-    def enqueue(self) -> None:
-        """Start the whole step."""
-        for launch in self.launches:
-            self.start(launch)
-
-    def check(self, run: Callable[[Launch], None], after: Callable[[], None]) -> dict[str, float]:
-        """Relative error of every projection and the head against masked-dense in fp32, over one step.
-
-        `run` executes one launch, `after` waits for it. Every launch gets the buffers the previous ones left, so
-        rounding near a threshold can't grow from layer to layer.
-        """
-        errors = {}
-        for launch in self.launches:
-            expected = launch.reference() if launch.reference else {}
-            expected = {name: (out, value, out.clone()) for name, (out, value) in expected.items()}
-            run(launch)
-            after()
-            for name, (out, value, before) in expected.items():
-                change = before if launch.name.startswith("gather") else torch.zeros_like(before)
-                size = float((value - change).norm())
-                errors[name] = float((out - value).norm()) / (size or 1.0)
-        return errors
 
 
 def tuning_file(module: nn.Module, gpu: str, keep_all: bool = False) -> Path:

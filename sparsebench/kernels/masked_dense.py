@@ -24,6 +24,16 @@ def kept(x: torch.Tensor, threshold: torch.Tensor | float, scale: torch.Tensor |
     return (x.abs() if scale is None else x.abs() * scale) > threshold
 
 
+def largest(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Which entries are among the k largest |x| c of their token: exactly k, the first of equal ones. As `kept` otherwise."""
+    score = x.abs() if scale is None else x.abs() * scale
+    if not 0 < k < score.shape[-1]:
+        return torch.full_like(score, k > 0, dtype=torch.bool)
+    limit = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = score > limit, score == limit
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
 def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None):
     """y = W (x where kept) + low-rank image of the dropped part + b.
 

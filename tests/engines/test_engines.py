@@ -15,7 +15,7 @@ from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.methods.rsparse.low_rank import factors
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import tiny_model
+from tests.helpers import emulate, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -123,16 +123,6 @@ def test_maps_left_dense_are_stored_for_the_step():
 # The CUDA kernels, built for the CPU
 
 
-def emulate(step, library):
-    """Run one launch of a fused_cuda.Step on the CPU."""
-
-    def run(launch):
-        arguments = launch.arguments if launch.name == "embed" else [ctypes.byref(launch.arguments[0])]
-        getattr(library, f"run_{launch.name}")(*launch.grid, launch.shared_bytes, *arguments)
-
-    return run
-
-
 SMALL = {kind: Tuning(2, 4, 1, 2.0) for kind in fused_cuda.DEFAULTS}
 
 
@@ -180,7 +170,7 @@ def follow(model, cache, step, emulated):
         expected = reference(holder, int(IDS[0, i]))
         step.token.fill_(int(IDS[0, i]))
         step.position.fill_(i)
-        errors = step.check(emulate(step, library), lambda: None)
+        errors = step.check(emulate(library), lambda: None)
         assert max(errors.values()) < 1e-5, errors
         assert float((step.logits - expected).norm() / expected.norm()) < (5e-3 if dtype == torch.float16 else 3e-2)
         assert int(step.token) == int(step.logits.argmax()) and int(step.position) == i + 1
@@ -210,7 +200,7 @@ def test_cuda_neuron_sparse_ffn_on_the_cpu(emulated):
 
 
 def test_cuda_kernels_compile_without_a_gpu():
-    source = fused_cuda.SOURCE.read_text()
+    source = _nvrtc.source_of(fused_cuda.SOURCE)
     defines = {"WARPS": 8, "LOADS": 4, "WIDE": 1, "HEAD_DIM": 128, "GROUP": 4, "SPLITS": 16}
     for architecture in ("sm_80", "sm_90"):
         assert len(_nvrtc.compile_cubin(source, architecture, defines)) > 10_000
