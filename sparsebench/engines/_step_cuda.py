@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebench.engines import heads, quantisation, rotary_tables
+from sparsebench.engines import gate_sparse_of, heads, quantisation, rotary_tables
+from sparsebench.engines._launch_cuda import DEFAULTS, DENSE, MAPS, PACKED, Attend, Launch
 from sparsebench.kernels import _nvrtc, cuda_packed
 from sparsebench.kernels.cuda_gather import (
     SOURCE,
@@ -27,50 +27,10 @@ from sparsebench.kernels.cuda_gather import (
     gather_bytes,
     rows_bytes,
 )
+from sparsebench.modules.gate_sparse import GateSparseFFN
 from sparsebench.modules.input_sparse import InputSparseLinear
+from sparsebench.modules.rotated_norm import RotatedNorm
 from sparsebench.sites import Block, exact_weight, find_blocks
-
-
-class Attend(ctypes.Structure):
-    """Arguments of decode.cu's `attend`."""
-
-    _fields_ = [
-        ("q", Pointer), ("k", Pointer), ("v", Pointer), ("q_bias", Pointer), ("k_bias", Pointer), ("v_bias", Pointer),
-        ("cosine", Pointer), ("sine", Pointer), ("keys", Pointer), ("values", Pointer), ("position", Pointer),
-        ("partial", Pointer), ("softmax", Pointer), ("positions", ctypes.c_int),
-        ("window", ctypes.c_int), ("scaling", ctypes.c_float), ("whole", Pointer), ("arrived", Pointer),
-    ]  # fmt: skip
-
-
-@dataclass
-class Launch:
-    """One kernel of the step."""
-
-    name: str
-    label: str  # e.g. `3.qkv`
-    grid: tuple[int, int]
-    shared_bytes: int
-    arguments: list
-    tuning: Tuning
-    reference: Callable[[], dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None
-
-    @property
-    def role(self) -> str:
-        """What it is in a layer; a remainder's second product counts with the first."""
-        name = self.label.split(".")[1] if "." in self.label else self.label
-        return "attention" if name == "attend" else name
-
-
-MAPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}  # by the input they read
-# What was fastest on Hopper for Llama-2-7B shapes; tune_cuda.py looks further and remembers per GPU and shape.
-DEFAULTS = {
-    "qkv": Tuning(8, 4, 1, 4.0), "attend": Tuning(8, 2, 1), "o": Tuning(8, 8, 2, 2.0), "gate_up": Tuning(8, 4, 1, 4.0),
-    "down": Tuning(8, 8, 2, 2.0), "head": Tuning(16, 8, 1, 1.0),
-}  # fmt: skip
-# Of products with quantised weights, by their bits.
-PACKED = {bits: dict.fromkeys(MAPS, tuning) for bits, tuning in cuda_packed.TUNINGS.items()}
-# Of the dense products, which wait for nothing before they read: more rows in flight, wider, by fewer CTAs.
-DENSE = DEFAULTS | dict.fromkeys(MAPS, Tuning(8, 8, 2, 2.0))
 
 
 class Step:
@@ -81,16 +41,18 @@ class Step:
         cache: a transformers StaticCache that holds the prompt; its tensors are used in place.
         processors: multiprocessors to spread over.
         keep_all: a dense step, by kernels that know no thresholds.
-        choose: where the largest k are chosen: `inside` the product's own kernel, or in one `before` it.
+
+    What may be tried (scripts/bench_top_k.py times it): `choose`, whether the largest k are chosen `inside` the product's own
+    kernel or in one `before` it; `ahead`, how many channels of a CTA's share may be fetched before the choice is known;
+    `merges`, whether attention is merged over its splits by its last CTA also where nothing is chosen from it.
         tunings: per kernel kind (qkv, attend, o, gate_up, down, head); else DENSE or DEFAULTS.
     """
 
-    ahead = 128  # channels of a CTA's share that may be fetched before the choice is known
+    choose, ahead, merges = "inside", 128, False
 
     def __init__(
-        self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None,
-        choose: str = "inside",
-    ):  # fmt: skip
+        self, module: nn.Module, cache: Any, processors: int, keep_all: bool = False, tunings: dict | None = None
+    ):
         self.module, self.cache, self.processors, self.keep_all = module, cache, processors, keep_all
         config = module.config
         self.blocks = find_blocks(module)
@@ -112,14 +74,17 @@ class Step:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=self.device)
 
-        self.residual, self.qkv = floats(self.hidden), floats(query + 2 * group)
-        self.q, self.k, self.v = self.qkv.split([query, group, group])
-        self.choose = choose
+        turned = self.hidden * any(isinstance(m, RotatedNorm) for m in module.modules())
+        self.residual, self.qkv = floats(self.hidden), floats(query + 2 * group + turned)
+        self.q, self.k, self.v, into_qkv = self.qkv.split([query, group, group, turned])
         self.top_k = {kind: self.chooses(kind) for kind in MAPS}
+        self.merged = self.merges or self.top_k["o"]
         spare = {kind: self.largest_rank(kind) + 2 * len(MAPS[kind]) * self.top_k[kind] for kind in MAPS}
         self.before_down = floats(2 * self.mid + spare["down"])  # cleared together
         self.gate, self.up, down = self.before_down.split([self.mid, self.mid, spare["down"]])
-        self.of_attention, gate_up = floats(spare["qkv"] + spare["o"]), floats(spare["gate_up"])
+        self.of_attention, self.before_attention = floats(spare["qkv"] + spare["o"]), floats(spare["gate_up"] + turned)
+        gate_up, into_gate_up = self.before_attention.split([spare["gate_up"], turned])
+        self.turned = {"qkv": into_qkv, "gate_up": into_gate_up}  # what a norm that rotates hands on
         qkv, o = self.of_attention.split([spare["qkv"], spare["o"]])
         # A (x where dropped) of the remainders, then words for what was chosen
         self.inner = {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}
@@ -137,11 +102,14 @@ class Step:
         )  # attention, merged where it is chosen from
         self.best, self.best_row = floats(processors * 8), integers(processors * 8)
         self.cosine, self.sine = rotary_tables(module, self.positions)
-        self.nothing_dropped = torch.full((), -1.0, device=self.device)
+        self.nothing_dropped, self.nothing_but_zeros = floats() - 1, floats()  # thresholds
         self.launches = list(self.plan())
 
     def maps(self, block: Block, kind: str) -> list[InputSparseLinear]:
-        return [self.module.get_submodule(block.sites[role].path) for role in MAPS[kind]]
+        """The maps of one input; of an FFN whose gate chooses neurons the gate alone."""
+        chosen = gate_sparse_of(self.module, block) is not None
+        roles = [role for role in MAPS[kind] if not (chosen and role in ("up", "down"))]
+        return [self.module.get_submodule(block.sites[role].path) for role in roles]
 
     def largest_rank(self, kind: str) -> int:
         """Ranks of the remainders of one kind's maps together, in the block that has most."""
@@ -171,21 +139,69 @@ class Step:
         for block in self.blocks:
             layer = self.module.get_submodule(block.path)
             norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
-            yield from self.gather(
-                block, "qkv", [self.q, self.k, self.v], "norm", self.residual, norm=norms[0], zero=self.before_down
-            )
+            source = yield from self.normed(block, "qkv", norms[0])
+            yield from self.gather(block, "qkv", [self.q, self.k, self.v], *source, zero=self.before_down)
             yield self.attend(block)
-            mode, source = ("plain", self.whole) if self.top_k["o"] else ("attention", self.partial)
+            mode, source = ("plain", self.whole) if self.merged else ("attention", self.partial)
             yield from self.gather(block, "o", [self.residual], mode, source, second=self.softmax, zero=self.qkv)
-            yield from self.gather(
-                block, "gate_up", [self.gate, self.up], "norm", self.residual, norm=norms[1], zero=self.of_attention
-            )
-            yield from self.gather(
-                block, "down", [self.residual], "swiglu", self.gate, second=self.up, zero=self.inner["gate_up"]
-            )
+            source = yield from self.normed(block, "gate_up", norms[1])
+            ffn = gate_sparse_of(self.module, block)
+            outs = [self.gate, self.up] if ffn is None else [self.gate]
+            yield from self.gather(block, "gate_up", outs, *source, zero=self.of_attention)
+            if ffn is not None:
+                yield from self.chosen_neurons(block, ffn, *source)
+                continue
+            behind = {"second": self.up, "zero": self.before_attention}
+            yield from self.gather(block, "down", [self.residual], "swiglu", self.gate, **behind)
         yield self.head(base)
 
-    def gather(self, block: Block, kind: str, outs, mode, source, *, norm=None, second=None, zero) -> Iterator[Launch]:
+    def normed(self, block: Block, kind: str, norm: nn.Module) -> Iterator[Launch]:
+        """The launch of a rotation behind a norm where there is one; returns (mode, source, norm) of what follows."""
+        if not isinstance(norm, RotatedNorm):
+            return "norm", self.residual, norm
+        out, arguments = self.turned[kind], Gather()
+        arguments.set_part(0, norm.rotation, self.residual, out, self.nothing_dropped)
+        arguments.norm, arguments.eps = norm.weight.data_ptr(), norm.variance_epsilon
+        label = f"{block.index}.{kind}.rotation"
+        yield self.spread(
+            "gather_norm", label, arguments, self.tunings[kind],
+            lambda: {label: (out, out + unit(self.residual, norm) @ norm.rotation.float())},
+        )  # fmt: skip
+        return "plain", out, None
+
+    def chosen_neurons(self, block: Block, ffn: GateSparseFFN, mode: str, source, norm) -> Iterator[Launch]:
+        """The launches of up, by rows of the neurons that the gate chooses, and of down, which drops what is 0 then."""
+        rows, tuning = Rows(), Tuning(16, 4, 1, 1.0)
+        least = self.nothing_dropped if self.keep_all else ffn.threshold
+        rows.weight, rows.input, rows.out = ffn.up.weight.data_ptr(), source.data_ptr(), self.up.data_ptr()
+        rows.m, rows.n, rows.active, rows.least = self.mid, self.hidden, self.gate.data_ptr(), least.data_ptr()
+        if norm is not None:
+            rows.norm, rows.eps = norm.weight.data_ptr(), norm.variance_epsilon
+        label = f"{block.index}.gate_up.up"
+
+        def up() -> dict:
+            x = source if norm is None else unit(source, norm)
+            keep = F.silu(self.gate).abs() >= least
+            return {label: (self.up, torch.where(keep, ffn.up.weight.float() @ x, 0))}
+
+        def down() -> dict:
+            y = ffn.down.float() @ (F.silu(self.gate) * self.up)
+            return {f"{block.index}.down": (self.residual, self.residual + y)}
+
+        ctas = round(self.processors * tuning.per_sm)
+        yield Launch("rows", label, (ctas, 1), rows_bytes(self.hidden, tuning), [rows], tuning, up)
+        last = Gather()
+        last.set_part(
+            0, ffn.down.t(), self.gate, self.residual, self.nothing_dropped if self.keep_all else self.nothing_but_zeros
+        )
+        last.second, last.zero, last.zero_count = (
+            self.up.data_ptr(),
+            self.before_attention.data_ptr(),
+            self.before_attention.numel(),
+        )
+        yield self.spread("gather_swiglu", f"{block.index}.down", last, self.tunings["down"], down)
+
+    def gather(self, block: Block, kind: str, outs, mode, source, norm=None, *, second=None, zero) -> Iterator[Launch]:
         """The launch of the maps of one input, and one more for their remainders; `zero` is cleared by the first."""
         maps, label, tuning = self.maps(block, kind), f"{block.index}.{kind}", self.tunings[kind]
         thresholds = [self.nothing_dropped if self.keep_all else m.threshold for m in maps]
@@ -214,7 +230,7 @@ class Step:
             """Masked-dense in fp32 on the buffers as they are now: what this launch must add to its outputs."""
             x = source
             if mode == "norm":
-                x = x * torch.rsqrt(x.square().mean() + norm.variance_epsilon) * norm.weight.float()
+                x = unit(x, norm)
             elif mode == "swiglu":
                 x = F.silu(x) * second
             elif mode == "attention":
@@ -287,7 +303,7 @@ class Step:
         arguments.positions = self.positions
         arguments.keys, arguments.values = layer.keys.data_ptr(), layer.values.data_ptr()
         arguments.scaling = self.head_dim**-0.5
-        if self.top_k["o"]:
+        if self.merged:
             arguments.whole, arguments.arrived = self.whole.data_ptr(), self.arrived_heads.data_ptr()
         group = self.num_heads // self.num_groups
         shared = group * (self.head_dim + tuning.warps * (self.head_dim + 2)) * 4
@@ -311,8 +327,7 @@ class Step:
         shared = rows_bytes(self.hidden, tuning)
 
         def reference() -> dict:
-            x = self.residual * torch.rsqrt(self.residual.square().mean() + norm.variance_epsilon) * norm.weight.float()
-            return {"head": (self.logits, weight.float() @ x)}
+            return {"head": (self.logits, weight.float() @ unit(self.residual, norm))}
 
         return Launch("rows", "head", (ctas, 1), shared, [arguments], tuning, reference)
 
@@ -346,3 +361,8 @@ class Step:
                 size = float((value - change).norm())
                 errors[name] = float((out - value).norm()) / (size or 1.0)
         return errors
+
+
+def unit(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """RMSNorm of x [n] in fp32."""
+    return x * torch.rsqrt(x.square().mean() + norm.variance_epsilon) * norm.weight.float()

@@ -15,7 +15,8 @@ from torch import nn
 
 from sparsebench import cache
 from sparsebench.engines import heads, llama_type, marks, prefilled, quantisation
-from sparsebench.engines._step_cuda import DEFAULTS, MAPS, Launch, Step
+from sparsebench.engines._launch_cuda import DEFAULTS, MAPS, Launch
+from sparsebench.engines._step_cuda import Step
 from sparsebench.kernels import cuda_packed
 from sparsebench.kernels.cuda_gather import SOURCE, Tuning
 from sparsebench.sites import find_blocks

@@ -50,7 +50,7 @@ class Rows(ctypes.Structure):
         ("weight", Pointer), ("input", Pointer), ("half", Pointer), ("norm", Pointer), ("gate", Pointer), ("out", Pointer),
         ("eps", ctypes.c_float), ("m", ctypes.c_int), ("n", ctypes.c_int),
         ("token", Pointer), ("position", Pointer), ("best", Pointer), ("best_row", Pointer), ("arrived", Pointer),
-        ("zero", Pointer), ("zero_count", ctypes.c_int),
+        ("zero", Pointer), ("zero_count", ctypes.c_int), ("active", Pointer), ("least", Pointer),
     ]  # fmt: skip
 
 

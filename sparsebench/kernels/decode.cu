@@ -529,7 +529,7 @@ ENTRY attend(Attend a) {
 
 // ------------------------------------------------------------------------------------------------------------------
 // rows: out[j] = W[j, :] . norm(input) for rows j of W [m, n] (row contiguous); with `gate`, only where
-// gate[j] is not 0 (the others give 0).
+// gate[j] is not 0, with `active` only where |silu(active[j])| >= least (the others give 0).
 // One warp per row. With `token`, also the argmax of all rows: the next token, and the position advances.
 
 struct Rows {
@@ -547,11 +547,12 @@ struct Rows {
     u32* arrived;
     float* zero;
     int zero_count;
+    const float *active, *least;  // [m] and one number, or null
 };
 
 // 16-byte loads of one piece (256 * LOADS columns) of row j; zeros outside, and for rows that `gate` leaves out.
 __device__ __forceinline__ void load_piece(const Rows& a, int j, int piece, int lane, uint4* w) {
-    const bool wanted = j < a.m && (!a.gate || widen(a.gate[j]) != 0);
+    const bool wanted = j < a.m && (!a.gate || widen(a.gate[j]) != 0) && (!a.active || fabsf(silu(a.active[j])) >= *a.least);
 #pragma unroll
     for (int l = 0; l < LOADS; l++) {
         const int i = (piece * LOADS + l) * 256 + lane * 8;

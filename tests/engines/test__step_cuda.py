@@ -15,7 +15,7 @@ from sparsebench.methods.rsparse.low_rank import factors
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
 from sparsebench.modules.quant_sparse import QuantLinear
 from sparsebench.sites import find_blocks
-from tests.helpers import emulate, tiny_model
+from tests.helpers import emulate, special_model, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 TUNING = Tuning(2, 4, 1, 2.0)
@@ -72,9 +72,9 @@ def test_what_is_not_among_the_largest_is_read_by_a_remainder(emulated):
     """The complement of a choice that another part published: both together are the whole product."""
     generator = torch.Generator().manual_seed(3)
     x, weight = torch.randn(200, generator=generator), torch.randn(200, 16, generator=generator).half()
-    outs, word, arguments = torch.zeros(2, 16), torch.zeros(2), Gather()
+    outs, word, zero, arguments = torch.zeros(2, 16), torch.zeros(2), torch.zeros(()), Gather()
     for i in range(2):
-        arguments.set_part(i, weight, x, outs[i], torch.zeros(()), complement=i == 1)
+        arguments.set_part(i, weight, x, outs[i], zero, complement=i == 1)
         arguments.choose(i, 50 if i == 0 else -1, word)
     emulated(**SIZES).run_gather_plain(2, 3, choose_bytes(200, TUNING) + gather_bytes(TUNING), ctypes.byref(arguments))
     keep = masked_dense.largest(x, 50)
@@ -110,13 +110,13 @@ STEPS = [
 
 
 @pytest.mark.parametrize("given", STEPS, ids=str)
-def test_a_step_with_the_largest_k_is_the_models(emulated, given):
-    given, choose = dict(given), given.get("choose", "inside")
-    given.pop("choose", None)
-    model = with_largest(**given)
+def test_a_step_with_the_largest_k_is_the_models(emulated, given, monkeypatch):
+    choose = given.get("choose", "inside")
+    monkeypatch.setattr(fused_cuda.Step, "choose", choose)
+    model = with_largest(**{k: v for k, v in given.items() if k != "choose"})
     assert fused_cuda.unsupported(model) is None
     cache, _ = engines.prefilled(model, IDS[:, :20], 4)
-    step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL, choose=choose)
+    step = fused_cuda.Step(model, cache, processors=4, tunings=SMALL)
     assert any(launch.name.startswith("choose") for launch in step.launches) == (choose == "before")
     library = emulated(**step.defines(TUNING))
     holder = SimpleNamespace(module=model, position=20, cache=cache, blocks=find_blocks(model))
@@ -153,3 +153,34 @@ def test_a_step_of_thresholds_knows_no_choice():
     step = fused_cuda.Step(model, cache, processors=4)
     assert "TOPK" not in step.defines(TUNING) and not step.of_attention.numel()
     assert {launch.name for launch in step.launches} >= {"gather_attention", "attend"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms that rotate, and neurons that the gate chooses
+
+
+@pytest.mark.parametrize("kind", ["rotated", "rotated by thresholds", "cats", "cats and rotated"])
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_a_step_that_rotates_or_chooses_neurons_is_the_models(emulated, kind, keep_all):
+    """Every launch in fp32, and the whole against the same step in torch; twice, on the same buffers."""
+    model = special_model(kind, torch.float16, layers=2, hidden_size=64, intermediate_size=136)
+    assert fused_cuda.unsupported(model) is None
+    cache, _ = engines.prefilled(model, IDS[:, :20], 4)
+    step = fused_cuda.Step(
+        model, cache, processors=4, tunings=dict.fromkeys(fused_cuda.DEFAULTS, TUNING), keep_all=keep_all
+    )
+    library = emulated(**step.defines(TUNING))
+    sixteen = emulated(**step.defines(Tuning(16, 4, 1, 1.0))) if "cats" in kind else library  # rows of up
+    assert sum("rotation" in launch.label for launch in step.launches) == (4 if "rotated" in kind else 0)
+    holder = SimpleNamespace(module=model, position=20, cache=cache, blocks=find_blocks(model))
+    holder.fixed = [None] * 3 + [keep_all] + [None] * 3 + [t.numpy() for t in (step.cosine, step.sine)]
+    for i in (20, 21):
+        holder.position = i
+        expected = fused_cpu.reference_step(holder, int(IDS[0, i]))
+        step.token.fill_(int(IDS[0, i]))
+        step.position.fill_(i)
+        run = {2: emulate(library), 16: emulate(sixteen)}
+        errors = step.check(lambda launch, run=run: run[2 if launch.tuning.warps != 16 else 16](launch), lambda: None)
+        assert max(errors.values()) < 1e-5, errors
+        assert float((step.logits - expected).norm() / expected.norm()) < 0.1
+    assert not library.count_overruns() and not sixteen.count_overruns()

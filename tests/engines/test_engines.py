@@ -15,7 +15,7 @@ from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.methods.rsparse.low_rank import factors
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import emulate, tiny_model
+from tests.helpers import emulate, special_model, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -104,6 +104,44 @@ def test_what_can_not_be_fused_says_why(name):
     assert engines.choose(model, hardware) == "eager"
     with pytest.raises(ValueError, match=f"engine=fused: .*{reason}"):
         engines.choose(model, SimpleNamespace(**{**vars(hardware), "engine": "fused"}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rotated", "rotated by thresholds", "cats", "cats and rotated"])
+def test_cpu_step_rotates_and_chooses_neurons(kind, dtype, threads):
+    """RotatedNorm (LaRoSA, WINA) and GateSparseFFN (CATS) against torch, then against the model over four cached steps."""
+    model = special_model(kind, dtype)
+    assert fused_cpu.unsupported(model) is None
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
+    fused.threads = threads
+    assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
+    if dtype == torch.float32:
+        reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
+        for i in range(20, 24):
+            expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    dense = fused_cpu.Decoder(model, IDS[:, :20], 4, keep_all=True)
+    assert dense.parity(IDS[:, 20:21])["logits"] < 1e-5
+    changed = float((dense.step(IDS[:, 20:21]) - fused_cpu.Decoder(model, IDS[:, :20], 4).step(IDS[:, 20:21])).norm())
+    assert changed > 1e-3, "something is left out"
+
+
+def test_cpu_step_reads_only_the_neurons_that_the_gate_chooses():
+    """NaN in the weights of up and down of all others."""
+    model = special_model("cats", layers=1)
+    (block,), ffn = find_blocks(model), engines.gate_sparse_of(model, find_blocks(model)[0])
+    inputs = []
+    hook = ffn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
+    expected = reference.step(IDS[:, 20:21]).clone()
+    hook.remove()
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    dropped = ~ffn.keep(ffn.activation(ffn.gate(inputs[-1]))).flatten()
+    assert 0 < int(dropped.sum()) < len(dropped) and block.index == 0
+    ffn.up.weight.data[dropped] = math.nan
+    ffn.down.data[:, dropped] = math.nan
+    torch.testing.assert_close(fused.step(IDS[:, 20:21]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masked_dense_is_never_fused():
