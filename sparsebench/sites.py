@@ -54,6 +54,7 @@ ATTENTIONS = (
 FFNS = (
     under("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     under("mlp", gate_up="gate_up_proj", down="down_proj"),
+    under("mlp", gate="gate", up="up"),  # gate_sparse.py, which holds the weight of down itself
     under("mlp", fc1="fc1", fc2="fc2"),
     under("mlp", fc1="c_fc", fc2="c_proj"),
     under("mlp", fc1="up_proj", fc2="down_proj"),

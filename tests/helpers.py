@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparsebench import config, kernels
+from sparsebench import config, engines, kernels
 from sparsebench.config.compose import compose_all
 from sparsebench.config.identity import digest
 from sparsebench.data.image_sources import Memory
@@ -29,7 +30,9 @@ from sparsebench.hardware import Hardware
 from sparsebench.measure import macs, quality, sparsity, uncertainty
 from sparsebench.methods.base import Work
 from sparsebench.models import Loaded
+from sparsebench.modules import rotated_norm
 from sparsebench.modules.activation_map import isolate
+from sparsebench.modules.gate_sparse import swap_ffn
 from sparsebench.modules.input_sparse import swap
 from sparsebench.records import record
 from sparsebench.sites import find_blocks
@@ -87,6 +90,36 @@ def tiny_model(kind: str = "llama", layers: int = 2, seed: int = 0, **changes):
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model.eval().requires_grad_(False)
+
+
+def emulate(library):
+    """A function that runs one launch of a fused CUDA step in a library of its kernels built for the CPU."""
+
+    def run(launch):
+        arguments = launch.arguments if launch.name == "embed" else [ctypes.byref(launch.arguments[0])]
+        getattr(library, f"run_{launch.name}")(*launch.grid, launch.shared_bytes, *arguments)
+
+    return run
+
+
+def special_model(kind: str, dtype=torch.float32, share: float = 0.5, **changes) -> nn.Module:
+    """A model with `rotated` norms (then the largest k as LaRoSA has them, or thresholds), with `cats`, or both."""
+    model = tiny_model(**changes).to(dtype)
+    blocks = find_blocks(model)
+    if "rotated" in kind:
+        size, generator = model.config.hidden_size, torch.Generator().manual_seed(1)
+        keys = [(b.index, group) for b in blocks for group in rotated_norm.GROUPS]
+        bases = {key: torch.linalg.qr(torch.randn(size, size, generator=generator).double())[0] for key in keys}
+        rotated_norm.rotate(model, blocks, bases)
+        for site in (s for b in blocks for s in b.sites.values() if not ("cats" in kind and s.role in ("up", "down"))):
+            n = model.get_submodule(site.path).weight.shape[1]
+            rule = {} if "thresholds" in kind else {"top_k": round(n * share)}
+            swap(model, site, 0.0 if rule else 0.4, **rule)
+    if "cats" in kind:
+        for block in blocks:
+            swap_ffn(model, block, 0.02)
+    engines.channel_major(model)
+    return model
 
 
 def sparse_copy(threshold=0.3, kernel="cpu_numba", model=None):

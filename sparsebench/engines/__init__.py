@@ -18,10 +18,12 @@ from sparsebench.engines.check import verified
 from sparsebench.engines.reference import Decoder
 from sparsebench.kernels._packed import Packed
 from sparsebench.modules.base import measured_modules
+from sparsebench.modules.gate_sparse import GateSparseFFN
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
 from sparsebench.modules.quant_sparse import QuantSparseLinear
+from sparsebench.modules.rotated_norm import RotatedNorm
 from sparsebench.modules.storage import lay
-from sparsebench.sites import find_blocks, shape
+from sparsebench.sites import Block, find_blocks, shape
 
 __all__ = ["Decoder", "choose", "decoder", "verified"]
 
@@ -70,16 +72,25 @@ def channel_major(module: nn.Module) -> None:
     for block in find_blocks(module):
         for site in block.sites.values():
             linear = module.get_submodule(site.path)
-            if not isinstance(linear, InputSparseLinear):
+            by_neuron = site.role == "up" and gate_sparse_of(module, block) is not None
+            if not isinstance(linear, InputSparseLinear) and not by_neuron:
                 replace(module, site.path, sparse_of(linear, site.name, -1.0))
     lay(module)
+
+
+def gate_sparse_of(module: nn.Module, block: Block) -> GateSparseFFN | None:
+    """The FFN of a block where its gate chooses neurons: it holds the weight of down itself, and `up` stays by neuron."""
+    path = block.sites["up"].path.rpartition(".")[0] if "up" in block.sites else ""
+    ffn = module.get_submodule(path) if path else None
+    return ffn if isinstance(ffn, GateSparseFFN) else None
 
 
 def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | None:
     """Why a model is not of the type the fused steps know, or None. top_k: a step that selects the largest k, too.
 
     They know pre-norm blocks with RMSNorm, q, k, v, o with rotary embedding and grouped queries, and a SiLU-gated FFN,
-    sparse by input channels with thresholds (or the largest k of a token), with or without a low-rank remainder.
+    sparse by input channels with thresholds (or the largest k of a token), with or without a low-rank remainder, or by
+    neurons that the gate chooses; norms may rotate what they hand on.
     """
     try:
         blocks = find_blocks(module)
@@ -87,10 +98,11 @@ def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | N
         return str(error)
     config, dtype = module.config, next(module.parameters()).dtype
     for site, sparse in measured_modules(module):
-        if type(sparse) not in (InputSparseLinear, QuantSparseLinear):
+        if type(sparse) not in (InputSparseLinear, QuantSparseLinear, GateSparseFFN):
             return f"it takes maps that drop input channels by a threshold, got {type(sparse).__name__} at {site}"
     for block in blocks:
         maps = {**block.sites, **block.others, **({"experts": None} if block.experts else {})}
+        maps |= {"down": None} if gate_sparse_of(module, block) is not None else {}
         if set(maps) != {"q", "k", "v", "o", "gate", "up", "down"}:
             return f"it takes blocks with q, k, v, o, gate, up and down, got {', '.join(maps)}"
     if dtype not in dtypes:
@@ -114,6 +126,9 @@ def llama_type(module: nn.Module, dtypes: tuple, top_k: bool = False) -> str | N
                 return "it takes thresholds, not the largest k of a token"
             if any(isinstance(m, nn.Module) and getattr(m, "q_norm", None) is not None for m in layer.modules()):
                 return "it takes no norm on queries and keys"
+        ffn = gate_sparse_of(module, block)
+        if ffn is not None and (not isinstance(ffn.own_rule, nn.Identity) or type(ffn.up) is not nn.Linear):
+            return f"it takes no rule of its own and no quantised maps beside neurons that the gate chooses, got one at {ffn.site}"
     return mixed(module, blocks) or misfit(module, blocks)
 
 
@@ -147,6 +162,9 @@ def misfit(module: nn.Module, blocks: list) -> str | None:
         for role, site in block.sites.items():
             if shape(module.get_submodule(site.path)) != wanted[role]:
                 return f"it takes {role} of shape {wanted[role]}, got {site.path} of another"
+        ffn = gate_sparse_of(module, block)
+        if ffn is not None and tuple(ffn.down.shape) != wanted["down"]:
+            return f"it takes down of shape {wanted['down']}, got that of {ffn.site} of another"
     head = module.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None or head.weight.shape[1] != hidden:
         return f"it takes a head without bias over {hidden} channels"
@@ -158,6 +176,11 @@ def misfit(module: nn.Module, blocks: list) -> str | None:
         return "it takes one RMSNorm after the last block"
     if any(getattr(m, "weight", None) is None or tuple(m.weight.shape) != (hidden,) for m in norms):
         return f"it takes RMSNorms with a weight of {hidden} channels"
+    rotations = [m.rotation for m in norms if isinstance(m, RotatedNorm)]
+    if any(tuple(r.shape) != (hidden, hidden) or not r.is_contiguous() for r in rotations):
+        return f"it takes rotations of {hidden} channels"
+    if isinstance(norms[0], RotatedNorm):
+        return "it takes no rotation after the last block"
     if not any(hasattr(m, "inv_freq") for m in base.modules()):
         return "it takes a rotary embedding, got none"
     try:

@@ -42,6 +42,8 @@ def compact_largest(x, k, scale, index, values):
     scale: c [n] or empty; index [n + 1], values [1, n + 1].
     """
     n = x.shape[0]
+    if k == 0:
+        return 0
     bits = np.empty(n, np.uint32)
     for i in range(n):
         bits[i] = bits_of(abs(x[i]) * scale[i] if scale.size else abs(x[i]))

@@ -1,8 +1,9 @@
 """The compiled part of `fused_cpu`: one thread's share of a decode step (numba), and the barrier between threads.
 
-Every thread runs the same code on its share of outputs and heads and meets the others at barriers, five a layer; norm
-and compaction are repeated by each thread instead of shared, which is cheaper than another barrier. Float32 and
-bfloat16, sums in float32. Where marks are asked for, the first thread writes down how long each role took.
+Every thread runs the same code on its share of outputs and heads and meets the others at barriers, five a layer and one
+more for a rotation; norm and compaction are repeated by each thread instead of shared, which is cheaper than another
+barrier. Float32 and bfloat16, sums in float32. Where marks are asked for, the first thread writes down how long each role
+took.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from numba.extending import intrinsic
 
 from sparsebench.engines._select_numba import compact_largest
 from sparsebench.engines._step_packed import pointer, weigh
-from sparsebench.kernels._gather_numba import compact, narrow, widen
+from sparsebench.kernels._gather_numba import compact, listed_dots, narrow, product, widen
 
 # Columns of the table of addresses, one row per layer: weights, thresholds, scales (0 = none), biases, norms, cache.
 WEIGHT, THRESHOLD, SCALE, BIAS, NORM, KEYS, VALUES = 0, 7, 14, 21, 24, 26, 27
 RANK, LOW_A, LOW_B = 28, 35, 42  # of the low-rank remainder; rank 0 = none
-TOP_K, COLUMNS = 63, 70  # inputs a token keeps, 0 = those above the threshold; 49 to 62 are of _step_packed.py
+TOP_K = 63  # inputs a token keeps, -1 = those above the threshold; 49 to 62 are of _step_packed.py
+ROTATION, CUT, COLUMNS = 70, 72, 73  # behind each norm, 0 = none; threshold on |silu(gate)|, 0 = no choice of neurons
 UNIT = 64  # outputs that one thread computes together, as quantised weights are stored
 EMBED, NORMS, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD = range(8)  # places in the array of marks
 ROLES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head")
@@ -153,7 +155,7 @@ def project(row, which, keep_all, x, y, m, lo, hi, like, stored, group, index, v
             threshold = carray(pointer(row[THRESHOLD + which]), (1,), np.float32)[0]
             size = 0 if row[SCALE + which] == 0 else n
         scale = carray(pointer(row[SCALE + which]), (size,), np.float32)
-        if row[TOP_K + which] > 0 and threshold >= 0:  # a negative threshold keeps all
+        if row[TOP_K + which] >= 0 and threshold >= 0:  # a negative threshold keeps all
             count = compact_largest(x, row[TOP_K + which], scale, index, value)
         else:
             count = compact(x.reshape(1, n), threshold, scale, index, value)
@@ -179,6 +181,35 @@ def same_rule(row, a, b, keep_all):
         return False
     one = carray(pointer(row[THRESHOLD + a]), (1,), np.float32)[0]
     return one == carray(pointer(row[THRESHOLD + b]), (1,), np.float32)[0]
+
+
+@njit(nogil=True, cache=True)
+def rotated(x, address, like, out, lo, hi, index):
+    """out[lo:hi] of x [n] times the rotation [n, n] at an address."""
+    n = x.shape[0]
+    weight = carray(pointer(address), (n, n), like.dtype)
+    product(out.reshape(1, n), weight, x.reshape(1, n), index, lo, hi)
+
+
+@njit(nogil=True, cache=True)
+def silu(x):
+    return x / (np.float32(1) + np.float32(math.exp(-x)))
+
+
+@njit(nogil=True, cache=True)
+def chosen_neurons(row, keep_all, x, mid, lo, hi, inner, like, index, value):
+    """mid[0, lo:hi], the gate's outputs, become silu(gate) up(x) where |silu(gate)| >= t, else 0; only those rows of up are read."""
+    up = carray(pointer(row[WEIGHT + 5]), (inner, x.shape[0]), like.dtype)
+    least = np.float32(-1) if keep_all else carray(pointer(row[CUT]), (1,), np.float32)[0]
+    count = 0
+    for i in range(lo, hi):
+        gate = silu(mid[0, i])
+        mid[0, i] = 0
+        index[count], value[0, count] = i, gate
+        count += abs(gate) >= least
+    listed_dots(up, x.reshape(1, x.shape[0]), index, value, 0, count)
+    for k in range(count):
+        mid[0, index[k]] = value[0, k]
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
@@ -263,18 +294,21 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
         values = carray(pointer(row[VALUES]), (groups, positions, head_dim), embedding.dtype)
 
         normed(residual, carray(pointer(row[NORM]), (hidden,), embedding.dtype), eps, x[:hidden])
+        source = x[:hidden]
+        if row[ROTATION] != 0:
+            rotated(x[:hidden], row[ROTATION], embedding, added, lo, hi, index_)
+            barrier(state, threads)
+            source = added
         since = mark(marks, NORMS, since)
         a, b = share_of(query, thread, threads, UNIT)
-        count = project(
-            row, 0, keep_all, x[:hidden], q, query, a, b, embedding, stored, group, index_, value_, -1, part_
-        )
+        count = project(row, 0, keep_all, source, q, query, a, b, embedding, stored, group, index_, value_, -1, part_)
         a, b = share_of(small, thread, threads, UNIT)
         count = count if same_rule(row, 0, 1, keep_all) else -1
         count = project(
-            row, 1, keep_all, x[:hidden], k, small, a, b, embedding, stored, group, index_, value_, count, part_
+            row, 1, keep_all, source, k, small, a, b, embedding, stored, group, index_, value_, count, part_
         )
         count = count if same_rule(row, 1, 2, keep_all) else -1
-        project(row, 2, keep_all, x[:hidden], v, small, a, b, embedding, stored, group, index_, value_, count, part_)
+        project(row, 2, keep_all, source, v, small, a, b, embedding, stored, group, index_, value_, count, part_)
         barrier(state, threads)
         since = mark(marks, QKV, since)
 
@@ -292,17 +326,25 @@ def step(thread, threads, table, sizes, eps, keep_all, embedding, last_norm, hea
         since = mark(marks, OUT, since)
 
         normed(residual, carray(pointer(row[NORM + 1]), (hidden,), embedding.dtype), eps, x[:hidden])
+        source = x[:hidden]
+        if row[ROTATION + 1] != 0:
+            rotated(x[:hidden], row[ROTATION + 1], embedding, added, lo, hi, index_)
+            barrier(state, threads)
+            source = added
         since = mark(marks, NORMS, since)
         a, b = share_of(inner, thread, threads, UNIT)
         count = project(
-            row, 4, keep_all, x[:hidden], mid[0], inner, a, b, embedding, stored, group, index_, value_, -1, part_
+            row, 4, keep_all, source, mid[0], inner, a, b, embedding, stored, group, index_, value_, -1, part_
         )
-        count = count if same_rule(row, 4, 5, keep_all) else -1
-        project(
-            row, 5, keep_all, x[:hidden], mid[1], inner, a, b, embedding, stored, group, index_, value_, count, part_
-        )
-        for i in range(a, b):
-            mid[0, i] = mid[0, i] / (np.float32(1) + np.float32(math.exp(-mid[0, i]))) * mid[1, i]
+        if row[CUT] != 0:
+            chosen_neurons(row, keep_all, source, mid, a, b, inner, embedding, index_, value_)
+        else:
+            count = count if same_rule(row, 4, 5, keep_all) else -1
+            project(
+                row, 5, keep_all, source, mid[1], inner, a, b, embedding, stored, group, index_, value_, count, part_
+            )
+            for i in range(a, b):
+                mid[0, i] = silu(mid[0, i]) * mid[1, i]
         barrier(state, threads)
         since = mark(marks, GATE_UP, since)
 

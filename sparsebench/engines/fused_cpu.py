@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from sparsebench.engines import _step_numba as table
-from sparsebench.engines import _step_packed, heads, llama_type, prefilled, quantisation, rotary_tables
+from sparsebench.engines import _step_packed, gate_sparse_of, heads, llama_type, prefilled, quantisation, rotary_tables
 from sparsebench.engines._step_numba import step
 from sparsebench.kernels import cpu_packed
 from sparsebench.kernels.cpu_numba import as_numpy
 from sparsebench.modules import storage
+from sparsebench.modules.rotated_norm import RotatedNorm
 from sparsebench.sites import exact_weight, find_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,6 +53,7 @@ class Decoder:
         count, groups, head_dim = heads(config)
         hidden, inner, positions = config.hidden_size, config.intermediate_size, self.length + room
         self.blocks = find_blocks(module)
+        self.zero = torch.zeros(())  # the threshold of down behind chosen neurons: those left out are 0
         self.held = []  # tensors whose addresses stand in the table
         self.table = np.zeros((len(self.blocks), table.COLUMNS), np.int64)
         self.fill_all()
@@ -98,15 +100,20 @@ class Decoder:
     def fill(self, block, row: np.ndarray) -> None:
         """Addresses of one layer."""
         layer = self.module.get_submodule(block.path)
-        norms = [m.weight for m in layer.children() if hasattr(m, "variance_epsilon")]
-        cache = self.cache.layers[block.index]
-        for i, role in enumerate(MAPS):
+        norms = [m for m in layer.children() if hasattr(m, "variance_epsilon")]
+        cache, ffn = self.cache.layers[block.index], gate_sparse_of(self.module, block)
+        row[table.TOP_K : table.TOP_K + len(MAPS)] = -1
+        if ffn is not None:
+            row[table.WEIGHT + 5], row[table.WEIGHT + 6] = ffn.up.weight.data_ptr(), ffn.down.data_ptr()
+            row[table.THRESHOLD + 6], row[table.CUT] = self.zero.data_ptr(), ffn.threshold.data_ptr()
+            self.held.append(ffn)
+        for i, role in enumerate(MAPS if ffn is None else MAPS[:5]):
             linear = self.module.get_submodule(block.sites[role].path)
             row[table.WEIGHT + i], row[table.THRESHOLD + i] = (
                 self.weight_of(linear, row, i),
                 linear.threshold.data_ptr(),
             )
-            row[table.TOP_K + i] = linear.top_k or 0
+            row[table.TOP_K + i] = -1 if linear.top_k is None else linear.top_k
             row[table.SCALE + i] = linear.scale.data_ptr() if linear.scale is not None else 0
             for column, factor in zip((table.LOW_A, table.LOW_B), linear.low_rank or (), strict=False):
                 row[table.RANK + i], row[column + i] = linear.low_rank_a.shape[1], factor.data_ptr()
@@ -114,7 +121,9 @@ class Decoder:
             if linear.bias is not None:
                 row[table.BIAS + i] = linear.bias.data_ptr()
             self.held.append(linear)
-        row[table.NORM], row[table.NORM + 1] = (w.data_ptr() for w in norms)
+        for i, norm in enumerate(norms):
+            row[table.NORM + i] = norm.weight.data_ptr()
+            row[table.ROTATION + i] = norm.rotation.data_ptr() if isinstance(norm, RotatedNorm) else 0
         row[table.KEYS], row[table.VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
         self.held += [norms, cache]
 
@@ -185,7 +194,15 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
         return y if linear.bias is None else y + linear.bias.float()
 
     def norm(layer, x):
-        return x * torch.rsqrt(x.square().mean() + layer.variance_epsilon) * layer.weight.float()
+        x = x * torch.rsqrt(x.square().mean() + layer.variance_epsilon) * layer.weight.float()
+        return x @ layer.rotation.float() if isinstance(layer, RotatedNorm) else x
+
+    def ffn_of(block, maps, h):
+        gate, chosen = torch.nn.functional.silu(product(maps["gate"], h)), gate_sparse_of(module, block)
+        if chosen is None:
+            return product(maps["down"], gate * product(maps["up"], h))
+        active = gate if keep_all else torch.where(chosen.keep(gate), gate, 0)
+        return chosen.down.float() @ (active * (chosen.up.weight.float() @ h))
 
     def turned(x):
         first, second = x.chunk(2, dim=-1)
@@ -205,7 +222,6 @@ def reference_step(decoder: Decoder, token: int) -> torch.Tensor:
         k, v = (t.repeat_interleave(count // groups, 0) for t in (k, v))
         weights = ((k @ q[:, :, None])[..., 0] * head_dim**-0.5).softmax(-1)
         x = x + product(maps["o"], (weights[:, None] @ v).flatten())
-        h = norm(norms[1], x)
-        x = x + product(maps["down"], torch.nn.functional.silu(product(maps["gate"], h)) * product(maps["up"], h))
+        x = x + ffn_of(block, maps, norm(norms[1], x))
     last = next(m for m in module.base_model.children() if hasattr(m, "variance_epsilon"))
     return module.get_output_embeddings().weight.float() @ norm(last, x)

@@ -17,7 +17,8 @@ from torch import nn
 
 from sparsebench import cache
 from sparsebench.engines import heads, llama_type, marks, prefilled, quantisation
-from sparsebench.engines._step_cuda import DEFAULTS, MAPS, Launch, Step
+from sparsebench.engines._launch_cuda import DEFAULTS, MAPS, Launch
+from sparsebench.engines._step_cuda import Step
 from sparsebench.kernels import cuda_packed
 from sparsebench.kernels.cuda_gather import SOURCE, Tuning
 from sparsebench.modules import storage
@@ -30,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 def unsupported(module: nn.Module) -> str | None:
     """Why this model's step can't be fused, or None."""
-    problem = llama_type(module, DTYPES)
+    problem = llama_type(module, DTYPES, top_k=True)
     if problem:
         return problem
     config = module.config

@@ -27,7 +27,13 @@ class Gather(ctypes.Structure):
         *((name, ctypes.c_int * 6) for name in ("m", "n", "complement")),
         ("second", Pointer), ("norm", Pointer), ("eps", ctypes.c_float), ("zero", Pointer), ("zero_count", ctypes.c_int),
         ("result", Pointer), ("bias", Pointer), ("arrived", Pointer),
+        ("top_k", ctypes.c_int * 6), ("choice", Pointer * 6), ("guess", Pointer * 6),
     ]  # fmt: skip
+
+    def choose(self, i: int, top_k: int, choice: torch.Tensor, guess: torch.Tensor | None = None) -> None:
+        """Product i keeps the largest k, as the word `choice` (8 bytes, zero before) will say; top_k -1: another writes it."""
+        self.top_k[i], self.choice[i] = top_k, choice.data_ptr()
+        self.guess[i] = None if guess is None else guess.data_ptr()
 
     def set_part(self, i: int, weight, x, out, threshold, scale=None, *, complement=False) -> None:
         """Product i: out [m] += weight [n, m] transposed times x [n] where |x| c > t, or where it isn't."""
@@ -44,7 +50,7 @@ class Rows(ctypes.Structure):
         ("weight", Pointer), ("input", Pointer), ("half", Pointer), ("norm", Pointer), ("gate", Pointer), ("out", Pointer),
         ("eps", ctypes.c_float), ("m", ctypes.c_int), ("n", ctypes.c_int),
         ("token", Pointer), ("position", Pointer), ("best", Pointer), ("best_row", Pointer), ("arrived", Pointer),
-        ("zero", Pointer), ("zero_count", ctypes.c_int),
+        ("zero", Pointer), ("zero_count", ctypes.c_int), ("active", Pointer), ("least", Pointer),
     ]  # fmt: skip
 
 
@@ -80,6 +86,11 @@ class Tuning:
 def gather_bytes(tuning: Tuning) -> int:
     """Shared memory of a gather: the ring of rows in flight, compacted values and indices, a counter, scratch."""
     return tuning.warps * 32 * (max(tuning.loads, 2) * tuning.wide * 16 + 8 * 6) + tuning.warps * 4 + 16
+
+
+def choose_bytes(n: int, tuning: Tuning) -> int:
+    """Shared memory of a choice among n scores (select.cu): bins, scratch and all scores."""
+    return (1024 + tuning.warps + 3 + n) * 4
 
 
 def rows_bytes(n: int, tuning: Tuning) -> int:

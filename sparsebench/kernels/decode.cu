@@ -21,13 +21,14 @@
 // With DENSE the same products drop nothing and list nothing: rows in order, the first of them on their way before the
 // input is there (no choice depends on it). That is the dense baseline.
 //
-// Compile-time: BF16 (else fp16), DENSE, WARPS, LOADS, WIDE (16-byte loads per lane and channel), HEAD_DIM, GROUP (query heads
+// Compile-time: BF16 (else fp16), DENSE, TOPK (select.cu), WARPS, LOADS, WIDE (16-byte loads per lane and channel), HEAD_DIM, GROUP (query heads
 // per key-value head), SPLITS (of the context). EMULATE builds the same code for a CPU, for tests. Sizes must be
 // multiples of 8.
 
 #ifndef EMULATE
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 #define SHARED extern __shared__ __align__(16) unsigned char shared[];
 #define ENTRY extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
@@ -168,21 +169,21 @@ struct Gather {              // up to PARTS products of one input each; those wi
     u16* result;             // or null: where the last CTA of a tile puts the finished outputs [m] (one part only);
     const u16* bias;         // it then clears `out` and `arrived` for the next call
     u32* arrived;            // [tiles]
+    int top_k[PARTS];        // with `choice`: the k of a rule that this launch chooses by, -1 where it is chosen already
+    u64* choice[PARTS];      // null: the threshold alone decides (select.cu); parts of one rule share a word
+    u32* guess[PARTS];       // or null: the limit of the token before
 };
 
-template <int MODE>
-__device__ __forceinline__ float input_value(const Gather& a, const float* input, int i, float inverse) {
-    if (MODE == NORM) return input[i] * inverse * widen(a.norm[i]);
-    if (MODE == SWIGLU) return silu(input[i]) * a.second[i];
-    if (MODE == HALF) return widen(((const u16*)input)[i]);
-    if (MODE == NEURON) return widen(((const u16*)input)[i]) * a.second[i];
-    if (MODE == PLAIN) return input[i];
+// Attention's output i from the splits of the context; CACHED: not written by a kernel that still runs.
+template <bool CACHED>
+__device__ __forceinline__ float of_splits(const float* partial, const float* softmax, int i) {
+    auto load = [](const float* p) { return CACHED ? *p : __ldcg(p); };
     const int head = i / HEAD_DIM;
     float top = -1e30f, weight = 0, mixed = 0, high[SPLITS], share[SPLITS], part[SPLITS];
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) {
-        high[s] = a.second[(head * SPLITS + s) * 2], share[s] = a.second[(head * SPLITS + s) * 2 + 1];
-        part[s] = input[(head * SPLITS + s) * HEAD_DIM + i % HEAD_DIM];
+        high[s] = load(softmax + (head * SPLITS + s) * 2), share[s] = load(softmax + (head * SPLITS + s) * 2 + 1);
+        part[s] = load(partial + (head * SPLITS + s) * HEAD_DIM + i % HEAD_DIM);
     }
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) top = fmaxf(top, high[s]);
@@ -193,6 +194,18 @@ __device__ __forceinline__ float input_value(const Gather& a, const float* input
     }
     return mixed / weight;
 }
+
+template <int MODE>
+__device__ __forceinline__ float input_value(const Gather& a, const float* input, int i, float inverse) {
+    if (MODE == NORM) return input[i] * inverse * widen(a.norm[i]);
+    if (MODE == SWIGLU) return silu(input[i]) * a.second[i];
+    if (MODE == HALF) return widen(((const u16*)input)[i]);
+    if (MODE == NEURON) return widen(((const u16*)input)[i]) * a.second[i];
+    if (MODE == PLAIN) return input[i];
+    return of_splits<true>(input, a.second, i);
+}
+
+#include "select.cu"
 
 // sum += value * row over this warp's `mine` rows, which lie in the ring as they arrive; `fetch` starts the row LOADS ahead.
 template <class Fetch>
@@ -282,7 +295,7 @@ __device__ void gather(const Gather& a) {
     const bool dropped = a.complement[part];
     const float* scale = a.scale[part];
     begin();
-    const float threshold = *a.threshold[part];
+    const Limit limit = limit_of<MODE>(a, part, inverse, first, last, a.weight[part] + tile * TILE, m * 2L, min(TILE, m - tile * TILE) * 2);
 #endif
     for (int chunk = first; chunk < last; chunk += CHUNK) {
         const int size = min(CHUNK, last - chunk);
@@ -302,7 +315,7 @@ __device__ void gather(const Gather& a) {
         for (int t = 0; t < ITEMS; t++) {
             const int i = t * THREADS + threadIdx.x;
             const float magnitude = fabsf(x[t]) * (scale && i < size ? scale[chunk + i] : 1.0f);
-            kept[t] = __ballot_sync(FULL, i < size && (magnitude > threshold) != dropped);
+            kept[t] = __ballot_sync(FULL, i < size && passes(limit, x[t], magnitude, chunk + i) != dropped);
             total += __popc(kept[t]);
         }
         int place = 0;
@@ -384,6 +397,8 @@ struct Attend {
     float* softmax;                   // [heads, SPLITS, 2]: maximum, sum of weights
     int positions, window;            // window > 0: only the last `window` positions are seen
     float scaling;
+    float* whole;                     // or null: [heads * HEAD_DIM], where the last split of a head to arrive merges all
+    u32* arrived;                     // [kv heads], zero between calls
 };
 
 __device__ __forceinline__ float biased(const float* x, const u16* bias, int i) { return x[i] + (bias ? widen(bias[i]) : 0.0f); }
@@ -500,11 +515,21 @@ ENTRY attend(Attend a) {
         a.partial[slot * HEAD_DIM + i % HEAD_DIM] = mixed;
         if (i % HEAD_DIM == 0) a.softmax[slot * 2] = higher, a.softmax[slot * 2 + 1] = total;
     }
+    if (!a.whole) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *(u32*)shared = atomicAdd(a.arrived + head, 1u);
+    __syncthreads();
+    if (*(u32*)shared != SPLITS - 1) return;
+    __threadfence();
+    for (int i = head * GROUP * HEAD_DIM + threadIdx.x; i < (head + 1) * GROUP * HEAD_DIM; i += THREADS)
+        a.whole[i] = of_splits<false>(a.partial, a.softmax, i);
+    if (threadIdx.x == 0) a.arrived[head] = 0;
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // rows: out[j] = W[j, :] . norm(input) for rows j of W [m, n] (row contiguous); with `gate`, only where
-// gate[j] is not 0 (the others give 0).
+// gate[j] is not 0, with `active` only where |silu(active[j])| >= least (the others give 0).
 // One warp per row. With `token`, also the argmax of all rows: the next token, and the position advances.
 
 struct Rows {
@@ -522,11 +547,12 @@ struct Rows {
     u32* arrived;
     float* zero;
     int zero_count;
+    const float *active, *least;  // [m] and one number, or null
 };
 
 // 16-byte loads of one piece (256 * LOADS columns) of row j; zeros outside, and for rows that `gate` leaves out.
 __device__ __forceinline__ void load_piece(const Rows& a, int j, int piece, int lane, uint4* w) {
-    const bool wanted = j < a.m && (!a.gate || widen(a.gate[j]) != 0);
+    const bool wanted = j < a.m && (!a.gate || widen(a.gate[j]) != 0) && (!a.active || fabsf(silu(a.active[j])) >= *a.least);
 #pragma unroll
     for (int l = 0; l < LOADS; l++) {
         const int i = (piece * LOADS + l) * 256 + lane * 8;
@@ -602,226 +628,4 @@ ENTRY rows(Rows a) {
     *a.arrived = 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// Expert FFN of one token (modules/expert_ffn.py): y = b + sum of kept experts of act(A_e x + a_e) [(U_e x + u_e)] B_e.
-//
-//   expert_keep     scores of a linear router and its rule; one CTA an expert
-//   expert_hidden   x1 of the neurons of kept experts, packed in the order of the experts
-//   expert_last     the sum of their rows of the last map; the last CTA of each tile adds the bias and rounds
-//
-// keep is a byte per expert, compacted by every CTA for itself, always in order, so that all agree what neuron u of the
-// list is. The listed neurons are cut into equal ranges, so all SMs stay busy whatever the share. A kernel lets the next
-// one start only after its own wait: what the kernel before it wrote is then finished for the next one, too.
-
-struct Keep {
-    const void* weight;      // router [experts, d], fp32 (wide) or 16 bits
-    const u16* x;            // [d]
-    const float* threshold;  // tau: sigmoid(score) > tau, all below 0
-    unsigned char* keep;     // [experts]
-    int wide, d;
-};
-
-// Grid: experts.
-ENTRY expert_keep(Keep a) {
-    SHARED
-    float* scratch = (float*)shared;  // [WARPS]
-    const char* row = (const char*)a.weight + (long)blockIdx.x * a.d * (a.wide ? 4 : 2);
-    for (int i = threadIdx.x * 8; i < a.d; i += THREADS * 8) prefetch(row + i * (a.wide ? 4 : 2));
-    wait_for_previous();
-    let_next_start();
-    float sum = 0;
-    for (int i = threadIdx.x * 8; i < a.d; i += THREADS * 8) {
-        float x[8], w[8];
-        if (a.wide) {
-            const float4 low = ((const float4*)row)[i / 4], high = ((const float4*)row)[i / 4 + 1];
-            w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
-        } else {
-            widen8(load_weight(row + i * 2, true), w);
-        }
-        widen8(*(const uint4*)(a.x + i), x);
-#pragma unroll
-        for (int k = 0; k < 8; k++) sum += w[k] * x[k];
-    }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x) return;
-    const float tau = *a.threshold;
-    a.keep[blockIdx.x] = tau < 0 || sum > logf(tau / (1.0f - tau));
-}
-
-enum { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
-
-__device__ __forceinline__ float activate(float z, int name) {
-    if (name == RELU) return fmaxf(z, 0.0f);
-    if (name == SILU) return silu(z);
-    if (name == GELU) return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
-    const float u = 0.79788456080286536f * (z + 0.044715f * z * z * z);
-    return z / (1.0f + __expf(-2.0f * u));  // tanh(u) = 2 sigmoid(2u) - 1
-}
-
-struct Experts {
-    const u16 *first, *first_bias, *up, *up_bias;  // [f, d], [f]; null where there is none
-    const u16 *last, *last_bias;                   // [f, n], [n]
-    const u16* x;                                  // [d]
-    const unsigned char* keep;                     // [experts]
-    float* hidden;                                 // [f]: x1 of the listed neurons
-    float* sums;                                   // [n], zero between calls
-    u16* result;                                   // [n]
-    u32* arrived;                                  // [tiles], zero between calls
-    int d, n, experts, size, activation;
-};
-
-// index[k]: the kept experts in order. Returns how many there are. scratch holds 8 * WARPS integers.
-__device__ int list_experts(const unsigned char* keep, int experts, u16* index, int* scratch) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int found = 0;
-    for (int start = 0; start < experts; start += 8 * THREADS) {
-        u32 kept[8];
-#pragma unroll
-        for (int t = 0; t < 8; t++) {  // all loads first
-            const int e = start + t * THREADS + threadIdx.x;
-            kept[t] = e < experts ? __ldcg(keep + e) : 0;
-        }
-#pragma unroll
-        for (int t = 0; t < 8; t++) {
-            kept[t] = __ballot_sync(FULL, kept[t] != 0);
-            if (lane == 0) scratch[t * WARPS + warp] = __popc(kept[t]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int t = 0; t < 8; t++) {
-            if (start + t * THREADS >= experts) break;
-            int place = found;
-            for (int w = 0; w < WARPS; w++) {
-                const int count = scratch[t * WARPS + w];
-                found += count;
-                if (w < warp) place += count;
-            }
-            if (kept[t] >> lane & 1) index[place + __popc(kept[t] & ((1u << lane) - 1))] = (u16)(start + t * THREADS + threadIdx.x);
-        }
-        __syncthreads();
-    }
-    return found;
-}
-
-// The CTA's range [begin, end) of the listed neurons, their rows in the maps in `rows`. Returns begin.
-__device__ int list_neurons(const Experts& a, int share, int shares, u16* index, int* scratch, int* rows, int* end) {
-    const int listed = list_experts(a.keep, a.experts, index, scratch) * a.size;
-    const int begin = (int)((long)listed * share / shares);
-    *end = (int)((long)listed * (share + 1) / shares);
-    for (int u = begin + threadIdx.x; u < *end; u += THREADS) rows[u - begin] = index[u / a.size] * a.size + u % a.size;
-    __syncthreads();
-    return begin;
-}
-
-// Grid: (shares of the listed neurons, 1). A warp takes a piece (256 * LOADS columns) of one neuron, of both maps, the next
-// one on its way meanwhile; the warps of the CTA take turns, so that none waits for one with a neuron more.
-template <bool GATED>
-__device__ void hidden_neurons(const Experts& a) {
-    SHARED
-    const int chunks = a.d / 8, pieces = (a.d + 256 * LOADS - 1) / (256 * LOADS);
-    const int most = (a.experts * a.size + gridDim.x - 1) / gridDim.x;
-    float4* x = (float4*)shared;                  // [2][chunks]: lower and upper halves of 8 values, without bank conflicts
-    float* part = (float*)(x + 2 * chunks);       // [most][pieces][2]
-    int* rows = (int*)(part + 2 * most * pieces);  // [most]
-    int* scratch = rows + most;                   // [8 * WARPS]
-    u16* index = (u16*)(scratch + 8 * WARPS);     // [experts]
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    wait_for_previous();
-    let_next_start();
-    for (int c = threadIdx.x; c < chunks; c += THREADS) {
-        float v[8];
-        widen8(((const uint4*)a.x)[c], v);
-        x[c] = make_float4(v[0], v[1], v[2], v[3]), x[chunks + c] = make_float4(v[4], v[5], v[6], v[7]);
-    }
-    int end;
-    const int begin = list_neurons(a, blockIdx.x, gridDim.x, index, scratch, rows, &end);
-    const int mine = (end - begin) * pieces;
-    uint4 next[LOADS], next_up[LOADS];
-    auto fetch = [&](int q) {
-        const bool wanted = q < mine;
-        const long row = wanted ? (long)rows[q / pieces] * a.d : 0;
-        const int column = q % pieces * 256 * LOADS + lane * 8;
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) next[l] = load_weight(a.first + row + column + l * 256, wanted && column + l * 256 < a.d);
-        if (!GATED) return;
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) next_up[l] = load_weight(a.up + row + column + l * 256, wanted && column + l * 256 < a.d);
-    };
-    fetch(warp);
-    for (int q = warp; q < mine; q += WARPS) {
-        uint4 now[LOADS], now_up[LOADS];
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            now[l] = next[l];
-            if (GATED) now_up[l] = next_up[l];
-        }
-        fetch(q + WARPS);
-        const int first = q % pieces * 32 * LOADS + lane;
-        float z = 0, u = 0;
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const int c = first + l * 32;
-            if (c >= chunks) continue;
-            const float4 low = x[c], high = x[chunks + c];
-            float v[8];
-            widen8(now[l], v);
-            z += v[0] * low.x + v[1] * low.y + v[2] * low.z + v[3] * low.w;
-            z += v[4] * high.x + v[5] * high.y + v[6] * high.z + v[7] * high.w;
-            if (!GATED) continue;
-            widen8(now_up[l], v);
-            u += v[0] * low.x + v[1] * low.y + v[2] * low.z + v[3] * low.w;
-            u += v[4] * high.x + v[5] * high.y + v[6] * high.z + v[7] * high.w;
-        }
-        z = warp_sum(z);
-        if (GATED) u = warp_sum(u);
-        if (lane == 0) part[2 * q] = z, part[2 * q + 1] = u;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < end - begin; i += THREADS) {
-        float z = a.first_bias ? widen(a.first_bias[rows[i]]) : 0.0f, u = GATED && a.up_bias ? widen(a.up_bias[rows[i]]) : 0.0f;
-        for (int p = 0; p < pieces; p++) z += part[2 * (i * pieces + p)], u += part[2 * (i * pieces + p) + 1];
-        z = activate(z, a.activation);
-        a.hidden[begin + i] = GATED ? z * u : z;
-    }
-}
-
-ENTRY expert_hidden(Experts a) { hidden_neurons<false>(a); }
-ENTRY expert_hidden_gated(Experts a) { hidden_neurons<true>(a); }
-
-// Grid: (tiles of the outputs, shares of the listed neurons). As gather, but what to read is known before the kernel in
-// front has finished (keep is older), so the first rows are on their way while it drains.
-ENTRY expert_last(Experts a) {
-    SHARED
-    const int most = (a.experts * a.size + gridDim.y - 1) / gridDim.y;
-    uint4* ring = (uint4*)shared;   // [LOADS][WIDE][THREADS]: a thread reads what it copied itself
-    float* sums = (float*)shared;   // [WARPS][TILE], when the ring is done with
-    float* value = (float*)(ring + (LOADS > 2 ? LOADS : 2) * WIDE * THREADS);  // [most]
-    int* rows = (int*)(value + most);          // [most]
-    int* scratch = rows + most;                // [8 * WARPS]
-    u16* index = (u16*)(scratch + 8 * WARPS);  // [experts]
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int tile = blockIdx.x, column = tile * TILE + lane * 8;
-    int end;
-    const int begin = list_neurons(a, blockIdx.y, gridDim.y, index, scratch, rows, &end);
-    const int n = end - begin, mine = n > warp ? (n - warp + WARPS - 1) / WARPS : 0;  // neurons warp, warp + WARPS, ...
-    auto fetch = [&](int t) {
-        const bool wanted = t < mine;
-        const u16* row = a.last + (long)(wanted ? rows[warp + t * WARPS] : 0) * a.n + column;
-#pragma unroll
-        for (int d = 0; d < WIDE; d++)
-            copy_weight(ring + ((t % LOADS) * WIDE + d) * THREADS + threadIdx.x, row + d * 256, wanted && column + d * 256 < a.n);
-        close_group();
-    };
-#pragma unroll
-    for (int t = 0; t < LOADS; t++) fetch(t);
-    wait_for_previous();
-    let_next_start();
-    for (int i = threadIdx.x; i < n; i += THREADS) value[i] = __ldcg(a.hidden + begin + i);
-    __syncthreads();
-    float sum[8 * WIDE];
-#pragma unroll
-    for (int i = 0; i < 8 * WIDE; i++) sum[i] = 0;
-    add_rows(sum, ring, value, mine, fetch);
-    if (n) add_warps(sum, sums, a.sums, tile, a.n);
-    round_last(a.sums, a.result, a.last_bias, a.arrived, scratch, tile, a.n);
-}
+#include "experts.cu"

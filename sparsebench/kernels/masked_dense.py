@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 RANK = 0
+WIDEST = 1 << 15  # numbers of which one program of the GPU kernel finds the largest
 SKIPS = False
 
 
@@ -22,6 +23,25 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | N
 def kept(x: torch.Tensor, threshold: torch.Tensor | float, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Which entries stay: |x| * c > t, strictly. x [..., n], scale c [n]; returns bool [..., n]."""
     return (x.abs() if scale is None else x.abs() * scale) > threshold
+
+
+def largest(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Which entries are among the k largest |x| c of their token: exactly k, the first of equal ones. As `kept` otherwise."""
+    return k_largest(x.abs() if scale is None else x.abs() * scale, k)
+
+
+def k_largest(score: torch.Tensor, k: int) -> torch.Tensor:
+    """bool, the shape of score [..., n]: the k largest of each last dimension; exactly k, the lowest index wins a tie."""
+    if not 0 < k < score.shape[-1]:
+        return torch.full_like(score, k > 0, dtype=torch.bool)
+    if score.is_cuda and score.shape[-1] <= WIDEST and not torch.compiler.is_compiling():
+        from sparsebench.kernels._triton_mask import k_largest as by_kernel
+
+        return by_kernel(score, k)
+    # torch.topk promises no order among equals: entries above the k-th largest, then the first of those equal to it
+    limit = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = score > limit, score == limit
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None):

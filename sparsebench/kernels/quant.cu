@@ -134,7 +134,8 @@ __device__ void gather_packed(const PackedGather& q) {
 #else
     const float* scale = a.scale[part];
     begin();
-    const float threshold = *a.threshold[part];
+    const int row_bytes = min(512 * WIDE, stride - tile * 512 * WIDE);
+    const Limit limit = limit_of<MODE>(a, part, inverse, first, last, (const char*)a.weight[part] + tile * 512 * WIDE, stride, row_bytes);
 #endif
     for (int chunk = first; chunk < last; chunk += CHUNK) {
         const int size = min(CHUNK, last - chunk);
@@ -154,7 +155,7 @@ __device__ void gather_packed(const PackedGather& q) {
         for (int t = 0; t < ITEMS; t++) {
             const int i = t * THREADS + threadIdx.x;
             const float magnitude = fabsf(x[t]) * (scale && i < size ? scale[chunk + i] : 1.0f);
-            kept[t] = __ballot_sync(FULL, i < size && magnitude > threshold);
+            kept[t] = __ballot_sync(FULL, i < size && passes(limit, x[t], magnitude, chunk + i));
             total += __popc(kept[t]);
         }
         int place = 0;

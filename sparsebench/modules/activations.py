@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from sparsebench.kernels import masked_dense
+
 ACTIVATION_KEYS = (
     "hidden_activation",
     "hidden_act",
@@ -72,9 +74,6 @@ class ShiftedReLU(Activation):
         return (z - self.shift).relu()
 
 
-WIDEST = 1 << 15  # entries of a group that one program of the GPU kernel holds
-
-
 @torch.compiler.disable  # k may change from step to step: compiled anew each time otherwise
 def topk_mask(score: torch.Tensor, k: int, block: int | None = None) -> torch.Tensor:
     """bool, the shape of score [..., n]: the k largest of each group; exactly k, the lowest index wins a tie.
@@ -85,17 +84,7 @@ def topk_mask(score: torch.Tensor, k: int, block: int | None = None) -> torch.Te
     if score.shape[-1] % size:
         raise ValueError(f"block must divide {score.shape[-1]}, got {block}")
     groups = score.unflatten(-1, (-1, size))
-    if k >= size:
-        return torch.ones_like(score, dtype=torch.bool)
-    if score.is_cuda and size <= WIDEST:
-        from sparsebench.kernels._triton_mask import k_largest
-
-        return k_largest(groups, k).flatten(-2)
-    # torch.topk promises no order among equals: entries above the k-th largest, then the first of those equal to it
-    limit = groups.kthvalue(size - k + 1, -1, keepdim=True).values
-    above, equal = groups > limit, groups == limit
-    missing = k - above.sum(-1, keepdim=True)
-    return (above | (equal & (equal.cumsum(-1) <= missing))).flatten(-2)
+    return masked_dense.k_largest(groups, k).flatten(-2)
 
 
 def topk(z: torch.Tensor, mask: torch.Tensor, backward: str = "mask") -> torch.Tensor:

@@ -32,8 +32,8 @@ class InputSparseLinear(SparseModule, LinearMap):
         threshold: keep x_i iff |x_i| c_i > threshold (strictly).
         scale: c [n], e.g. column norms; None = 1.
         prompt: which tokens of a multi-token call are sparse, one of PROMPT_POLICIES.
-        top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, ties included; zeros among them
-            are dropped, as they are by any threshold); a negative threshold still keeps all.
+        top_k: keep the top_k largest |x_i| c_i of each token instead (exactly so many, the first of equal ones; zeros
+            among them are dropped, as they are by any threshold); a negative threshold still keeps all.
         low_rank: (A [n, r], B [r, m]) applied to what was dropped, or None. Filled up with zeros to a multiple of 8
             ranks, so that kernels read whole rows of 16 bytes; `rank` is r.
         kernel: backend for one-token calls; a call it can't serve goes to the next in rank (`kernels.serving`).
@@ -101,7 +101,7 @@ class InputSparseLinear(SparseModule, LinearMap):
         """bool, the shape of x [..., n]."""
         if self.top_k is None:
             return masked_dense.kept(x, self.threshold, self.scale)
-        return (top_k_kept(x, self.top_k, self.scale) & (x != 0)) | (self.threshold < 0)
+        return (masked_dense.largest(x, self.top_k, self.scale) & (x != 0)) | (self.threshold < 0)
 
     def rule(self, x: torch.Tensor) -> dict:
         """What a kernel is told of the channels to keep: a threshold where that says all, else the mask of x [..., n]."""
@@ -139,13 +139,6 @@ class InputSparseLinear(SparseModule, LinearMap):
         m, n = self.shape
         rule = f"threshold={float(self.threshold):.4g}" if self.top_k is None else f"top_k={self.top_k}"
         return f"{self.site}, {n}->{m}, {rule}, prompt={self.prompt}"
-
-
-def top_k_kept(x: torch.Tensor, k: int, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Which entries are among the k largest |x| c of their token: exactly k, ties included. x [..., n] -> bool [..., n]."""
-    score = x.abs() if scale is None else x.abs() * scale
-    chosen = score.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -24,19 +24,23 @@ GROUPS = ("attn_in", "mlp_in")  # the tensors that a norm feeds, in the order of
 
 
 class RotatedNorm(SparseModule):
-    """RMSNorm without its weight (folded into the next maps), then a product with Q [D, D]."""
+    """RMSNorm without its weight (folded into the next maps), then a product with Q [D, D].
+
+    It has the fields of an RMSNorm whose weight is 1, for kernels that norm before they rotate.
+    """
 
     counts = False
 
     def __init__(self, norm: nn.Module, rotation: torch.Tensor, site: str):
         super().__init__()
-        self.eps, self.site = epsilon(norm), site
+        self.variance_epsilon, self.site = epsilon(norm), site
         weight = norm.weight
-        self.rotation = nn.Parameter(rotation.to(weight.device, weight.dtype), requires_grad=False)
+        self.register_buffer("weight", torch.ones_like(weight), persistent=False)
+        self.rotation = nn.Parameter(rotation.to(weight.device, weight.dtype).contiguous(), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return h.to(hidden.dtype) @ self.rotation
 
     def costs(self, measured: dict) -> dict[str, Cost]:
@@ -47,6 +51,8 @@ class RotatedNorm(SparseModule):
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module has the fields of an RMSNorm, whatever transformers calls them (`check_fed` proves what it does)."""
+    if isinstance(module, RotatedNorm):
+        return False
     if hasattr(module, "variance_epsilon"):
         return True
     return (

@@ -30,7 +30,7 @@ from sparsebench.modules.fused_experts import (
     summed,
     tensors_of,
 )
-from sparsebench.modules.input_sparse import replace, top_k_kept
+from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.tokens import left_dense
 from sparsebench.sites import Block, ExpertMaps
 from sparsebench.sites import Experts as Layout
@@ -121,7 +121,7 @@ class ExpertLinear(SparseModule):
         if self.rule is not None:
             return self.rule(x) | (limit < 0)
         if self.top_k is not None:
-            return (top_k_kept(x, self.top_k, scale) & (x != 0)) | (limit < 0)
+            return (masked_dense.largest(x, self.top_k, scale) & (x != 0)) | (limit < 0)
         return masked_dense.kept(x, limit, scale)
 
     def forward(self, x: torch.Tensor, pairs: Pairs, dense: torch.Tensor | None = None) -> torch.Tensor:

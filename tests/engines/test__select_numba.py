@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparsebench import engines
-from sparsebench.engines import fused_cpu, fused_cuda
+from sparsebench.engines import fused_cpu
 from sparsebench.engines._select_numba import compact_largest
 from sparsebench.kernels._packed import quantised
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
@@ -89,8 +89,3 @@ def test_a_step_of_quantised_weights_selects_the_largest_k(bits):
     for i in range(20, 24):
         expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_step_on_a_gpu_refuses_the_largest_k():
-    model = with_largest().half()
-    assert "not the largest k" in fused_cuda.unsupported(model)

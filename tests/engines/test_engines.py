@@ -15,7 +15,7 @@ from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.methods.rsparse.low_rank import factors
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import tiny_model
+from tests.helpers import emulate, special_model, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -106,6 +106,44 @@ def test_what_can_not_be_fused_says_why(name):
         engines.choose(model, SimpleNamespace(**{**vars(hardware), "engine": "fused"}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rotated", "rotated by thresholds", "cats", "cats and rotated"])
+def test_cpu_step_rotates_and_chooses_neurons(kind, dtype, threads):
+    """RotatedNorm (LaRoSA, WINA) and GateSparseFFN (CATS) against torch, then against the model over four cached steps."""
+    model = special_model(kind, dtype)
+    assert fused_cpu.unsupported(model) is None
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
+    fused.threads = threads
+    assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
+    if dtype == torch.float32:
+        reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
+        for i in range(20, 24):
+            expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    dense = fused_cpu.Decoder(model, IDS[:, :20], 4, keep_all=True)
+    assert dense.parity(IDS[:, 20:21])["logits"] < 1e-5
+    changed = float((dense.step(IDS[:, 20:21]) - fused_cpu.Decoder(model, IDS[:, :20], 4).step(IDS[:, 20:21])).norm())
+    assert changed > 1e-3, "something is left out"
+
+
+def test_cpu_step_reads_only_the_neurons_that_the_gate_chooses():
+    """NaN in the weights of up and down of all others."""
+    model = special_model("cats", layers=1)
+    (block,), ffn = find_blocks(model), engines.gate_sparse_of(model, find_blocks(model)[0])
+    inputs = []
+    hook = ffn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
+    expected = reference.step(IDS[:, 20:21]).clone()
+    hook.remove()
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    dropped = ~ffn.keep(ffn.activation(ffn.gate(inputs[-1]))).flatten()
+    assert 0 < int(dropped.sum()) < len(dropped) and block.index == 0
+    ffn.up.weight.data[dropped] = math.nan
+    ffn.down.data[:, dropped] = math.nan
+    torch.testing.assert_close(fused.step(IDS[:, 20:21]), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_masked_dense_is_never_fused():
     hardware = SimpleNamespace(engine="auto", skips=False, torch_device=torch.device("cpu"))
     assert engines.choose(sparse_model(), hardware) == "eager"
@@ -121,16 +159,6 @@ def test_maps_left_dense_are_stored_for_the_step():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The CUDA kernels, built for the CPU
-
-
-def emulate(step, library):
-    """Run one launch of a fused_cuda.Step on the CPU."""
-
-    def run(launch):
-        arguments = launch.arguments if launch.name == "embed" else [ctypes.byref(launch.arguments[0])]
-        getattr(library, f"run_{launch.name}")(*launch.grid, launch.shared_bytes, *arguments)
-
-    return run
 
 
 SMALL = {kind: Tuning(2, 4, 1, 2.0) for kind in fused_cuda.DEFAULTS}
@@ -183,7 +211,7 @@ def test_a_cuda_step_in_parts_is_the_whole_step(emulated):
                 part.residual.copy_(before.residual)
             part.position.fill_(20)
             library = emulated(**part.defines(SMALL["qkv"]))
-            assert max(part.check(emulate(part, library), lambda: None).values()) < 1e-5
+            assert max(part.check(emulate(library), lambda: None).values()) < 1e-5
         logits.append(parts[-1].logits)
         assert int(parts[-1].position) == 21
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
@@ -202,7 +230,7 @@ def follow(model, cache, step, emulated):
         expected = reference(holder, int(IDS[0, i]))
         step.token.fill_(int(IDS[0, i]))
         step.position.fill_(i)
-        errors = step.check(emulate(step, library), lambda: None)
+        errors = step.check(emulate(library), lambda: None)
         assert max(errors.values()) < 1e-5, errors
         assert float((step.logits - expected).norm() / expected.norm()) < (5e-3 if dtype == torch.float16 else 3e-2)
         assert int(step.token) == int(step.logits.argmax()) and int(step.position) == i + 1
@@ -232,7 +260,7 @@ def test_cuda_neuron_sparse_ffn_on_the_cpu(emulated):
 
 
 def test_cuda_kernels_compile_without_a_gpu():
-    source = fused_cuda.SOURCE.read_text()
+    source = _nvrtc.source_of(fused_cuda.SOURCE)
     defines = {"WARPS": 8, "LOADS": 4, "WIDE": 1, "HEAD_DIM": 128, "GROUP": 4, "SPLITS": 16}
     for architecture in ("sm_80", "sm_90"):
         assert len(_nvrtc.compile_cubin(source, architecture, defines)) > 10_000

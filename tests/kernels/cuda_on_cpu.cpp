@@ -11,6 +11,13 @@ void run_gather_swiglu(int gx, int gy, int bytes, const Gather* a) { launch(gx, 
 void run_gather_attention(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_attention(*a); }); }
 void run_gather_half(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_half(*a); }); }
 void run_gather_neuron(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_neuron(*a); }); }
+#ifdef TOPK
+void run_choose_plain(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { choose_plain(*a); }); }
+void run_choose_norm(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { choose_norm(*a); }); }
+void run_choose_swiglu(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { choose_swiglu(*a); }); }
+void run_choose_half(int gx, int gy, int bytes, const Gather* a) { launch(gx, gy, THREADS, bytes, [=] { choose_half(*a); }); }
+#endif
+int count_prefetched() { return (int)std::exchange(prefetched, {}).size(); }
 #ifdef BITS
 void run_gather_packed_plain(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_plain(*a); }); }
 void run_gather_packed_norm(int gx, int gy, int bytes, const PackedGather* a) { launch(gx, gy, THREADS, bytes, [=] { gather_packed_norm(*a); }); }

@@ -17,6 +17,7 @@
 
 typedef uint32_t u32;
 typedef uint16_t u16;
+typedef uint64_t u64;
 struct Dim { int x = 1, y = 1, z = 1; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
@@ -106,6 +107,14 @@ static inline void prefetch(const void*) {}
 static inline void close_group() {}
 template <int PENDING> static inline void wait_group() {}
 template <class T> static T __ldcg(const T* p) { return *p; }
+static inline u64 wait_for(const u64* word) {
+    if (!*word) std::fprintf(stderr, "a CTA waits for a word that none before it published\n"), std::abort();
+    return *word;
+}
+static inline void publish(u64* word, u64 v) { *word = v; }
+static std::vector<const void*> prefetched;  // rows asked for early
+static inline void prefetch_row(const void* p, int) { prefetched.push_back(p); }
+static inline u32 __float_as_uint(float f) { u32 v; std::memcpy(&v, &f, 4); return v; }
 static inline float __uint_as_float(u32 v) { float f; std::memcpy(&f, &v, 4); return f; }
 static inline float half_to_float(u16 h) { _Float16 f; std::memcpy(&f, &h, 2); return (float)f; }
 static inline u16 float_to_half(float v) { _Float16 f = (_Float16)v; u16 h; std::memcpy(&h, &f, 2); return h; }

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from sparsebench.calibration.allocation import table_of
+from sparsebench.kernels.masked_dense import largest
 from sparsebench.measure import macs, quality, sparsity
 from sparsebench.methods.larosa import Larosa
 from sparsebench.methods.wina import Wina, bases_of, column_norms, kept_count
 from sparsebench.models.language import Loaded
 from sparsebench.modules import rotated_norm
-from sparsebench.modules.input_sparse import InputSparseLinear, top_k_kept
+from sparsebench.modules.input_sparse import InputSparseLinear
 from sparsebench.sites import find_blocks, weight_of
 from tests.helpers import accounted, built, logits, tiny_model, work
 
@@ -50,7 +51,7 @@ def rotated_model(kind="llama", **changes):
 def test_equal_column_norms_give_the_masks_of_plain_top_k():
     """Check 1."""
     x = torch.randn(5, 7, 40)
-    assert torch.equal(top_k_kept(x, 13, torch.full((40,), 2.5)), top_k_kept(x, 13))
+    assert torch.equal(largest(x, 13, torch.full((40,), 2.5)), largest(x, 13))
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 0.65])
@@ -115,7 +116,7 @@ def best_possible(weight, x, keep):
 
 
 def dropped_error(weight, x, keep):
-    mask = top_k_kept(x, keep, column_norms(weight))
+    mask = largest(x, keep, column_norms(weight))
     return float((weight @ torch.where(mask, 0, x)).norm())
 
 
@@ -165,9 +166,9 @@ def test_rescaling_a_column_and_its_input_leaves_the_mask_unlike_teal():
     """Check 8."""
     torch.manual_seed(1)
     weight, x, factor = torch.randn(20, 30), torch.randn(50, 30), torch.rand(30) * 4 + 0.2
-    before = top_k_kept(x, 12, column_norms(weight))
-    assert torch.equal(before, top_k_kept(x / factor, 12, column_norms(weight * factor)))
-    assert not torch.equal(top_k_kept(x, 12), top_k_kept(x / factor, 12))
+    before = largest(x, 12, column_norms(weight))
+    assert torch.equal(before, largest(x / factor, 12, column_norms(weight * factor)))
+    assert not torch.equal(largest(x, 12), largest(x / factor, 12))
 
 
 def test_macs_include_rotation_head_scale_and_selection(data, tmp_path):
@@ -288,7 +289,7 @@ def literal(model, bases, keep):
             scale = column_norms(weight) if role in ("k", "gate") else None
 
             def prune(_, args, k=keep[role], c=scale):
-                return (torch.where(top_k_kept(args[0], k, c), args[0], 0),)
+                return (torch.where(largest(args[0], k, c), args[0], 0),)
 
             model.get_submodule(site.path).register_forward_pre_hook(prune)
         for norm in norms:

@@ -17,9 +17,10 @@ from torch import nn
 
 from sparsebench.calibration.block_error import block_inputs, changed, run_block
 from sparsebench.config import NAME_PATTERN, setting
+from sparsebench.kernels.masked_dense import largest
 from sparsebench.methods.base import Method, Work
 from sparsebench.methods.duogpt import pruning
-from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap, top_k_kept
+from sparsebench.modules.input_sparse import PROMPT_POLICIES, swap
 from sparsebench.records.progress import shown
 from sparsebench.records.state import State
 from sparsebench.sites import Block, find_blocks, weight_of
@@ -103,7 +104,7 @@ class DuoGPT(Method):
     def pruned_input(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] with the int(n p_x) smallest magnitudes of each token set to 0."""
         kept = x.shape[-1] - int(x.shape[-1] * self.sparsity)
-        return torch.where(top_k_kept(x, kept), x, 0)
+        return torch.where(largest(x, kept), x, 0)
 
     @torch.no_grad()
     def calibrated(self, module: nn.Module, blocks: list[Block], sequences: torch.Tensor, work: Work) -> int:
