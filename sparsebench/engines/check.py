@@ -107,6 +107,7 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
     if not torch.isfinite(logits).all():
         return math.inf
+    expected = expected.to(logits.device)
     return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
 
 

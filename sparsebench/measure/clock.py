@@ -30,10 +30,12 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        start.record()
+        stream = torch.cuda.current_stream()
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)  # of a model on several devices, too: its last copy is one that this stream waits for
         end.synchronize()
+        torch.cuda.set_device(stream.device)  # where the call has left another one current
         return start.elapsed_time(end)
     start = time.perf_counter()
     call()
