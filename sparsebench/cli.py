@@ -105,8 +105,8 @@ def command() -> int:
 
 
 def complain(line: str) -> None:
-    """One line of error for the user."""
-    print(files.scrub(f"error: {line}"), file=sys.stderr, flush=True)
+    """One line of error for the user, whatever is in it."""
+    print(files.one_line(files.scrub(f"error: {line}")), file=sys.stderr, flush=True)
 
 
 def set_up_logging() -> None:

@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -34,6 +35,7 @@ from sparsebench.config.fields import ConfigError, unknown_key
 
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
+MOST_RUNS = 10_000  # of one sweep: more is a slip, such as range(0,1000000000), and composing them takes minutes
 PLUGINS = {  # Hydra's groups whose options come with packages of their own: option -> what pip installs it by
     "hydra/launcher": {
         **dict.fromkeys(("joblib", "submitit_local", "submitit_slurm"), "'sparsebench[launchers]'"),
@@ -106,6 +108,8 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
         other = any(o.key_or_group in ("hydra/sweeper", "experiment") for o in parsed)
         choices = [alternatives(override, sweep, problems, other) for override in parsed]
         problems += unknown_options(parsed, choices)
+        if math.prod(map(len, choices)) > MOST_RUNS:
+            problems.append(f"a sweep must be of at most {MOST_RUNS:,} runs, got {math.prod(map(len, choices)):,} or more")
         if problems:
             raise ConfigError(problems)
         groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
@@ -175,8 +179,13 @@ def parse(overrides: list[str], problems: list[str]) -> list[Override]:
             continue
         if override.is_delete() and not is_hydras(override):
             problems.append(f"{text!r}: no key can be left out; see sparsebench --explain {key_of(text)}")
-        elif override.is_add() and is_group(override):
+        elif is_group(override) and "@" in text.partition("=")[0]:
+            group, _, option = text.lstrip("+").partition("=")
+            problems.append(f"{text!r}: every group has its one place here: {group.partition('@')[0]}={option}")
+        elif (override.is_add() or override.is_force_add()) and is_group(override):
             problems.append(f"{text!r}: a group is chosen without '+': {text.lstrip('+')}")
+        elif not override.key_or_group:
+            problems.append(unreadable(text, parser))
         else:
             readable.append(override)
     return readable
@@ -195,7 +204,7 @@ def unreadable(text: str, parser: OverridesParser) -> str:
         )
     quoted = key + '="' + value.replace('"', '\\"') + '"'
     with suppress(HydraException):
-        if given and value:
+        if given and value and key:
             parser.parse_overrides([quoted])
             return f"{text!r} can't be read: quote the value, for Hydra and for the shell: {shlex.quote(quoted)}"
     return f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m"
@@ -203,13 +212,14 @@ def unreadable(text: str, parser: OverridesParser) -> str:
 
 def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     """The axes that the chosen experiment sweeps by itself (hydra.sweeper.params) and the command line leaves alone."""
-    chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override()]
+    known = options_of("experiment")
+    chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override() and o.value() in known]
     try:
         params = compose(
             "config", overrides=[as_given(o) for o in chosen], return_hydra_config=True
         ).hydra.sweeper.params
     except (HydraException, OmegaConfBaseException):
-        return []  # an unknown experiment: said with the other problems
+        return []  # said with the other problems
     named = {o.key_or_group for o in parsed}
     texts = [f"{key}={value}" for key, value in (params or {}).items() if key not in named]
     return OverridesParser.create().parse_overrides(texts)
@@ -250,7 +260,10 @@ def alternatives(override: Override, sweep: bool, problems: list[str], sweeper_c
         if not sweeper_chosen:
             problems.append(f"{as_given(override)!r} is for a sweeper that searches: add hydra/sweeper=optuna")
         return [f"{key}={value.start}"]
-    values = list(override.sweep_string_iterator())
+    if isinstance(value, RangeSweep) and value.step == 0:
+        problems.append(f"{as_given(override)!r} never ends: its step is 0")
+        return []
+    values = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
     if not values:
         allowed = "its range is empty"
         if isinstance(value, Glob):
@@ -278,12 +291,12 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
     problems = []
     for override, options in zip(parsed, choices, strict=True):
         group = override.key_or_group.split("@")[0]
-        if not is_group(override) and group not in PLUGINS:
+        if not is_group(override) and not group.startswith("hydra/"):
             continue
         known = options_of(group)
         for option in options:
             name = option.partition("=")[2].strip("\"'")
-            if name in known or name in ("null", ""):
+            if name in known:
                 continue
             package = PLUGINS.get(group, {}).get(name)
             if package:

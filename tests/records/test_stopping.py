@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+import weakref
 
 import pytest
 
@@ -49,3 +51,23 @@ def test_others_at_work_are_told_first_and_what_nohup_ignores_stays_ignored():
     with pytest.raises(stopping.Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
     assert order == ["others"]
+
+
+class Finalised:
+    """Is told to stop while it is taken away."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["destructor", "callback"])
+def test_a_stop_that_python_drops_is_heard_a_moment_later(how, capfd):
+    """Before: a SIGTERM inside a destructor (regex has one) printed `Exception ignored in` with a traceback, and was lost."""
+    each = Finalised() if how == "destructor" else set()
+    reference = weakref.ref(each, lambda _: os.kill(os.getpid(), signal.SIGTERM)) if how == "callback" else None
+    with pytest.raises(stopping.Stopped):
+        del each
+        time.sleep(5)
+    assert reference is None or reference() is None
+    assert "Traceback" not in capfd.readouterr().err
