@@ -78,7 +78,8 @@ def expected(hint: Any, meta: Mapping[str, Any]) -> str:
         text = meta["text"]
     else:
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}.get(
-            get_origin(base) or base, "a value"
+            get_origin(base) or base,
+            "a mapping of settings" if dataclasses.is_dataclass(base) or names_class(base) else "a value",
         )
         low = meta.get("ge") if meta.get("ge") is not None else meta.get("gt")
         high = meta.get("le") if meta.get("le") is not None else meta.get("lt")
@@ -127,7 +128,7 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
         return all(in_bounds(v, meta) for v in value)
     if value is None:
         return True
-    if beyond(value) or (isinstance(value, str) and not value.strip()):
+    if beyond(value) or (meta.get("file") and not value.strip()):
         return False
     if meta.get("choices") is not None and value not in meta["choices"]:
         return False

@@ -117,12 +117,16 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Let the signals wait in the kernel, in the processes forked here, too: for the moment of a fork."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """As `held`, for the moment of a fork: in the processes forked here the signals wait in the kernel until `unblock`.
+
+    Waiting in the kernel does not hold them here, where a thread of some library may take them.
+    """
+    with held():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unblock() -> None:

@@ -21,9 +21,11 @@ answered: dict[tuple, list[str]] = {}  # lines by what they depend on: a sweep a
 
 
 def read(dataset: Any, seed: int) -> tuple[Any | None, list[str]]:
-    """(the data, nothing) of a data set on this disk that is small, else (None, why it can't be read, in one line)."""
-    files = files_of(dataset)
-    if not files or sum(file.stat().st_size for file in files) > SMALL:
+    """(the data, nothing) of a data set on this disk that is small, else (None, why it can't be read, in one line).
+
+    A folder in which nothing is to be read is small, too.
+    """
+    if getattr(dataset, "path", None) is None or sum(file.stat().st_size for file in files_of(dataset)) > SMALL:
         return None, []
     try:
         data = dataset.load(seed)
