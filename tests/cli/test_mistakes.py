@@ -180,6 +180,17 @@ TABLE = {
     "model=gpt2 dataset=pystdlib model.weights=scratch": "model.weights=scratch needs model.train...",
     "model=llama2-7b dataset=pystdlib":
         "model.path=meta-llama/Llama-2-7b-hf is neither a folder nor in the local Hub cache, ...",
+    "model.weights=random model.architecture.hidden_size=0":
+        "model.architecture.hidden_size must be a whole number > 0, got 0",
+    "model.weights=random model.architecture.vocab_size=many":
+        "model.architecture.vocab_size must be a whole number > 0, got 'many'",
+    "model.weights=random model.architecture.num_attention_heads=7":
+        "model.architecture is none of model_type=llama in transformers: ...not a multiple of ...",
+    "model.weights=random model.architecture.model_type=lama":
+        "model.architecture is none of model_type=lama in transformers: Unrecognized model identifier: lama",
+    "model.quantize_group=1000000": "model.quantize_group must be a whole number in (0, 65536], got 1000000",
+    "model=lenet5 dataset=digits method=fatrelu model.weights=pretrained model.path={corpus.txt}":
+        "model.path must be a file of a state dict ..., got '{corpus.txt}' (it begins like no file of torch.save)",
     # data
     "dataset=text": "dataset.path must name a file or folder of text, jsonl, json, csv or parquet for dataset=text, got null",
     "dataset=text dataset.path=/nowhere/text": "dataset.path must be an existing file or folder, got '/nowhere/text'",
@@ -204,6 +215,8 @@ TABLE = {
     # the clock
     f"{HF} dataset.path={{corpus.txt}} dataset.sequence_length=32 measure.context=1500 measure.prompt=16":
         "measure.context must fit the test split of dataset=text, which holds ... tokens in whole windows, got 1500",
+    f"{HF} {SHORT} dataset.path={{corpus.txt}} measure.batches=[100000000]":
+        "measure.batches must fit the test split of dataset=text, which holds ... tokens in whole windows, got [100000000]",
     "measure.context=100000":
         "measure.context plus the 8 steps after it must be at most 2048, the positions that model=llama-tiny was "
         "made for, got 100008",
