@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from sparsebench import cli, config
+from sparsebench import cli, config, ranks
 from sparsebench.config import compose
 from tests.helpers import TEXT, tiny_model, tiny_tokenizer
 
@@ -343,6 +343,41 @@ def test_an_option_that_leads_back_to_itself_is_one_line(tmp_path):
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [mine]\n")
     with pytest.raises(config.ConfigError, match="^the defaults of an option lead back to itself$"):
         compose.plan(["method=mine"], config_dir=str(tmp_path))
+
+
+ENVIRONMENT = {
+    ("RANK=one", "WORLD_SIZE=2"): "RANK of the environment must be a whole number, as torchrun sets it, got 'one'",
+    ("WORLD_SIZE=0",): "WORLD_SIZE of the environment must be a whole number, as torchrun sets it, got '0'",
+    ("RANK=2", "WORLD_SIZE=2"): "RANK of the environment must be below WORLD_SIZE=2, got 2",
+}
+
+
+@pytest.mark.parametrize("given", ENVIRONMENT)
+def test_a_mistake_in_the_environment_is_one_line(given, monkeypatch, capsys):
+    for name, _, value in (each.partition("=") for each in given):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["sparsebench"])
+    assert cli.guarded(cli.command) == cli.WRONG
+    assert capsys.readouterr().err == f"error: {ENVIRONMENT[given]}\n"
+
+
+def test_a_rank_without_others_is_no_follower(monkeypatch):
+    """Left behind by a batch system. Before: the run said nothing and left no record."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks.first()
+
+
+def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    def body():
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    assert cli.guarded(body) == cli.FAILED
+    assert capsys.readouterr().err == "error: RuntimeError: two lines (HYDRA_FULL_ERROR=1 shows where)\n"
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(RuntimeError):
+        cli.guarded(body)
 
 
 def test_the_table_is_long_enough():
