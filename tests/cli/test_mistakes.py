@@ -159,6 +159,8 @@ TABLE = {
     "method.allocation=greedy method.sparsity=0.95":
         "method.sparsity must be at most method.greedy.stop=0.9, ...got 0.95...",
     "method.threshold_rule=signed-hist": "method.threshold_rule=signed-hist needs method.histograms=<folder>...",
+    "model=lenet5 dataset=digits method=spatial_topk method.sites=[relu1,nope]":
+        "method.sites must be among relu1, relu2, relu3, relu4, got 'nope'",
     # models
     "model=hf dataset=pystdlib": "model.path must be a folder, a Hub id or a GGUF file, got null",
     "model=hf dataset=pystdlib model.path=/nowhere/model":
