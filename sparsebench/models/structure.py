@@ -22,7 +22,7 @@ def config_problem(location: str, key: str) -> str | None:
     return None
 
 
-SIZES = re.compile("(num_|n_).*|.*_(size|dim|layers|heads|embeddings|positions)")  # fields that count something
+SIZES = re.compile("(num_|n_).*|.*_(size|dim|layers|heads)|max_position_embeddings")  # fields that count something
 
 
 def of_fields(architecture: dict[str, Any]) -> Any:

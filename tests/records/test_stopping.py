@@ -70,6 +70,7 @@ class Finalised:
 @pytest.mark.parametrize("how", ["destructor", "callback"])
 def test_a_stop_that_python_drops_is_heard_a_moment_later(how, capfd):
     """Before: a SIGTERM inside a destructor (regex has one) printed `Exception ignored in` with a traceback, and was lost."""
+    stopping.listen()  # some pytest puts a hook of its own before every test
     each = Finalised() if how == "destructor" else set()
     reference = weakref.ref(each, lambda _: os.kill(os.getpid(), signal.SIGTERM)) if how == "callback" else None
     with pytest.raises(stopping.Stopped):
