@@ -125,7 +125,8 @@ def heal(where: Path) -> None:
     for name in odd:
         (where / name).unlink(missing_ok=True)
     if odd and sealed:
-        log.info("compiled code in %s: %d files were damaged or left unfinished; they are made again", where, len(odd))
+        many = f"{len(odd)} files were" if len(odd) > 1 else "1 file was"
+        log.info("compiled code in %s: %s damaged or left unfinished, and removed to be made again", where, many)
 
 
 def seal_compiled() -> None:

@@ -65,6 +65,11 @@ def guarded(body: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             print(f"interrupted: {stopping.reason()}", file=sys.stderr, flush=True)
             code = stopping.exit_code()
+        except Exception as error:  # a slip of this program's, or a library that the environment upsets
+            if isinstance(error, OSError) or os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            complain(f"{record.explain(error)} (HYDRA_FULL_ERROR=1 shows where)")
+            code = FAILED
         sys.stdout.flush()
     except BrokenPipeError:  # its reader went away, as `| head` does
         code = FAILED
@@ -81,6 +86,7 @@ def command() -> int:
     """The body of `sparsebench`. Returns the exit code."""
     given = sys.argv[1:]
     arguments = read("sparsebench", given)
+    ranks.check()
     sys.argv[1:] = given  # Hydra reads them again
     if arguments.info is None:  # which Hydra prints by logging
         set_up_logging()
@@ -105,8 +111,8 @@ def command() -> int:
 
 
 def complain(line: str) -> None:
-    """One line of error for the user."""
-    print(files.scrub(f"error: {line}"), file=sys.stderr, flush=True)
+    """One line of error for the user, whatever is in it."""
+    print(files.one_line(files.scrub(f"error: {line}")), file=sys.stderr, flush=True)
 
 
 def set_up_logging() -> None:
@@ -338,9 +344,8 @@ def isolated(configuration: dict, folder: Path, identity: str) -> tuple[dict, Pa
     if outcome is None:
         signalled = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        message = f"the run's process ended without a record: {signalled}{hint}"
-        if status == "interrupted":
-            message = stopping.reason()
+        died = f"the run's process ended without a record: {signalled}{hint}"
+        message = stopping.reason() if status == "interrupted" else died
         name = f"{configuration['model']['name']}/{configuration['method']['name']}"
         failed = record.Record(identity, name, configuration, status=status)
         failed.error = {"type": "ProcessDied", "message": message, "traceback": None}

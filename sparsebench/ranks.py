@@ -21,12 +21,27 @@ MODE = 0o666 & ~UMASK  # of files that others may use, too: locks, records
 
 
 def rank() -> int:
-    """This process's number among all of the run, as the launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's number among all of the run, as the launcher set it; 0 without a launcher.
+
+    RANK alone is what some batch system left behind: a run of one process has no other that could be the first.
+    """
+    return int(os.environ.get("RANK") or "0") if count() > 1 else 0
 
 
 def count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
+
+
+def check() -> None:
+    """Raise ConfigError where the environment's RANK and WORLD_SIZE are not those of a launcher."""
+    from sparsebench.config.fields import ConfigError
+
+    given = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK")}
+    for name, value in given.items():
+        if value and not (value.isascii() and value.isdigit() and int(value) >= (name == "WORLD_SIZE")):
+            raise ConfigError([f"{name} of the environment must be a whole number, as torchrun sets it, got {value!r}"])
+    if rank() >= count():
+        raise ConfigError([f"RANK of the environment must be below WORLD_SIZE={count()}, got {rank()}"])
 
 
 def first() -> bool:

@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 import shlex
@@ -18,22 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsebench.config import early
+from sparsebench.config import early, option_files
 from sparsebench.config.fields import ConfigError, unknown_key
 
 CONFIG_MODULE = "sparsebench.conf"
 GROUPS = ("dataset", "model", "method", "hardware", "experiment")
+MOST_RUNS = 10_000  # of one sweep: more is a slip, such as range(0,1000000000), and composing them takes minutes
 PLUGINS = {  # Hydra's groups whose options come with packages of their own: option -> what pip installs it by
     "hydra/launcher": {
         **dict.fromkeys(("joblib", "submitit_local", "submitit_slurm"), "'sparsebench[launchers]'"),
@@ -93,8 +96,20 @@ def compose_all(
 
 def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = None, name: str = "config") -> Plan:
     """As `compose_all`, with what the command has to know about the overrides. name: the primary YAML of conf/."""
-    if config_dir and not os.path.isdir(config_dir):
+    if config_dir is not None and not os.path.isdir(config_dir):
         raise ConfigError([f"--config-dir must be an existing folder, got {config_dir!r}"])
+    try:
+        return planned(overrides, sweep, config_dir, name)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # Hydra's own words, as on a file that an option names in turn
+        raise ConfigError([f"the options can't be read: {' '.join(str(error).split())}"]) from error
+    except RecursionError:
+        raise ConfigError(["the defaults of an option lead back to itself"]) from None
+
+
+def planned(overrides: list[str], sweep: bool, config_dir: str | None, name: str) -> Plan:
+    """As `plan`, where options and their files are what they should be."""
     problems: list[str] = []
     composed.cache_clear()
     GlobalHydra.instance().clear()
@@ -106,6 +121,12 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
         other = any(o.key_or_group in ("hydra/sweeper", "experiment") for o in parsed)
         choices = [alternatives(override, sweep, problems, other) for override in parsed]
         problems += unknown_options(parsed, choices)
+        if config_dir:
+            problems += broken_options(config_dir, [each for options in choices for each in options])
+        if math.prod(map(len, choices)) > MOST_RUNS:
+            problems.append(
+                f"a sweep must be of at most {MOST_RUNS:,} runs, got {math.prod(map(len, choices)):,} or more"
+            )
         if problems:
             raise ConfigError(problems)
         groups = [c for o, c in zip(parsed, choices, strict=True) if is_group(o)]
@@ -125,7 +146,7 @@ def plan(overrides: list[str], sweep: bool = False, config_dir: str | None = Non
             made = list(combinations(parsed, choices, unknown, name))
             return Plan([each for each, _ in made], [used for _, used in made], frozenset(merged(unknown)))
         except (HydraException, OmegaConfBaseException) as error:
-            reason = f" ({error.__cause__})".splitlines()[0] if error.__cause__ else ""
+            reason = f" ({str(error.__cause__).splitlines()[0]})" if str(error.__cause__ or "") else ""
             raise ConfigError([" ".join(f"{error}{reason}".split())]) from error
 
 
@@ -167,16 +188,24 @@ def parse(overrides: list[str], problems: list[str]) -> list[Override]:
     """The overrides that can be read; a line in `problems` about each that can't, with the right spelling."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     readable: list[Override] = []
-    for text in overrides:
+    for before, text, after in zip(["", *overrides], overrides, [*overrides[1:], ""], strict=False):
         try:
             (override,) = parser.parse_overrides([text])
         except HydraException:
-            problems.append(unreadable(text, parser))
+            apart = after.startswith("=")
+            problems.append(f"'{text} {after}': no blank stands before '='" if apart else unreadable(text, parser))
             continue
         if override.is_delete() and not is_hydras(override):
             problems.append(f"{text!r}: no key can be left out; see sparsebench --explain {key_of(text)}")
-        elif override.is_add() and is_group(override):
+        elif is_group(override) and "@" in text.partition("=")[0]:
+            group, _, option = text.lstrip("+").partition("=")
+            problems.append(f"{text!r}: every group has its one place here: {group.partition('@')[0]}={option}")
+        elif (override.is_add() or override.is_force_add()) and is_group(override):
             problems.append(f"{text!r}: a group is chosen without '+': {text.lstrip('+')}")
+        elif not override.key_or_group:
+            problems += [] if "=" not in before and before else [unreadable(text, parser)]
+        elif override.key_or_group == "hydra":
+            problems.append(f"{text!r}: hydra is no setting, it holds Hydra's own: hydra.<key>=<value>")
         else:
             readable.append(override)
     return readable
@@ -195,7 +224,7 @@ def unreadable(text: str, parser: OverridesParser) -> str:
         )
     quoted = key + '="' + value.replace('"', '\\"') + '"'
     with suppress(HydraException):
-        if given and value:
+        if given and value and key:
             parser.parse_overrides([quoted])
             return f"{text!r} can't be read: quote the value, for Hydra and for the shell: {shlex.quote(quoted)}"
     return f"{text!r} can't be read: overrides look like key=value or key=value1,value2 with -m"
@@ -203,13 +232,14 @@ def unreadable(text: str, parser: OverridesParser) -> str:
 
 def swept_by_experiment(parsed: list[Override]) -> list[Override]:
     """The axes that the chosen experiment sweeps by itself (hydra.sweeper.params) and the command line leaves alone."""
-    chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override()]
+    known = options_of("experiment")
+    chosen = [o for o in parsed if o.key_or_group == "experiment" and not o.is_sweep_override() and o.value() in known]
     try:
         params = compose(
             "config", overrides=[as_given(o) for o in chosen], return_hydra_config=True
         ).hydra.sweeper.params
     except (HydraException, OmegaConfBaseException):
-        return []  # an unknown experiment: said with the other problems
+        return []  # said with the other problems
     named = {o.key_or_group for o in parsed}
     texts = [f"{key}={value}" for key, value in (params or {}).items() if key not in named]
     return OverridesParser.create().parse_overrides(texts)
@@ -250,7 +280,10 @@ def alternatives(override: Override, sweep: bool, problems: list[str], sweeper_c
         if not sweeper_chosen:
             problems.append(f"{as_given(override)!r} is for a sweeper that searches: add hydra/sweeper=optuna")
         return [f"{key}={value.start}"]
-    values = list(override.sweep_string_iterator())
+    if isinstance(value, RangeSweep) and value.step == 0:
+        problems.append(f"{as_given(override)!r} never ends: its step is 0")
+        return []
+    values = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
     if not values:
         allowed = "its range is empty"
         if isinstance(value, Glob):
@@ -278,12 +311,12 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
     problems = []
     for override, options in zip(parsed, choices, strict=True):
         group = override.key_or_group.split("@")[0]
-        if not is_group(override) and group not in PLUGINS:
+        if not is_group(override) and not group.startswith("hydra/"):
             continue
         known = options_of(group)
         for option in options:
             name = option.partition("=")[2].strip("\"'")
-            if name in known or name in ("null", ""):
+            if name in known:
                 continue
             package = PLUGINS.get(group, {}).get(name)
             if package:
@@ -297,6 +330,12 @@ def unknown_options(parsed: list[Override], choices: list[list[str]]) -> list[st
             hint = f" (did you mean {near[0]}?)" if near else ""
             problems.append(f"{allowed_options(group)}{hint}, got {name!r}")
     return problems
+
+
+def broken_options(folder: str, chosen: list[str]) -> list[str]:
+    """Lines about chosen options of a user's own folder whose file can't be read."""
+    files = {Path(folder, *each.partition("=")[::2]).with_suffix(".yaml") for each in chosen if "=" in each}
+    return [line for file in sorted(files) if file.is_file() and (line := option_files.problem(file))]
 
 
 def unknown_keys(groups: list[str], values: list[Override], name: str = "config") -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,14 +27,20 @@ SETTINGS = {"config": "sparsebench.config.settings.Settings", "bench": "sparsebe
 
 
 def refused_paths(configuration: dict[str, Any]) -> list[str]:
-    """A line for each setting whose path the system can't even look for: too long, a circle of links, a null byte."""
+    """A line for each setting whose path the system can't even look for: too long, a circle of links, a null byte.
+
+    Also one for what is neither file nor folder: a pipe ends at the first reading, a device perhaps never, and a run is
+    named by what it reads.
+    """
     places = [(key, value) for key, value, _, _ in inputs.named(configuration)]
     if isinstance(configuration.get("output_dir"), str):
         places.append(("output_dir", configuration["output_dir"]))
     lines = []
     for key, value in places:
         try:
-            os.stat(value)
+            kind = os.stat(value).st_mode
+            if key != "output_dir" and not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                lines.append(f"{key} must be a file or folder, got {shortened(value)} (a pipe, a device or a socket)")
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) not in ABSENT:
                 lines.append(f"{key} must be a path that can be opened, got {shortened(value)} ({reason(error)})")

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -69,11 +70,16 @@ def expected(hint: Any, meta: Mapping[str, Any]) -> str:
         text = "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)
     elif meta.get("exists"):
         text = "an existing file or folder"
+    elif meta.get("file") == "model":
+        text = "a folder, a file or a Hub id"
+    elif meta.get("file"):
+        text = "a file or folder"
     elif meta.get("pattern"):
         text = meta["text"]
     else:
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}.get(
-            get_origin(base) or base, "a value"
+            get_origin(base) or base,
+            "a mapping of settings" if dataclasses.is_dataclass(base) or names_class(base) else "a value",
         )
         low = meta.get("ge") if meta.get("ge") is not None else meta.get("gt")
         high = meta.get("le") if meta.get("le") is not None else meta.get("lt")
@@ -122,6 +128,8 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
         return all(in_bounds(v, meta) for v in value)
     if value is None:
         return True
+    if beyond(value) or (meta.get("file") and not value.strip()):
+        return False
     if meta.get("choices") is not None and value not in meta["choices"]:
         return False
     if meta.get("exists") and not os.path.exists(value):
@@ -134,6 +142,17 @@ def in_bounds(value: Any, meta: Mapping[str, Any]) -> bool:
     return all(meta.get(name) is None or check(value, meta[name]) for name, check in checks.items())
 
 
+def beyond(value: Any) -> str:
+    """Why no setting takes a number, whatever its bounds, or nothing: arrays, JSON and a run's hash can't hold it."""
+    if isinstance(value, dict):
+        return next(filter(None, map(beyond, value.values())), "")
+    if isinstance(value, list):
+        return next(filter(None, map(beyond, value)), "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return " (not finite)"
+    return " (over 15 digits)" if isinstance(value, int) and abs(value) >= 10**15 else ""
+
+
 def wrong(full: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> str | None:
     """The line about a value of a wrong type or out of its bounds, or None. full: the setting's whole key."""
     try:
@@ -142,7 +161,7 @@ def wrong(full: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> str | No
         return f"{full} must be {expected(hint, meta)}, got {value!r}"
     if in_bounds(converted, meta):
         return None
-    return f"{full} must be {expected(hint, meta)}{near_choice(converted, meta)}, got {value!r}"
+    return f"{full} must be {expected(hint, meta)}{near_choice(converted, meta)}, got {value!r}{beyond(value)}"
 
 
 def near_choice(value: Any, meta: Mapping[str, Any]) -> str:
@@ -275,7 +294,8 @@ def unknown_key(full: str, allowed: Iterable[str], root: dict[str, Any], typed: 
         names = {key.rpartition(".")[2]: key for key in reversed(others)}
         near = near or [names[n] for n in difflib.get_close_matches(leaf, list(names), n=1)]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    return f"{typed if same else full} is not a known key{hint}; allowed: {', '.join(allowed)}"
+    inside = f"allowed: {', '.join(allowed)}" if allowed else f"{full.rpartition('.')[0]} holds one value"
+    return f"{typed if same else full} is not a known key{hint}; {inside}"
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> list[str]:

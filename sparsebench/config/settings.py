@@ -94,7 +94,7 @@ class Tracking:
     """Weights & Biases: `offline` needs no account and no network."""
 
     mode: str = setting(choices=("offline", "online", "disabled"))
-    project: str
+    project: str = setting(pattern=r"[^/\\#?%:\x00-\x1f]{1,128}", pattern_text="a name without / \\ # ? % :")
     entity: str | None
     group: str | None
     artifacts: bool
@@ -160,7 +160,7 @@ class Settings:
     """The whole configuration of one run; the group nodes hold the object their `_target_` names."""
 
     seed: int = setting(ge=0, lt=2**32)
-    output_dir: str = setting(pattern=r"(?s).+", pattern_text="a folder")
+    output_dir: str = setting(pattern=r"[^\x00-\x1f\x7f]+", pattern_text="a folder without control characters")
     force: bool
     share: bool
     fail_fast: bool

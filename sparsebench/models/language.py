@@ -44,7 +44,7 @@ class CausalLM:
     architecture: dict | None
     train: Training | None
     quantize: str = setting(choices=("none", "int8", "int4", "keep"), default="none")
-    quantize_group: int = setting(gt=0, default=128)
+    quantize_group: int = setting(gt=0, le=65536, default=128)  # rows are padded to whole groups
     quantize_axis: str = setting(choices=("input", "output"), default="input")
     kind = "language"
 
@@ -112,8 +112,7 @@ class CausalLM:
     def config(self) -> transformers.PretrainedConfig:
         """The architecture, cut to `num_layers` blocks where asked."""
         if self.weights != "pretrained" and self.architecture is not None:
-            fields = dict(self.architecture)
-            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+            config = structure.of_fields(self.architecture)
         elif is_gguf(self.location):
             config = gguf.config(self.location)
         else:

@@ -7,6 +7,8 @@ from typing import Any
 
 import transformers
 
+from sparsebench.models import structure
+
 NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2}  # positions count from behind the padding token's
 
@@ -24,10 +26,7 @@ def known_config(location: str, architecture: dict | None) -> Any | None:
         except Exception as error:  # what transformers makes of a foreign value is of any kind
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ValueError(f"model.path: {location}/config.json is no configuration of a model ({reason})") from error
-    if architecture is None:
-        return None
-    fields = dict(architecture)
-    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return None if architecture is None else structure.of_fields(architecture)
 
 
 def limit(config: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ def config_problem(location: str, key: str) -> str | None:
         first = " ".join(str(error).split()).partition(". ")[0]
         return f"{key} must hold a config.json that transformers {transformers.__version__} knows, got {location!r} ({first})"
     return None
+
+
+SIZES = re.compile("(num_|n_).*|.*_(size|dim|layers|heads)|max_position_embeddings")  # fields that count something
+
+
+def of_fields(architecture: dict[str, Any]) -> Any:
+    """transformers' configuration of an `architecture` node. Raises ValueError in one line for what no such model has."""
+    fields = dict(architecture)
+    kind = fields.pop("model_type", None)
+    for name, value in fields.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if SIZES.fullmatch(name) and value is not None and not (whole and value > 0):
+            raise ValueError(f"model.architecture.{name} must be a whole number > 0, got {value!r}")
+    try:
+        return transformers.AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # what transformers makes of a foreign value is of any kind
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"model.architecture is none of model_type={kind} in transformers: {reason}") from error
 
 
 def depth_problem(name: str, config: Any, num_layers: int | None) -> str | None:

@@ -28,7 +28,7 @@ from sparsebench.measure import quality, shape_bias
 from sparsebench.models import Loaded, recipes
 from sparsebench.models.classes import align
 from sparsebench.models.networks import CIFAR_RESNETS, SIZES, CifarResNet, LeNet5
-from sparsebench.models.weights import classes_in, fill, named, read_weights
+from sparsebench.models.weights import classes_in, file_problem, fill, named, read_weights
 from sparsebench.modules.activation_map import isolate, maps_of
 from sparsebench.records import files, machine
 from sparsebench.training import from_scratch
@@ -118,7 +118,8 @@ class Vision:
             problem = hub.model_problem(self.repository, "model.path")
             return [problem] if problem else []
         if self.path is not None:
-            return [] if Path(self.path).is_file() else [f"model.path must be {FILE}, got {self.path!r}"]
+            problem = file_problem(Path(self.path)) if Path(self.path).is_file() else "no file"
+            return [f"model.path must be {FILE}, got {self.path!r} ({problem})"] if problem else []
         if self.library == "timm":
             known = f"{FILE}, a folder as timm saves it, or a Hub id like timm/resnet18.a1_in1k"
             return [f"model.path must be {known} for model={self.name}, got null"]

@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 PREFIX = "module."  # torch's DataParallel puts it before every name
 TRAINING_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, not built here
+
+
+def file_problem(path: Path) -> str | None:
+    """Why a file can't be one of weights, as its first bytes tell, or None."""
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt"):
+                return None
+        except Exception as error:
+            return " ".join(str(error).split())
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return None if start == b"PK" or start[:1] == b"\x80" else "it begins like no file of torch.save"
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

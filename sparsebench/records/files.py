@@ -51,6 +51,11 @@ def printable(value: Any) -> Any:
     return [printable(v) for v in value] if isinstance(value, list) else value
 
 
+def one_line(text: str) -> str:
+    """Text as one line of a terminal: line breaks and control characters by their escapes."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def secrets() -> dict[str, str]:
     """secret -> what stands in its place, the longest first: keys and tokens of the environment, passwords of proxies."""
     known: dict[str, str] = {}

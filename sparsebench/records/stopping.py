@@ -11,12 +11,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+AGAIN_SECONDS = 0.05  # until a Stopped that was lost is raised again: destructors are short
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED, TERMINATED = 130, 143  # exit codes
 GRACE_SECONDS = 25  # batch systems kill for good after 30 or more
@@ -32,6 +34,7 @@ class Told:
 
     number: int | None = None  # the first signal
     held: int = 0  # depth of `held`
+    lost: bool = False  # whether Python dropped the Stopped
     before: Callable[[], None] | None = None
 
 
@@ -61,6 +64,7 @@ def listen(before: Callable[[], None] | None = None) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     told = Told(before=before)
+    sys.unraisablehook = dropped
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, hear)
@@ -76,12 +80,27 @@ def ignore(*numbers: int) -> None:
 def hear(number: int, frame: object) -> None:
     """The handler of all signals."""
     first, insists = told.number is None, number == told.number == signal.SIGINT
+    again, told.lost = told.lost, False
     if first:
         told.number = number
         if told.before is not None:
             told.before()
-    if insists or (first and not told.held):
+    if insists or ((first or again) and not told.held):
         raise Stopped(reason())
+
+
+hook = sys.unraisablehook  # of before this module
+
+
+def dropped(what: sys.UnraisableHookArgs) -> None:
+    """Python's hook for what was raised where nothing can catch it."""
+    number = told.number
+    if number is None or not issubclass(what.exc_type, Stopped):
+        hook(what)
+        return
+    told.lost = True
+    with suppress(RuntimeError):  # no threads while the interpreter ends, and nothing to stop
+        threading.Timer(AGAIN_SECONDS, lambda: os.kill(os.getpid(), number)).start()
 
 
 @contextmanager
@@ -98,12 +117,16 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Let the signals wait in the kernel, in the processes forked here, too: for the moment of a fork."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """As `held`, for the moment of a fork: in the processes forked here the signals wait in the kernel until `unblock`.
+
+    Waiting in the kernel does not hold them here, where a thread of some library may take them.
+    """
+    with held():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unblock() -> None:

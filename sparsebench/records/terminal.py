@@ -292,7 +292,8 @@ def add_times(grid: Table, label: str, times: dict[str, Any], unclaimed: str, no
     claim += " NOISY" * bool(noisy)
     grid.add_row(label, *(f"{times[side]['median_ms']:.3f}" for side in ("dense", "sparse")), claim)
     cells = (f"{times[side]['p10_ms']:.3f} - {times[side]['p90_ms']:.3f}" for side in ("dense", "sparse"))
-    within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if "speedup_p10" in times else ""
+    known = {"speedup_p10", "speedup_p90"} <= times.keys()
+    within = f"{times['speedup_p10']:.2f} - {times['speedup_p90']:.2f}x" if known else ""
     grid.add_row("  p10 - p90", *cells, within)
 
 

@@ -21,9 +21,11 @@ answered: dict[tuple, list[str]] = {}  # lines by what they depend on: a sweep a
 
 
 def read(dataset: Any, seed: int) -> tuple[Any | None, list[str]]:
-    """(the data, nothing) of a data set on this disk that is small, else (None, why it can't be read, in one line)."""
-    files = files_of(dataset)
-    if not files or sum(file.stat().st_size for file in files) > SMALL:
+    """(the data, nothing) of a data set on this disk that is small, else (None, why it can't be read, in one line).
+
+    A folder in which nothing is to be read is small, too.
+    """
+    if getattr(dataset, "path", None) is None or sum(file.stat().st_size for file in files_of(dataset)) > SMALL:
         return None, []
     try:
         data = dataset.load(seed)
@@ -59,7 +61,10 @@ def text_problems(settings: Any) -> list[str]:
     """Lines about text that can't be read, is too short, or does not fit the tokenizer."""
     model, dataset, measured = settings.model, settings.dataset, settings.measure
     length = getattr(dataset, "sequence_length", 0)
-    needed = max(length, *((measured.context, measured.prompt) if measured.latency else (0,)))
+    asked = {"measure.context": measured.context + 1, "measure.prompt": measured.prompt} if measured.latency else {}
+    if measured.latency and measured.batches:  # texts that begin at a token of their own each
+        asked["measure.batches"] = max(measured.batches) + measured.context + 2
+    needed = max([length, *asked.values()])
     if getattr(dataset, "source", None) == "pystdlib" and dataset.path is None and needed > LONG:
         data, problems = dataset.load(settings.seed), []
     else:
@@ -72,7 +77,6 @@ def text_problems(settings: Any) -> list[str]:
             held = data.test.sequences(-(-(needed + 1) // length)).numel()
     except ValueError as error:
         return [one_line(error)]
-    asked = {"measure.context": measured.context + 1, "measure.prompt": measured.prompt} if measured.latency else {}
     return [
         f"{key} must fit the test split of dataset={dataset.name}, which holds {held} tokens in whole windows, "
         f"got {getattr(measured, key.partition('.')[2])}"

@@ -186,11 +186,14 @@ def test_a_signal_to_the_runs_own_process_alone(run, heard):
 
 def test_a_signal_before_the_run_began(run, configuration, heard, monkeypatch):
     """While torch is imported, say."""
-    with stopping.blocked():
+
+    def start(self):
         os.kill(os.getpid(), signal.SIGHUP)
-        monkeypatch.setattr(stopping, "blocked", contextlib.nullcontext)
-        monkeypatch.setattr(FORK.Process, "start", lambda self: stopping.unblock())
-        content, _ = run(at_once)
+        time.sleep(60)
+
+    monkeypatch.setattr(stopping, "blocked", contextlib.nullcontext)
+    monkeypatch.setattr(FORK.Process, "start", start)
+    content, _ = run(at_once)
     assert content["status"] == "interrupted" and content["error"]["message"] == "told to stop by SIGHUP"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -257,13 +258,12 @@ def test_text_is_utf8_whatever_the_locale(sparsebench):
 
 
 @pytest.mark.slow
-def test_a_failing_runs_own_message_in_another_locale(sparsebench, model_folder, tmp_path):
+def test_a_failing_runs_own_message_in_another_locale(sparsebench, text_file, bad_inputs, tmp_path):
     """Before: `the run's process ended without a record`."""
-    (tmp_path / "dätä").mkdir()
-    (tmp_path / "dätä" / "kürz.txt").write_text("a few words", encoding="utf-8")
+    shutil.copytree(bad_inputs / "cut", tmp_path / "mödel")
     process = sparsebench(
-        "model=hf", f"model.path={model_folder('llama')}", "dataset=text", "dataset.path='dätä/kürz.txt'", *SMALL,
-        "output_dir='aüs'", env=OTHER_LOCALE, encoding="utf-8",
+        "model=hf", "model.path='mödel'", "dataset=text", f"dataset.path={text_file}", *SMALL, "output_dir='aüs'",
+        env=OTHER_LOCALE, encoding="utf-8",
     )  # fmt: skip
     assert process.returncode == 1 and "ended without a record" not in process.stderr, process.stderr
     (content,) = check_whole(tmp_path / "aüs").values()
