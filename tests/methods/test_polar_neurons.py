@@ -15,7 +15,10 @@ from sparsebench.records import state as states
 from tests.helpers import built, tiny_model, work
 
 IDS = torch.randint(0, 320, (4, 20), generator=torch.Generator().manual_seed(5))
-ROUTER = {"rank": 32, "tokens": 160, "epochs": 6, "batch_size": 32, "lr": 1e-2}
+ROUTER = {
+    "rank": 32, "tokens": 160, "epochs": 6, "patience": 6, "batch_size": 32, "lr": 1e-2, "weight_decay": 0.0,
+    "held_out": 0.2, "target_recall": 0.99,
+}  # fmt: skip
 WIDE = {"opt": {"ffn_dim": 384}, "llama": {"intermediate_size": 384, "hidden_act": "relu"}}
 
 

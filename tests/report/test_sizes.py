@@ -40,7 +40,7 @@ def test_quality_at_half_is_read_between_levels_and_never_beyond(tmp_path):
         run("short", 2e9, 0.2, 10.1), run("short", 2e9, 0.4, 11.0),
     )  # fmt: skip
     by_model = {c["model"]: c["value"] for c in cells["all"]}
-    assert by_model == {"small": 0.5, "large": pytest.approx(10 / (12 * 15) ** 0.5)}
+    assert by_model == pytest.approx({"small": 0.5, "large": 10 / (12 * 15) ** 0.5})
     published = {c["model"]: c for c in charts["kept-at-half-all"]["data"]["values"] if c["source"] == "published"}
     assert (
         published["llama2-70b"]["value"] == pytest.approx(3.12 / 3.50) and published["llama2-70b"]["parameters"] == 70e9
@@ -54,9 +54,8 @@ def test_policies_stay_apart_the_longest_text_counts_and_random_weights_are_left
         tmp_path, run("small", 1e8, 0.5, 20.0, tokens=10), run("small", 1e8, 0.5, 25.0, tokens=5000),
         run("small", 1e8, 0.5, 16.0, policy="p99"), run("drawn", 1e9, 0.5, 11.0, weights="random"),
     )  # fmt: skip
-    assert {policy: [(c["model"], c["value"]) for c in own] for policy, own in cells.items()} == {
-        "all": [("small", 0.4)], "p99": [("small", 0.625)],
-    }  # fmt: skip
+    assert {policy: [c["model"] for c in own] for policy, own in cells.items()} == {"all": ["small"], "p99": ["small"]}
+    assert [cells["all"][0]["value"], cells["p99"][0]["value"]] == pytest.approx([0.4, 0.625])
 
 
 def test_the_page_shows_the_figure(tmp_path):
