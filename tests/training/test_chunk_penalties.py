@@ -65,7 +65,7 @@ def test_beside_another_penalty_each_term_has_its_own_coefficient(family):
         gate.register_forward_hook(lambda _, args, z: gates.append(z.detach().reshape(2, 12, -1)))
     with X1Penalty(model, "mean", lambda step: 7.0) as alone:
         model(input_ids=ids, use_cache=False)
-        plain = float(alone.value())
+        plain = float(alone.value().detach())
     gates.clear()
     with chunk_penalties.Beside(X1Penalty(model, "mean", lambda step: 7.0), model, settings) as penalty:
         scale = penalty.coefficient(0)
