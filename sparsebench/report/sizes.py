@@ -8,13 +8,14 @@ source that could be read are left out.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import altair as alt
 
 from sparsebench.report import equal_terms, published
-from sparsebench.report.groups import Group
+from sparsebench.report.groups import Group, dtype_of
 from sparsebench.report.rows import Row
 from sparsebench.report.vega import Spec, lines_over, styles
 
@@ -116,18 +117,19 @@ def scored(group: Group) -> int:
 
 
 def of_group(group: Group) -> list[dict]:
-    """The points of one model: a curve's name is its method and, of several of one method, what tells them apart."""
+    """The points of one model in the number format that most of its runs have, a curve's name without that format."""
+    usual = Counter(dtype_of(row) for row in group.rows).most_common(1)[0][0]
+    same = Group(group.protocol, [row for row in group.rows if dtype_of(row) == usual])
     axis, model, parameters = equal_terms.SPARSITY, group.protocol["model"], size(group.rows[0])
-    dense = equal_terms.dense_point(group.rows)
-    cells = []
-    for curve in equal_terms.curves(group, axis) if dense else []:
+    dense, cells = equal_terms.dense_point(same.rows), []
+    for curve in equal_terms.curves(same, axis) if dense else []:
         point = equal_terms.at(curve, axis, HALF)
         if not point.problem:
-            kept = dense.value / point.value
+            kept, name = dense.value / point.value, curve.series.removesuffix(f" {usual}")
             ratio = equal_terms.summed([1 / point.value, -kept / point.value], [dense.evidence, point.evidence])
             variance = point.seed_variance * (kept / point.value) ** 2
             error = equal_terms.error(ratio, variance, point.seeds) or 0.0
-            cells.append(cell(curve.series, curve.series, model, parameters, "measured", kept, error))
+            cells.append(cell(name, name, model, parameters, "measured", kept, error))
     return cells
 
 

@@ -58,6 +58,17 @@ def test_policies_stay_apart_the_longest_text_counts_and_random_weights_are_left
     assert [cells["all"][0]["value"], cells["p99"][0]["value"]] == pytest.approx([0.4, 0.625])
 
 
+def test_a_model_run_in_two_number_formats_is_one_point_of_the_usual_one(tmp_path):
+    rare = run("small", 1e8, 0.5, 25.0)
+    rare["env"] = {**rare["env"], "hardware": {**rare["env"]["hardware"], "dtype": "float16"}}
+    rare["config_hash"] = "f" * 64
+    cells, _ = points(
+        tmp_path, rare, run("small", 1e8, 0.5, 20.0), run("small", 1e8, 0.6, 30.0), run("large", 1e9, 0.5, 16.0)
+    )
+    assert [(c["series"], c["model"]) for c in cells["all"]] == [("teal", "small"), ("teal", "large")]
+    assert [c["value"] for c in cells["all"]] == pytest.approx([0.5, 0.625])
+
+
 def test_the_page_shows_the_figure(tmp_path):
     laid(tmp_path, run("small", 1e8, 0.5, 20.0), run("large", 1e9, 0.5, 12.0))
     written = page.write(collect([tmp_path]), tmp_path / "report", "t")
