@@ -80,7 +80,7 @@ class Beside:
         """Note the terms of one layer, z [B, T, f] or [B T, f] before ReLU."""
         if not torch.is_grad_enabled():
             return
-        z = z.float().reshape(*CALLS[-1].shape, -1)
+        z = z.float().reshape(*(CALLS[-1].shape or z.shape[:2]), -1)
         if self.settings.locality:
             self.terms["locality"].append(locality(z, self.settings.sharpness))
         if self.settings.chunk:
