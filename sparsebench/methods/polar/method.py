@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsebench.calibration.histograms import observe
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
-from sparsebench.methods.polar import budgets, neurons
+from sparsebench.methods.polar import budgets, neuron_router
 from sparsebench.methods.prosparse import predictor
 from sparsebench.modules import heads
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
@@ -65,7 +65,7 @@ class Polar(Method):
         """Statistics of ||a_h|| on data.fit, and the routers where they are asked for.
 
         Tensors: `norms.<layer>` mean score of each unit; `curve.<layer>` mean shares of squared scores, largest first;
-        `router.<layer>.weight` [units, d] and `.bias`; `predictor.<layer>.*` of the neurons (polar/neurons.py).
+        `router.<layer>.weight` [units, d] and `.bias`; `predictor.<layer>.*` of the neurons (polar/neuron_router.py).
         """
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
@@ -90,7 +90,9 @@ class Polar(Method):
         state.info["extra"] = {"polar": {"units": {i: layer.units for i, layer in layers.items()}}}
         if self.neurons == "router":
             rows = max(1, self.neuron_router.tokens // data.fit.sequence_length)
-            tensors, told = neurons.fit(module, data.fit.sequences(rows), self.neuron_router, self.neuron_batch, work)
+            tensors, told = neuron_router.fit(
+                module, data.fit.sequences(rows), self.neuron_router, self.neuron_batch, work
+            )
             state.tensors |= tensors
             state.info["extra"]["polar"]["neurons"] = told
         return state
@@ -131,11 +133,11 @@ class Polar(Method):
             )  # fmt: skip
         if self.neurons == "exact":
             for block in blocks:
-                neurons.skip_zeros(module, block, kernel)
+                neuron_router.skip_zeros(module, block, kernel)
         if self.neurons == "router":
             counts = state.info["extra"]["polar"]["neurons"]["per_layer"]
             by_layer = {int(i): each["k"] for i, each in counts.items()} if self.neuron_batch is not None else None
-            neurons.apply(module, state.tensors, by_layer, kernel)
+            neuron_router.apply(module, state.tensors, by_layer, kernel)
         return module
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsebench.measure import macs, sparsity, unions
-from sparsebench.methods.polar import neurons
+from sparsebench.methods.polar import neuron_router
 from sparsebench.methods.prosparse.predictor import Predictor
 from sparsebench.models import Loaded
 from sparsebench.modules.routed import RoutedLinear
@@ -71,10 +71,10 @@ def test_it_is_taught_which_neurons_are_not_zero_and_saved(tmp_path):
     states.write(state, tmp_path / "state.safetensors")
     again = states.read(tmp_path / "state.safetensors")
     other = tiny_model("opt", **WIDE["opt"])
-    neurons.apply(other, again.tensors, None, "masked_dense")
+    neuron_router.apply(other, again.tensors, None, "masked_dense")
     torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="models with ReLU, got silu"):
-        neurons.check(tiny_model(), "router")
+        neuron_router.check(tiny_model(), "router")
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
