@@ -19,6 +19,7 @@ from sparsebench.modules import storage
 from sparsebench.modules.activations import Activation
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
 from sparsebench.modules.input_sparse import replace
+from sparsebench.modules.routed import wanted_rows
 from sparsebench.modules.tokens import per_row
 from sparsebench.sites import Block, shape
 
@@ -111,12 +112,8 @@ class NeuronSparseFFN(SparseModule):
             z = first(x)
             return torch.where(self.threshold < 0, z, self.activation(z))
         wanted = self.predictor(x)
-        if self.to_kernel(x) and self.gated and first.bias is None:
-            z = kernels.providing(self.kernel_name, "output_sparse_linear").output_sparse_linear(
-                x, first.weight, wanted
-            )
-        else:
-            z = first(x)
+        fast = self.to_kernel(x) and self.gated and first.bias is None
+        z = wanted_rows(x, first.weight, wanted, self.kernel_name) if fast else first(x)
         return torch.where(self.threshold < 0, z, torch.where(wanted, self.activation(z), 0))
 
     def to_kernel(self, x: torch.Tensor) -> bool:

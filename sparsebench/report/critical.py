@@ -12,9 +12,11 @@ import altair as alt
 
 from sparsebench.records import terminal
 from sparsebench.records.wording import scaled
+from sparsebench.report import sizes
 from sparsebench.report.rows import Row, flat
+from sparsebench.report.sizes import size
 from sparsebench.report.tables import DASH, Table, number
-from sparsebench.report.vega import Spec, lines_over, styles
+from sparsebench.report.vega import Spec
 
 TEXT = (
     "The largest sparsity measured on dev at which a run's method keeps the demanded share of the dense metric, found by "
@@ -26,10 +28,6 @@ TEXT = (
 def searched(rows: list[Row]) -> list[Row]:
     """Runs that hold a search, small models first."""
     return sorted((r for r in rows if r.critical), key=lambda r: (size(r), r.method, str(r.path)))
-
-
-def size(row: Row) -> float:
-    return float((row.record.get("model") or {}).get("num_parameters") or 0)
 
 
 def demand(row: Row) -> str:
@@ -79,21 +77,22 @@ def line(row: Row, name: str) -> list[str]:
 
 
 def chart(rows: list[Row]) -> dict[str, Spec]:
-    """Critical sparsity against the number of parameters, one chart for each demand that two models share."""
+    """Critical sparsity against the number of parameters, one chart for each demand, published figures of the same tensors
+    and share beside it; none where that makes a single model."""
     mine = searched(rows)
     names, charts = curves(mine), {}
     for words in dict.fromkeys(map(demand, mine)):
-        cells = [
-            cell(r, names[i]) for i, r in enumerate(mine) if demand(r) == words and r.critical["sparsity"] is not None
+        here = [
+            (r, names[i])
+            for i, r in enumerate(mine)
+            if demand(r) == words and r.critical["sparsity"] is not None and size(r)
         ]
-        if len({c["parameters"] for c in cells}) < 2:
-            continue
-        x = alt.X(
-            "parameters:Q", title="parameters of the model", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s")
-        )
-        y = alt.Y("channels:Q", title="critical sparsity of the masked tensors", axis=alt.Axis(format="%"))
-        look = styles(list({c["series"] for c in cells}))
-        spec = lines_over(cells, x, y, f"Critical sparsity against model size: {words}", look)
+        cells = [cell(row, name) for row, name in here]
+        for method, share in {(row.method, row.critical["share"]) for row, _ in here}:
+            targets = {row.record["config"]["method"].get("target") for row, _ in here if row.method == method}
+            cells += sizes.published_critical(method, targets, share)
+        y = alt.Y("value:Q", title="critical sparsity of the masked tensors", axis=alt.Axis(format="%"))
+        spec = sizes.drawn(cells, y, f"Critical sparsity against model size: {words}", "accuracy of nine tasks")
         if spec:
             charts[f"critical-{len(charts)}"] = spec
     return charts
@@ -102,8 +101,5 @@ def chart(rows: list[Row]) -> dict[str, Spec]:
 def cell(row: Row, name: str) -> dict[str, Any]:
     section = row.critical
     error = 1.96 * (section.get("channels_stderr") or 0.0)
-    return {
-        "series": name, "run": name, "model": row.record["config"]["model"]["name"], "parameters": size(row),
-        "channels": section["channels"], "model_wide": section["sparsity"],
-        "low": section["channels"] - error, "high": section["channels"] + error,
-    }  # fmt: skip
+    model = row.record["config"]["model"]["name"]
+    return sizes.cell(name, name, model, size(row), "measured", section["channels"], error)

@@ -11,7 +11,7 @@
           where: {config.model.name: llama-tiny}    # dotted paths into the record
           by: [method, asked]                       # columns that tell rows apart; runs that agree in them are seeds
           columns: [dense, perplexity, sparsity, macs]
-      pictures: [{where: ..., plot: macs}]          # optional, a plot of the report
+      pictures: [{where: ..., plot: macs}]          # optional, a plot of the report; also: [archives whose runs stand in it, too]
       findings: Markdown                            # optional; a test finds its figures in the tables
       notes: Markdown                               # optional; what a reader must know about how it was made
 
@@ -361,15 +361,27 @@ def picture_name(experiment: Experiment, spec: dict) -> str:
 
 def pictures(experiments: list[Experiment]) -> dict[str, bytes]:
     """File name -> PNG of every picture that the pages show."""
-    from sparsebench.report import charts, vega
+    runs = {experiment.name: experiment.runs for experiment in experiments}
+    return {
+        picture_name(experiment, spec): drawn(
+            [row for name in (experiment.name, *spec.get("also", [])) for row in runs[name]], spec
+        )
+        for experiment in experiments
+        for spec in experiment.spec.get("pictures", [])
+    }
 
-    drawn = {}
-    for experiment in experiments:
-        for spec in experiment.spec.get("pictures", []):
-            (group,) = groups(selected(experiment.runs, spec["where"]))
-            look = vega.styles(list({r.series for r in group.rows}))
-            specs, datasets = charts.of_group(group, look, lambda row: None)
-            drawn[picture_name(experiment, spec)] = vega.as_png(
-                vega.as_svg({**specs[spec["plot"]], "datasets": datasets})
-            )
-    return drawn
+
+def drawn(rows: list[Row], spec: dict) -> bytes:
+    """One picture: a plot of the report over several models, or one of a single protocol. Raises ValueError without it."""
+    from sparsebench.report import charts, critical, sizes, vega
+
+    rows = selected(rows, spec.get("where", {}))
+    parts = groups(rows)
+    specs, datasets = critical.chart(rows) | sizes.kept_at_half(parts), {}
+    if spec["plot"] not in specs and len(parts) == 1:
+        look = vega.styles(list({r.series for r in parts[0].rows}))
+        specs, datasets = charts.of_group(parts[0], look, lambda row: None)
+    if spec["plot"] not in specs:
+        told = f"{len(rows)} records of {len(parts)} protocols, plots {', '.join(specs) or 'none'}"
+        raise ValueError(f"picture {spec['name']!r}: no plot {spec['plot']!r}, got {told}")
+    return vega.as_png(vega.as_svg({**specs[spec["plot"]], "datasets": datasets}))

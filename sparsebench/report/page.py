@@ -27,6 +27,7 @@ from sparsebench.report import (
     equal_terms,
     export,
     published,
+    sizes,
     step_tables,
     tables,
     vega,
@@ -183,7 +184,7 @@ def build(collection: Collection, title: str, folder: Path | None = None) -> tup
         made = [(subtitle, table) for subtitle, table in make(collection.finished) if table is not None]
         if made:
             across(page, anchor, name, text, made)
-    critical_sparsity(page, collection.finished)
+    over_models(page, collection.finished, parts)
     if len(parts) > 1:
         page.open("protocols", "Protocols differ")
         page.text(
@@ -233,18 +234,20 @@ def across(page: Page, anchor: str, name: str, text: str, made: list[tuple[str, 
     page.close()
 
 
-def critical_sparsity(page: Page, rows: list[Row]) -> None:
-    """The searches of all runs, and the figure against the model's size where there are several models."""
-    table = critical.table(rows)
-    if table is None:
-        return
-    page.open("critical", "Critical sparsity")
-    page.text(critical.TEXT)
-    page.table(table)
-    charts = critical.chart(rows)
-    if charts:
-        page.plots(charts, {}, "across")
-    page.close()
+def over_models(page: Page, rows: list[Row], parts: list[Group]) -> None:
+    """What stands for whole models: their critical sparsities, and quality at half against their size."""
+    sections = (
+        ("critical", "Critical sparsity", critical.TEXT, critical.table(rows), critical.chart(rows), "across"),
+        ("sizes", "Quality at half against the model's size", sizes.TEXT, None, sizes.kept_at_half(parts), "sizes"),
+    )
+    for anchor, name, text, table, specs, prefix in sections:
+        if table is not None or specs:
+            page.open(anchor, name)
+            page.text(text)
+            page.table(table)
+            if specs:
+                page.plots(specs, {}, prefix)
+            page.close()
 
 
 def head(page: Page, collection: Collection, parts: list[Group], title: str) -> None:

@@ -1,6 +1,7 @@
 """Critical sparsity in the report and on the terminal: a column, a table over all runs, one figure against model size."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -87,11 +88,11 @@ def test_models_share_a_figure_and_targets_are_curves(tmp_path):
     table = critical.table(rows)
     assert {line[0] for line in table.rows} == {"topp input", "topp intermediate"} and len(table.rows) == 4
     (spec,) = critical.chart(rows).values()
-    values = spec["data"]["values"]
-    assert {(v["series"], v["parameters"], v["channels"]) for v in values} == {
+    values = [v for v in spec["data"]["values"] if v["source"] == "measured"]
+    assert {(v["series"], v["parameters"], v["value"]) for v in values} == {
         ("topp input", 1e8, 0.3), ("topp input", 1e9, 0.35), ("topp intermediate", 1e8, 0.4), ("topp intermediate", 1e9, 0.5),
     }  # fmt: skip
-    assert values[0]["low"] == pytest.approx(values[0]["channels"] - 0.0196)
+    assert values[0]["low"] == pytest.approx(values[0]["value"] - 0.0196)
     written = page.write(collect([tmp_path]), tmp_path / "report", "t")
     assert (
         "Critical sparsity against model size" in "".join(written.markdown)
@@ -100,11 +101,25 @@ def test_models_share_a_figure_and_targets_are_curves(tmp_path):
 
 
 def test_different_demands_and_single_models_make_no_figure(tmp_path):
-    one = run("small", 1e8)
-    other = run("large", 1e9, metric="next_token")
+    one = run("small", 1e8, target="up")  # of which nothing is published
+    other = run("large", 1e9, target="up", metric="next_token")
     assert critical.chart(collected(tmp_path / "a", one, other).finished) == {}
     assert critical.chart(collected(tmp_path / "b", one).finished) == {}
     assert critical.table(collected(tmp_path / "c", made()).finished) is None
+
+
+def test_published_points_stand_beside_one_model_and_are_named_so(tmp_path):
+    """Only of the tensors that our own searches are about, of the same share, and a line for each family."""
+    (spec,) = critical.chart(collected(tmp_path / "a", run("small", 1e8, "gate", channels=0.2)).finished).values()
+    values = spec["data"]["values"]
+    assert [(v["source"], v["value"]) for v in values if v["parameters"] == 1e8] == [("measured", 0.2)]
+    others = {(v["series"], v["model"], v["parameters"], v["value"]) for v in values if v["source"] == "published"}
+    name = "topp gate, published"
+    assert {(name, "gemma3-27b", 27e9, 0.55), (name, "qwen2.5-1.5b", 1.5e9, 0.2593)} <= others and len(others) == 5
+    assert {v["run"] for v in values} == {"topp", "gate gemma3", "gate qwen2.5"}
+    assert "dashed: published" in json.dumps(spec)
+    half = run("small", 1e8, "gate", share=0.5)
+    assert critical.chart(collected(tmp_path / "b", half).finished) == {}
 
 
 def test_published_and_claimed_figures_are_read(tmp_path):

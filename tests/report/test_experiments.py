@@ -176,3 +176,21 @@ def test_yaml_and_archives_must_agree(tmp_path):
     archive.write(tmp_path / "here.parquet", [made()])
     with pytest.raises(ValueError, match=r"differ in \['gone'\]"):
         experiments.load(tmp_path)
+
+
+def test_a_picture_takes_runs_of_other_archives_and_names_what_is_missing():
+    """Over several models, from several archives; a plot of one protocol; neither."""
+
+    def experiment(name, sizes, **picture):
+        records = [made("teal", level, perplexity) for level, perplexity in ((0.4, 12.0), (0.6, 16.0))]
+        for each in records:
+            each["config"]["model"]["name"], each["model"] = name, {"source": name, "num_parameters": sizes}
+        return experiments.Experiment(name, {"pictures": [{"name": "p", **picture}]} if picture else {}, records)
+
+    one, other = experiment("one", 1e8, plot="kept-at-half-all", also=["other"]), experiment("other", 1e9)
+    both = experiments.pictures([one, other])
+    alone = experiments.pictures([experiment("one", 1e8, plot="kept-at-half-all")])
+    assert both.keys() == alone.keys() == {"one-p.png"} and both["one-p.png"] != alone["one-p.png"]
+    assert experiments.pictures([experiment("one", 1e8, plot="macs")])["one-p.png"][:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="no plot 'macs', got 4 records of 2 protocols"):
+        experiments.pictures([experiment("one", 1e8, plot="macs", also=["other"]), other])

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from sparsebench.calibration.histograms import observe
 from sparsebench.config import NAME_PATTERN, setting
 from sparsebench.methods.base import Method, Work
-from sparsebench.methods.polar import budgets
-from sparsebench.modules import heads, input_sparse, neuron_sparse
-from sparsebench.modules.activations import Activation, activation_of
+from sparsebench.methods.polar import budgets, neuron_router
+from sparsebench.methods.prosparse import predictor
+from sparsebench.modules import heads
 from sparsebench.modules.input_sparse import PROMPT_POLICIES
 from sparsebench.records.state import State
 from sparsebench.sites import Block, find_blocks
@@ -47,13 +47,19 @@ class Polar(Method):
     budget: str = setting(choices=("uniform", "energy"))
     router: str = setting(choices=heads.ROUTERS)
     score: str = setting(choices=("norm", "out"))
-    neurons: str = setting(choices=("none", "exact"))
+    neurons: str = setting(choices=("none", "exact", "router"))
+    neuron_batch: int | None = setting(gt=0)
     prompt: str = setting(choices=PROMPT_POLICIES)
     calibration_tokens: int = setting(gt=0)
     training: Training
+    neuron_router: predictor.Settings
     kinds: ClassVar = ("language",)
     neutral: ClassVar = {"density": 1.0, "neurons": "none"}
     operating_point: ClassVar = ("density", "budget", "neurons", "prompt")
+
+    def __post_init__(self):
+        if self.neurons == "router":
+            self.operating_point = ("density", "budget", "prompt")  # its routers are trained in the fit
 
     @property
     def changes(self) -> None:
@@ -63,7 +69,7 @@ class Polar(Method):
         """Statistics of ||a_h|| on data.fit, and the routers where they are asked for.
 
         Tensors: `norms.<layer>` mean score of each unit; `curve.<layer>` mean shares of squared scores, largest first;
-        `router.<layer>.weight` [units, d] and `.bias`.
+        `router.<layer>.weight` [units, d] and `.bias`; `predictor.<layer>.*` of the neurons (polar/neuron_router.py).
         """
         module, blocks = loaded.module, find_blocks(loaded.module)
         sequences = data.fit.sequences(max(1, self.calibration_tokens // data.fit.sequence_length))
@@ -86,6 +92,13 @@ class Polar(Method):
                 weight, bias = (t.detach() for t in layer.route)
                 state.tensors |= {f"router.{index}.weight": weight / layer.scale, f"router.{index}.bias": bias}
         state.info["extra"] = {"polar": {"units": {i: layer.units for i, layer in layers.items()}}}
+        if self.neurons == "router":
+            rows = max(1, self.neuron_router.tokens // data.fit.sequence_length)
+            tensors, told = neuron_router.fit(
+                module, data.fit.sequences(rows), self.neuron_router, self.neuron_batch, work
+            )
+            state.tensors |= tensors
+            state.info["extra"]["polar"]["neurons"] = told
         return state
 
     def units(self, config: Any) -> tuple[int, int, bool]:
@@ -124,7 +137,11 @@ class Polar(Method):
             )  # fmt: skip
         if self.neurons == "exact":
             for block in blocks:
-                skip_zeros(module, block, kernel)
+                neuron_router.skip_zeros(module, block, kernel)
+        if self.neurons == "router":
+            counts = state.info["extra"]["polar"]["neurons"]["per_layer"]
+            by_layer = {int(i): each["k"] for i, each in counts.items()} if self.neuron_batch is not None else None
+            neuron_router.apply(module, state.tensors, by_layer, kernel)
         return module
 
 
@@ -174,13 +191,3 @@ class Layer:
                 off = factor * ((hidden / self.scale @ self.route[0].t() + self.route[1]).sigmoid() - wanted)
                 self.route[0].grad, self.route[1].grad = off.t() @ hidden / self.scale / len(off), off.mean(0)
             self.optimizer.step()
-
-
-def skip_zeros(module: nn.Module, block: Block, kernel: str) -> None:
-    """Skip neurons that are exactly 0. Raises ValueError for a model whose activation is not ReLU."""
-    if activation_of(module.config) != "relu":
-        raise ValueError(f"method.neurons=exact takes models with ReLU, got {activation_of(module.config)}")
-    if "gate" in block.sites:
-        neuron_sparse.swap(module, block, Activation("relu"), kernel=kernel)
-    else:
-        input_sparse.swap(module, block.sites["fc2"], 0.0, kernel=kernel).unit = "neurons"

@@ -23,7 +23,7 @@ from sparsebench.modules.activations import FATReLU, ShiftedReLU
 from sparsebench.modules.neuron_sparse import swap
 from sparsebench.records.state import State
 from sparsebench.sites import find_blocks
-from sparsebench.training import finetune
+from sparsebench.training import chunk_penalties, finetune
 from sparsebench.training.loop import Training, train
 
 CONTROLS = ("continued", "vanilla_relu", "shifted_relu", "constant_lambda", "drelu", "l1_relu")
@@ -64,6 +64,7 @@ class ProSparse(Method):
     reg_norm: str = setting(choices=x1.NORMS)
     shift: float = setting(ge=0)
     l1: l1.Settings
+    neighbours: chunk_penalties.Neighbours
     threshold: float | None = setting(ge=0)
     thresholds: list[float] = setting(ge=0)
     threshold_tolerance: float = setting(ge=0)
@@ -93,6 +94,10 @@ class ProSparse(Method):
             problems.append("approximate=true needs method.predictor, got null")
         if self.approximate and self.control == "continued":
             problems.append("approximate must be false with method.control=continued (nothing is skipped), got true")
+        if self.neighbours.on and self.control in ("continued", "drelu"):
+            problems.append(
+                f"neighbours must be off with method.control={self.control}: its gates are not what is zero"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -117,10 +122,11 @@ class ProSparse(Method):
         """What the FFN's gate ends with, in words: a state trained with one is not applied with another."""
         return {"continued": "the model's own", "shifted_relu": "shifted ReLU"}.get(self.control or "", "ReLU")
 
-    def penalty(self, module: nn.Module, seed: int) -> x1.X1Penalty:
+    def penalty(self, module: nn.Module, seed: int) -> x1.X1Penalty | chunk_penalties.Beside:
+        own = x1.X1Penalty(module, self.reg_norm, self.coefficient)
         if self.control == "l1_relu":
-            return l1.L1Penalty(module, self.l1, seed)
-        return x1.X1Penalty(module, self.reg_norm, self.coefficient)
+            own = l1.L1Penalty(module, self.l1, seed)
+        return chunk_penalties.Beside(own, module, self.neighbours) if self.neighbours.on else own
 
     def swap(self, module: nn.Module, threshold: float, kernel: str | None, predictors: dict | None = None) -> None:
         """The FFNs of the variant in the place of the model's own; none for continued training."""
@@ -146,6 +152,11 @@ class ProSparse(Method):
         self.swap(module, 0.0, None)
         if self.train is not None:
             rows = finetune.rows(data.fit, self.train)
+            if self.neighbours.chunk and data.fit.sequence_length % self.neighbours.length:
+                raise ValueError(
+                    f"method.neighbours.length must divide dataset.sequence_length={data.fit.sequence_length}, "
+                    f"got {self.neighbours.length}"
+                )
             with self.penalty(module, work.seed) as penalty:
                 history = train(
                     module, rows, self.train, folder=work.folder, seed=work.seed, penalty=penalty,

@@ -18,7 +18,9 @@ from sparsebench import kernels
 from sparsebench.calibration.histograms import observe
 from sparsebench.config import setting
 from sparsebench.modules.base import Cost, Counter, SiteSparsity, SparseModule
-from sparsebench.modules.neuron_sparse import ffn_path, last_path
+from sparsebench.modules.neuron_sparse import last_path
+from sparsebench.modules.routed import MOST_ROWS
+from sparsebench.modules.tokens import CALLS
 from sparsebench.sites import Block, find_blocks
 
 
@@ -44,8 +46,13 @@ class Predictor(SparseModule):
     the structure of the block around it stays what it was.
     """
 
-    def __init__(self, first: torch.Tensor, second: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor, site=""):
+    unit = "neurons"
+
+    def __init__(
+        self, first: torch.Tensor, second: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor, site="", k=None
+    ):
         super().__init__()
+        self.k: int | None = k  # neurons that all rows of a batch share; None = each token's own
         self.first, self.second = nn.Parameter(first), nn.Parameter(second)  # [r, d], [f, r]
         self.bias1, self.bias2 = nn.Parameter(bias1), nn.Parameter(bias2)
         self.register_buffer("threshold", torch.zeros((), device=first.device), persistent=False)
@@ -66,6 +73,9 @@ class Predictor(SparseModule):
             return "masked_dense"
         return kernels.name_of(kernels.providing(self.kernel_name, "output_sparse_linear"))
 
+    def kernel_of_rows(self, rows: int) -> str:
+        return self.kernel(1) if rows <= MOST_ROWS else "masked_dense"
+
     def new_counter(self) -> Counter:
         return Counter(self.second.shape[0], self.second.device)
 
@@ -73,7 +83,9 @@ class Predictor(SparseModule):
         return F.linear(F.linear(x, self.first, self.bias1).relu(), self.second, self.bias2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wanted = (self.logits(x) > 0) | (self.threshold < 0)
+        logits = self.logits(x)
+        wanted = logits > 0 if self.k is None else of_batch(logits, self.k)
+        wanted = wanted | (self.threshold < 0)
         if self.counter is not None:
             self.counter.add(wanted)
         return wanted
@@ -83,6 +95,23 @@ class Predictor(SparseModule):
         size, extra = self.num_weights, self.first.numel() + self.second.numel()
         share, element = 1 - measured[self.site].sparsity_of_sparse_tokens, self.first.element_size()
         return {self.site: Cost(size, share * size, extra, size * element, (share * size + extra) * element)}
+
+
+def of_batch(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """bool [.., f]: the k neurons with the largest sum of ReLU(logits) over the rows of a call, the same for all of them.
+
+    logits [B, T, f] or, of a model that flattens its tokens, [B T, f]: each position has a set of its own, as it has in a
+    decode step of B rows. Padding has no voice. Outside of a model's call each row of [N, f] stands alone.
+    """
+    call, neurons = CALLS[-1], logits.shape[-1]
+    scores = logits.relu()
+    if scores.dim() == 2:
+        scores = scores.unflatten(0, call.shape or (1, -1))
+    if call.mask is not None and call.mask.shape == scores.shape[:2]:
+        scores = scores * call.mask.unsqueeze(-1)
+    chosen = scores.sum(0, keepdim=True).topk(min(k, neurons), -1, sorted=False).indices
+    wanted = torch.zeros_like(scores[:1], dtype=torch.bool).scatter_(-1, chosen, True)
+    return wanted.expand_as(scores).reshape(logits.shape)
 
 
 def initial(d: int, rank: int, f: int, seed: int) -> Predictor:
@@ -98,7 +127,8 @@ def pairs(module: nn.Module, blocks: list[Block], sequences: torch.Tensor, batch
     labels: dict[int, list] = {b.index: [] for b in blocks}
     observers = {}
     for block in blocks:
-        observers[ffn_path(block)] = lambda x, i=block.index: inputs[i].append(x.flatten(0, -2).cpu())
+        first = block.sites["gate" if "gate" in block.sites else "fc1"].path
+        observers[first] = lambda x, i=block.index: inputs[i].append(x.flatten(0, -2).cpu())
         observers[last_path(block)] = lambda x1, i=block.index: labels[i].append((x1 != 0).flatten(0, -2).cpu())
     observe(module, sequences, observers, batch_size)
     return {i: (torch.cat(inputs[i]).float(), torch.cat(labels[i])) for i in inputs}
