@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+ROUNDING = 1e-6  # of a figure: what fp32 leaves [choice]
+
 
 def scaled(value: float | None, unit: str = "") -> str:
     """1234567 -> 1.23 M; small amounts of a unit have prefixes, too."""
@@ -15,6 +17,15 @@ def scaled(value: float | None, unit: str = "") -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """3 h 18 min; 5 min 20 s; 12.3 s."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
 
 
 def ratio(dense: float | None, sparse: float | None) -> str:
@@ -36,10 +47,10 @@ def digits(stderr: float) -> int:
 
 
 def uncertain(value: float | None, stderr: float | None, unit: str = "", sign: str = "") -> str:
-    """10.98 ± 0.03, in significant digits only."""
+    """10.98 ± 0.03, in significant digits only. An error of less than a millionth of the value (rounding) is none."""
     if value is None:
         return "-"
-    if not stderr or not math.isfinite(stderr):
+    if not stderr or not math.isfinite(stderr) or stderr < ROUNDING * abs(value):
         return f"{value:{sign}.4g}{unit}"
     return f"{value:{sign}.{digits(stderr)}f} ± {stderr:.{digits(stderr)}f}{unit}"
 

@@ -117,7 +117,7 @@ def as_markdown(table: Table, foreign: bool = False) -> str:
 
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "→": r"$\to$",
-           "≈": r"$\approx$", "◆": r"$\blacklozenge$", "–": "--", "…": r"\ldots{}", "×": r"$\times$", "“": "``",
+           "≈": r"$\approx$", "◆": r"$\blacklozenge$", "◇": r"$\lozenge$", "–": "--", "…": r"\ldots{}", "×": r"$\times$", "“": "``",
            "”": "''", **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
 
 
