@@ -34,6 +34,7 @@ SORTED, LONG = (
     6,
     25,
 )  # lines from which a table can be sorted and filtered, and from which it scrolls in a window of its own
+MOST_BESIDE = 3  # columns of text that a narrow screen can hold
 FEW = 3  # comparisons of an answer that stand open
 
 
@@ -95,12 +96,13 @@ class Page:
             for i, name in enumerate(table.head)
         ]
         head = "".join(f'<th class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.head, strict=True))
-        body = "".join(self.line(table, i, kinds, rows_named) for i in range(len(table.rows)))
-        sort = ' class="sort"' if len(table.rows) >= SORTED else ""
+        prose = not table.numeric and len(table.head) > MOST_BESIDE
+        body = "".join(self.line(table, i, kinds, rows_named, prose) for i in range(len(table.rows)))
+        classes = " ".join(filter(None, ("sort" * (len(table.rows) >= SORTED), "prose" * prose)))
         fixed = " data-order-fixed='[[0,\"asc\"]]'" if order_first else ""
         kind = "wide tall" if len(table.rows) > LONG else "wide"
         self.html.append(
-            f'<div class="{kind}"><table{sort}{fixed}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="{kind}"><table class="{classes}"{fixed}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
         if table.note:
             self.html.append(f'<p class="soft">{escape(table.note)}</p>')
@@ -108,7 +110,8 @@ class Page:
             self.markdown.append(export.as_markdown(table, foreign=True) + "\n")
             self.latex.append((self.section, table))
 
-    def line(self, table: Table, number: int, kinds: list[str], named: bool) -> str:
+    def line(self, table: Table, number: int, kinds: list[str], named: bool, prose: bool) -> str:
+        """prose: on a narrow screen its cells stand one below the other, each with its head."""
         row = table.runs[number] if table.runs else None
         cells = []
         for i, (kind, text) in enumerate(zip(kinds, table.rows[number], strict=True)):
@@ -119,7 +122,8 @@ class Page:
                     shown = f'<a href="{escape(where)}">{shown}</a>'
             value = FIGURE.search(text) if i in table.numeric else None
             order = f' data-order="{value[0] if value else ""}"' if i in table.numeric else ""
-            cells.append(f'<td class="{kind}"{order}>{shown}</td>')
+            head = f' data-head="{escape(table.head[i])}"' if prose else ""
+            cells.append(f'<td class="{kind}"{order}{head}>{shown}</td>')
         name = f' id="{anchor_of(row)}"' if named and row is not None else ""
         return f"<tr{name}{' class=m' if number in table.marked else ''}>{''.join(cells)}</tr>"
 

@@ -9,6 +9,8 @@ Rows of different protocols never stand in one ranking.
 from __future__ import annotations
 
 import base64
+import re
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -31,6 +33,9 @@ from sparsebench.report.escape import markdown, marked_down
 from sparsebench.report.groups import Group, groups, worded
 from sparsebench.report.rows import Collection, Row
 from sparsebench.report.tables import Table
+
+PICTURE = re.compile(r"(group-\d+|across|bench)-[a-z\d-]+\.(png|svg)")  # files that a report writes beside its page
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sections
@@ -241,8 +246,13 @@ def one_bench(page: Page, path: Path, content: dict, number: int) -> None:
 
 
 def write(collection: Collection, folder: Path, title: str, latex: bool = False) -> Page:
-    """The report in `folder`, each file written atomically. latex: its tables as report.tex, too."""
+    """The report in `folder`, each file written atomically. latex: its tables as report.tex, too.
+
+    What an earlier report left there and this one does not have (charts, tables for LaTeX) is removed.
+    """
     page, parts = build(collection, title, folder)
+    for file in stale(folder, page.pictures, latex):
+        file.unlink()
     for name, content in page.pictures.items():
         files.write_atomic(folder / name, content)
     files.write_atomic(folder / "report.csv", export.as_csv(parts).encode(errors="replace"))
@@ -254,3 +264,12 @@ def write(collection: Collection, folder: Path, title: str, latex: bool = False)
         folder / "report.html", document.document("".join(page.html), page.charts, title).encode(errors="replace")
     )
     return page
+
+
+def stale(folder: Path, pictures: Iterable[str], latex: bool) -> list[Path]:
+    """Files of an earlier report that would stand beside this one as if they were of it."""
+    old = [f for f in folder.glob("*.*") if f.is_file() and PICTURE.fullmatch(f.name) and f.name not in pictures]
+    tables_of = folder / "report.tex"
+    if not latex and tables_of.is_file() and tables_of.read_bytes().startswith(export.LATEX_HEAD.encode()):
+        old.append(tables_of)
+    return old
