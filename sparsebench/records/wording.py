@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 ROUNDING = 1e-6  # of a figure: what fp32 leaves [choice]
+LARGE = 1e7  # above it a figure is written with a power of ten [choice]
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -35,7 +36,7 @@ def ratio(dense: float | None, sparse: float | None) -> str:
 def rounded(value: float, stderr: float | None) -> str:
     """A figure to the digit its standard error reaches (its first, or its second where that starts with 1); 4 digits
     where it has none."""
-    if not stderr or not math.isfinite(stderr):
+    if not stderr or not math.isfinite(stderr) or abs(value) > LARGE:
         return f"{value:.4g}"
     return f"{value:.{digits(stderr)}f}"
 
@@ -52,6 +53,8 @@ def uncertain(value: float | None, stderr: float | None, unit: str = "", sign: s
         return "-"
     if not stderr or not math.isfinite(stderr) or stderr < ROUNDING * abs(value):
         return f"{value:{sign}.4g}{unit}"
+    if max(abs(value), stderr) > LARGE:
+        return f"{value:{sign}.4g} ± {stderr:.2g}{unit}"
     return f"{value:{sign}.{digits(stderr)}f} ± {stderr:.{digits(stderr)}f}{unit}"
 
 

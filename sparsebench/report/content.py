@@ -141,7 +141,7 @@ class Page:
             self.pictures |= {f"{prefix}-{name}.svg": still.encode(), f"{prefix}-{name}.png": vega.as_png(still)}
             source, alt = base64.b64encode(still.encode()).decode(), escape(spec["title"])
             shown.append(
-                f'<figure data-chart="{prefix}/{name}"><img loading="lazy" alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>'
+                f'<figure data-chart="{prefix}/{name}"><img decoding="async" alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>'
             )
             self.markdown.append(f"![{markdown(alt)}]({prefix}-{name}.png)\n")
         self.html.append(f'<div class="plots">{"".join(shown)}</div>')
