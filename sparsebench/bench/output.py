@@ -21,10 +21,11 @@ def table(results: dict) -> str:
                   " `fused`: as the"
                   " fused step runs it, compaction included; `alone`: a product by itself, bias and rounding included."]  # fmt: skip
         for row in results["projections"]:
+            breaking = row["break_even"] if "break_even" in row else row["break_even_sparsity"]  # schema 1
             shown = sorted({v["sparsity"] for v in row["sparse"].values()})
             dense = row["times"][row["dense"]]["median_us"]
             lines += ["", f"**{row['projection']}** {row['m']} x {row['n']}: dense {dense:.1f} us ({row['dense']}, "
-                      f"{row['dense_bandwidth_gbs']:.0f} GB/s), break-even {breaks(row['break_even'])}", "",
+                      f"{row['dense_bandwidth_gbs']:.0f} GB/s), break-even {breaks(breaking)}", "",
                       "| kernel | " + " | ".join(f"{s:.0%}" for s in shown) + " |", "|---" * (len(shown) + 1) + "|"]  # fmt: skip
             for kind in sorted({v["kind"] for v in row["sparse"].values()}):
                 cells = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+ROUNDING = 1e-6  # of a figure: what fp32 leaves [choice]
+LARGE = 1e7  # above it a figure is written with a power of ten [choice]
+
 
 def scaled(value: float | None, unit: str = "") -> str:
     """1234567 -> 1.23 M; small amounts of a unit have prefixes, too."""
@@ -17,6 +20,15 @@ def scaled(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def duration(seconds: float) -> str:
+    """3 h 18 min; 5 min 20 s; 12.3 s."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
+
+
 def ratio(dense: float | None, sparse: float | None) -> str:
     return f"{sparse / dense:.3f}x" if dense and sparse is not None else "-"
 
@@ -24,7 +36,7 @@ def ratio(dense: float | None, sparse: float | None) -> str:
 def rounded(value: float, stderr: float | None) -> str:
     """A figure to the digit its standard error reaches (its first, or its second where that starts with 1); 4 digits
     where it has none."""
-    if not stderr or not math.isfinite(stderr):
+    if not stderr or not math.isfinite(stderr) or abs(value) > LARGE:
         return f"{value:.4g}"
     return f"{value:.{digits(stderr)}f}"
 
@@ -36,11 +48,13 @@ def digits(stderr: float) -> int:
 
 
 def uncertain(value: float | None, stderr: float | None, unit: str = "", sign: str = "") -> str:
-    """10.98 ± 0.03, in significant digits only."""
+    """10.98 ± 0.03, in significant digits only. An error of less than a millionth of the value (rounding) is none."""
     if value is None:
         return "-"
-    if not stderr or not math.isfinite(stderr):
+    if not stderr or not math.isfinite(stderr) or stderr < ROUNDING * abs(value):
         return f"{value:{sign}.4g}{unit}"
+    if max(abs(value), stderr) > LARGE:
+        return f"{value:{sign}.4g} ± {stderr:.2g}{unit}"
     return f"{value:{sign}.{digits(stderr)}f} ± {stderr:.{digits(stderr)}f}{unit}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ from sparsebench import __version__, cache
 from sparsebench.records import files, stopping
 
 FAILED, WRONG = 1, 2
+NAMED = 5  # records left out that the terminal names
 
 
 def main() -> None:
@@ -90,12 +92,11 @@ def reported(arguments: argparse.Namespace) -> dict:
     from sparsebench.report import page
     from sparsebench.report.rows import collect
 
+    folder = writable(folder_of(arguments))
     collection = collect(arguments.paths)
     if not len(collection):
-        for path, reason in collection.unreadable:
-            print(f"{path}: {reason}", file=sys.stderr)
+        name_unreadable(collection.unreadable, "")
         stop(f"no records below {', '.join(map(str, arguments.paths))}", FAILED)
-    folder = folder_of(arguments)
     try:
         written = page.write(collection, folder, arguments.title, arguments.latex)
     except OSError as error:
@@ -105,12 +106,30 @@ def reported(arguments: argparse.Namespace) -> dict:
         from sparsebench.report import upload
 
         uploaded = upload.send(collection, folder, arguments.project)
+    name_unreadable(collection.unreadable, f"{folder / 'report.html'}, under Failures")
     print(
         f"{len(collection.finished)} finished, {len(collection.failed)} failed, {len(collection.unreadable)} unreadable",
         file=sys.stderr,
     )
     return {"report": str(folder / "report.html"), "finished": len(collection.finished), "failed": len(collection.failed),
             "unreadable": len(collection.unreadable), "plots": sorted(written.pictures), "uploaded": uploaded}  # fmt: skip
+
+
+def writable(folder: Path) -> Path:
+    """The folder itself, where it is one that can be written or made; said before anything is read."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        stop(f"{folder} can't be written: {there} is no folder that can be written to", FAILED)
+    return folder
+
+
+def name_unreadable(unreadable: list[tuple[Path, str]], rest: str) -> None:
+    """Say which records were left out and why: the first few, and where the others are listed. rest: where; "": all of them here."""
+    shown = unreadable[:NAMED] if rest else unreadable
+    for path, reason in shown:
+        print(f"{path} was left out: {reason}", file=sys.stderr)
+    if len(shown) < len(unreadable):
+        print(f"{len(unreadable) - len(shown)} more were left out; all are listed in {rest}", file=sys.stderr)
 
 
 def folder_of(arguments: argparse.Namespace) -> Path:
@@ -124,11 +143,12 @@ def compared(arguments: argparse.Namespace) -> dict:
     from sparsebench.report import compare
     from sparsebench.report.rows import collect
 
+    folder = writable(folder_of(arguments))
     sets = [collect([path]) for path in arguments.paths]
     for path, collection in zip(arguments.paths, sets, strict=True):
+        name_unreadable(collection.unreadable, "")
         if not collection.finished:
             stop(f"no finished records below {path}", FAILED)
-    folder = folder_of(arguments)
     try:
         return compare.write(*sets, folder, arguments.title)
     except OSError as error:

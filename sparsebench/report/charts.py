@@ -20,12 +20,13 @@ import altair as alt
 
 from sparsebench.records.wording import uncertain
 from sparsebench.report import patterns, unions
-from sparsebench.report.groups import Group, of_seeds, on_target, pareto, repeats
+from sparsebench.report.groups import Group, dtype_of, of_seeds, on_target, pareto, repeats
 from sparsebench.report.rows import Row, sites
 from sparsebench.report.step_charts import MOST_LINES, MOST_MAPS, nearest_half, of_machine
 from sparsebench.report.vega import MOST_STEPS, Spec, finished, lines_over, palette, quoted, tooltip, without_schema
 
-FAR = 20  # worst over best quality above which the axis is logarithmic
+FAR = 20  # largest over smallest value above which the axis is logarithmic
+MOST_LAYERS = 5  # names of layers below a map: more run into each other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,11 +106,11 @@ def against(
     stars = [{**star, x: dense_x}] if star and dense_x is not None else []
     every = [*drawn, *stars]
     front = [every[i] for i in pareto([(sign * p[x], p["quality"]) for p in every], higher)]
-    values = [p["quality"] for p in drawn if p["quality"] > 0]
-    scale = alt.Scale(zero=False, type="log" if values and max(values) / min(values) > FAR else "linear", nice=True)
+    scale = quality_scale([p["quality"] for p in every])
     direction = "higher" if higher else "lower"
     place = alt.X(f"{x}:Q", title=label, axis=alt.Axis(format=form), scale=alt.Scale(zero=False, nice=True))
-    quality = alt.Y("quality:Q", title=f"{group.protocol['metric']} ({direction} is better)", scale=scale)
+    axis = alt.Axis(format=".1%" if group.protocol["metric"] == "accuracy" else "")
+    quality = alt.Y("quality:Q", title=f"{group.protocol['metric']} ({direction} is better)", scale=scale, axis=axis)
     series = list(dict.fromkeys(p["series"] for p in drawn))
     colours, chosen = palette(look, series), alt.selection_point(fields=["series"], bind="legend", name="curve")
     fade = alt.condition(chosen, alt.value(1), alt.value(0.08))
@@ -126,7 +127,7 @@ def against(
     if any(f"{x}_low" in p for p in drawn):
         across = bars.transform_filter(f"isValid(datum.{x}_low)")
         layers.append(across.encode(x=f"{x}_low:Q", x2=f"{x}_high:Q", y=quality, color=colours["color"], opacity=fade))
-    filled = alt.condition("datum.real", alt.Color("series:N", legend=None), alt.value("white"))
+    filled = alt.condition("datum.real", colours["color"], alt.value("white"))
     marks = base.mark_point(size=55, strokeWidth=1.6).encode(
         place, quality, **colours, fill=filled, href="href:N", tooltip=tooltip(group.protocol["metric"]), opacity=fade
     )
@@ -139,57 +140,72 @@ def against(
     return finished(alt.layer(*layers), title)
 
 
+def quality_scale(values: list[float]) -> alt.Scale:
+    """Logarithmic where the worst is many times the best, and then from just below the best to just above the worst."""
+    if min(values) > 0 and max(values) / min(values) > FAR:
+        return alt.Scale(type="log", nice=False, domain=[0.9 * min(values), 1.2 * max(values)])
+    return alt.Scale(zero=False, nice=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Other questions
 
 
 def heat_map(group: Group) -> Spec | None:
-    """Measured sparsity of every map: layer by role, for each curve's setting nearest to half."""
+    """Measured sparsity of every map: layer by role, for each curve's setting nearest to half, in one number format."""
+    mapped = [r for r in group.rows if r.method != "dense" and sites(r.record)]
+    every = {series.removesuffix(f" {dtype_of(row)}"): row for series, row in nearest_half(mapped)}
     cells = [
         {"series": series, "layer": layer, "role": role, "sparsity": value}
-        for series, row in nearest_half([r for r in group.rows if r.method != "dense"])[:MOST_MAPS]
+        for series, row in list(every.items())[:MOST_MAPS]
         for layer, role, value in sites(row.record)
     ]
     if not cells:
         return None
-    count = len({c["layer"] for c in cells})
-    roles = list(dict.fromkeys(c["role"] for c in cells))
-    columns = min(len({c["series"] for c in cells}), 3)
-    axis = alt.Axis(labelOverlap=True, labelAngle=0 if roles != [""] else -60)
+    layers, roles = (list(dict.fromkeys(c[k] for c in cells)) for k in ("layer", "role"))
+    columns = min(len(every), 3)
+    named = roles != [""]
+    axis = alt.Axis(
+        values=layers[:: -(-len(layers) // MOST_LAYERS)] if named else layers, labelAngle=0 if named else -60
+    )
     rect = alt.Chart(alt.InlineData(cells)).mark_rect().encode(
-        x=alt.X("layer:O", title="layer" if roles != [""] else "", sort=None, axis=axis),
-        y=alt.Y("role:N", title=None, sort=None),
+        x=alt.X("layer:O", title="layer" if named else "", sort=None, axis=axis),
+        y=alt.Y("role:N", title=None, sort=None, axis=alt.Axis() if named else None),
         color=alt.Color("sparsity:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"),
                         legend=alt.Legend(format="%", title="sparsity", orient="right", gradientLength=90)),
         tooltip=[alt.Tooltip("series:N"), alt.Tooltip("layer:O"), alt.Tooltip("role:N"), alt.Tooltip("sparsity:Q", format=".1%")],
-    ).properties(width=min(max(9 * count, 80), 330 // columns), height=max(14 * len(roles), 30))  # fmt: skip
+    ).properties(width=min(max(9 * len(layers), 80), 330 // columns), height=max(14 * len(roles), 30))  # fmt: skip
     chart = rect.facet(facet=alt.Facet("series:N", title=None, header=alt.Header(labelLimit=190)), columns=columns)
-    return without_schema(chart.properties(title="Where the sparsity lies, by map, measured"))
+    left = f", {MOST_MAPS} of {len(every)} curves" if len(every) > MOST_MAPS else ""
+    return without_schema(chart.properties(title=f"Where the sparsity lies, by map, measured{left}"))
 
 
 def training(rows: list[Row], look: dict) -> Spec | None:
-    """Loss while fitting, one line per run; of seeds the first; stages one after the other."""
+    """Loss while fitting, one line per run and stage (each has a loss of its own); of seeds the first."""
     cells = [
-        {"series": same[0].series, "run": same[0].label, "step": step, "loss": loss}
+        {"series": same[0].series, "run": f"{same[0].label}, {stage}", "stage": stage, "step": step, "loss": loss}
         for same in repeats([r for r in rows if (r.record.get("extra") or {}).get("training")])[:MOST_LINES]
-        for step, loss in losses(same[0].record["extra"]["training"])
+        for stage, step, loss in losses(same[0].record["extra"]["training"])
     ]  # fmt: skip
-    y = alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False))
-    return lines_over(cells, alt.X("step:Q", title="step, stages one after the other"), y, "Training", look)
+    x = alt.X("step:Q", title="step, stages one after the other")
+    y = alt.Y(
+        "loss:Q", title="training loss", scale=quality_scale([c["loss"] for c in cells]) if cells else alt.Scale()
+    )
+    return lines_over(cells, x, y, "Training loss, by stage", look, dash="stage")
 
 
-def losses(history: list[dict]) -> list[tuple[int, float]]:
-    """(step, loss) of a training history, steps of later stages counted on; thinned to what a chart can show."""
+def losses(history: list[dict]) -> list[tuple[str, int, float]]:
+    """(stage, step, loss) of a training history, steps of later stages counted on; thinned to what a chart can show."""
     stages: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         name = next((k for k in entry if k.endswith("/step")), None)
         loss = entry.get(f"{name.removesuffix('/step')}/loss") if name else None
         if name and isinstance(loss, (int, float)) and math.isfinite(loss):
-            stages.setdefault(name, []).append((int(entry[name]), loss))
+            stages.setdefault(name.removesuffix("/step"), []).append((int(entry[name]), loss))
     every, before = [], 0
-    for stage in stages.values():
-        every += [(before + step, loss) for step, loss in stage]
-        before = every[-1][0]
+    for stage, steps in stages.items():
+        every += [(stage, before + step, loss) for step, loss in steps]
+        before = every[-1][1]
     thin = -(-len(every) // MOST_STEPS) if every else 1
     return every[::thin]
 
@@ -219,7 +235,7 @@ def of_group(
     group: Group, look: dict[str, tuple[str, str]], link: Callable[[Row], str | None]
 ) -> tuple[dict[str, Spec], Spec]:
     """(name -> chart, their common data by name), for what the group's rows hold."""
-    drawn = points(group, link)
+    drawn = [] if group.random else points(group, link)
     charts: dict[str, Spec | None] = {
         "sparsity": against(group, look, drawn, "sparsity", "Quality against measured sparsity",
                             "sparsity, model-wide, measured on test data", 0.0, sign=-1),

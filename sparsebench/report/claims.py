@@ -301,11 +301,28 @@ A model of less than 20 million parameters is called a toy, unless the paper is 
 for a model that people use, so each has a line of its own, and where they disagree both stand."""
 
 
-def table(rows: list[Row], given: list[Claim] | None = None) -> Table | None:
-    """The verdicts on the claims that these rows test; None where they test none."""
-    lines = [each for each in verdicts(rows, given) if each.verdict != UNTESTABLE]
-    body = [[each.claim.statement, each.claim.cited, *cells(each)] for each in lines]
-    return Table(HEAD, body, set(), set(), NOTE) if lines else None
+def tested(rows: list[Row], given: list[Claim] | None = None) -> list[Line]:
+    """The verdicts on those claims that these rows test."""
+    return [each for each in verdicts(rows, given) if each.verdict != UNTESTABLE]
+
+
+def counted(lines: list[Line]) -> str:
+    """How many there are of each verdict."""
+    said = {verdict: sum(each.verdict == verdict for each in lines) for verdict in (REPRODUCED, REFUTED, OPEN)}
+    claims, settings = len({each.claim.id for each in lines}), len(lines)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in said.items() if count)
+    return f"{claims} claim{'s' * (claims > 1)} tested in {settings} setting{'s' * (settings > 1)}: {counts}."
+
+
+def table(lines: list[Line]) -> Table | None:
+    """Verdicts, one to a line; None where there are none."""
+    body = [
+        [f"{each.claim.statement} ({each.claim.cited})", verdict,
+         measured + (f" (the error holds: {holds})" if holds != DASH else ""), f"{model}; {machine}", differing_in]
+        for each in lines for verdict, model, machine, measured, holds, differing_in in [cells(each)]
+    ]  # fmt: skip
+    head = ["claim", "verdict", "measured here", "model and machine", "what differs"]
+    return Table(head, body, set(), set(), NOTE) if lines else None
 
 
 def cells(line: Line) -> list[str]:

@@ -187,6 +187,8 @@ def knot(same: list[Row], axis: Axis, logarithmic: bool) -> Knot:
 def curve(series: str, rows: list[Row], axis: Axis) -> Curve:
     """The curve of one series on one axis."""
     logarithmic = rows[0].metric == "perplexity"
+    if rows[0].record["config"]["model"].get("weights") == "random":
+        return Curve(series, [], logarithmic, "random weights have no quality")
     scored = [r for r in rows if r.sparse is not None and (r.sparse > 0 or not logarithmic)]
     placed = [r for r in scored if axis.value(r) is not None]
     if not placed:

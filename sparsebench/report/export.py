@@ -116,8 +116,9 @@ def as_markdown(table: Table, foreign: bool = False) -> str:
     return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
 
 
+PAGE_OF_ROWS = 40  # rows from which a table does not fit on a page
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "→": r"$\to$",
-           "≈": r"$\approx$", "◆": r"$\blacklozenge$", "–": "--", "…": r"\ldots{}", "×": r"$\times$", "“": "``",
+           "≈": r"$\approx$", "◆": r"$\blacklozenge$", "◇": r"$\lozenge$", "–": "--", "…": r"\ldots{}", "×": r"$\times$", "“": "``",
            "”": "''", **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
 
 
@@ -127,9 +128,14 @@ def escaped(text: str) -> str:
 
 
 def as_latex(table: Table, caption: str) -> str:
-    """A floating table in the manner of booktabs."""
+    """A floating table in the manner of booktabs; one that no page holds goes on over several."""
     form = "".join("r" if i in table.numeric else "l" for i in range(len(table.head)))
     rows = [" & ".join(map(escaped, row)) + r" \\" for row in table.rows]
+    if len(rows) > PAGE_OF_ROWS:
+        return "\n".join([
+            rf"\begin{{longtable}}{{{form}}}", rf"\caption{{{escaped(caption)}}}\\", r"\toprule",
+            " & ".join(map(escaped, table.head)) + r" \\", r"\midrule", r"\endhead", *rows, r"\bottomrule", r"\end{longtable}",
+        ]) + "\n"  # fmt: skip
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}", r"\small", rf"\begin{{tabular}}{{{form}}}",
         r"\toprule", " & ".join(map(escaped, table.head)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}",
@@ -137,7 +143,9 @@ def as_latex(table: Table, caption: str) -> str:
     ]) + "\n"  # fmt: skip
 
 
+LATEX_HEAD = "% Made by sparsebench-report. Needs \\usepackage{booktabs,longtable,amssymb}.\n"
+
+
 def latex_file(tables: Iterable[tuple[str, Table]]) -> str:
     """report.tex: tables with captions, to be taken in by \\input."""
-    head = "% Made by sparsebench-report. Needs \\usepackage{booktabs,amssymb}.\n"
-    return head + "\n".join(as_latex(table, caption) for caption, table in tables)
+    return LATEX_HEAD + "\n".join(as_latex(table, caption) for caption, table in tables)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sparsebench.config.identity import NOT_IDENTITY, digest
 from sparsebench.report.rows import Row, flat
@@ -28,6 +29,16 @@ class Group:
     @property
     def title(self) -> str:
         return f"{self.protocol['model']} on {self.protocol['dataset']}, {self.protocol['metric']}{self.apart}"
+
+    @property
+    def random(self) -> bool:
+        """Whether the model's weights are random, so that its quality says nothing."""
+        return bool(self.rows) and self.rows[0].record["config"]["model"].get("weights") == "random"
+
+
+def worded(key: str) -> str:
+    """A key of a protocol in words."""
+    return key.replace("_", " ")
 
 
 def protocol(row: Row) -> dict:
@@ -81,15 +92,23 @@ def groups(rows: list[Row]) -> list[Group]:
         short = {k: v for k, v in told.items() if k not in ("fingerprint", "tokens")} or told
         for key, values in short.items():
             for group, value in zip(alike, values, strict=True):
-                group.apart += f", {key} {str(value)[-24:] if key != 'test' else str(value)[:8]}"
+                group.apart += f", {in_title(key, value)}"
     return ordered
+
+
+def in_title(key: str, value: Any) -> str:
+    """A key of a protocol and as much of its value as a title can hold."""
+    if value is None:
+        return "all layers" if key == "num_layers" else f"{worded(key)} none"
+    return f"{worded(key)} {str(value)[:8] if key == 'test' else str(value)[-24:]}"
 
 
 def label(rows: list[Row]) -> None:
     """Name each row by its method and by the settings in which rows of that method differ; its curve by some of them.
 
-    What the machine's name says (hardware), where data lies and what was measured are not settings of a method; rows
-    that only these tell apart are named by their device.
+    What the machine's name says (hardware), where data lies and what was measured are not settings of a method. A method
+    that ran in several number formats is named with them; rows that still have one name are told apart by what differs
+    of their machines (device, threads, context, version of torch).
     """
     for method in {r.method for r in rows}:
         mine = [r for r in rows if r.method == method]
@@ -100,18 +119,22 @@ def label(rows: list[Row]) -> None:
         for row, values in zip(mine, settings, strict=True):
             words = [f"{k.removeprefix('method.')}={values[k]}" for k in keys if k in values]
             kind = [dtype_of(row)] if len(kinds) > 1 else []
-            row.label = " ".join([method, *words])
+            row.label = " ".join([method, *words, *kind])
             choices = [(k, values[k]) for k in apart if values.get(k) is not None]
             told = [v if isinstance(v, str) else f"{k.removeprefix('method.')}={v}" for k, v in choices]
             row.series = " ".join([method, *told, *kind])
-        machines: dict[str, set[tuple[str, str]]] = {}
-        for row in mine:
-            machines.setdefault(row.label, set()).add((row.machine, dtype_of(row)))
-        for row in mine:
-            known = machines[row.label]
-            if len(known) > 1:
-                kind = f" {dtype_of(row)}" if len({each for _, each in known}) > 1 else ""
-                row.label += f", {row.machine.partition(',')[0]}{kind}"
+        for same in by_label(mine).values():
+            shared = set.intersection(*(set(row.machine.split(", ")) for row in same))
+            for row in same:
+                row.label = ", ".join([row.label, *(part for part in row.machine.split(", ") if part not in shared)])
+
+
+def by_label(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by their names."""
+    named: dict[str, list[Row]] = {}
+    for row in rows:
+        named.setdefault(row.label, []).append(row)
+    return named
 
 
 def dtype_of(row: Row) -> str:
@@ -158,7 +181,12 @@ def pareto(points: list[tuple[float | None, float | None]], higher_is_better: bo
 
 
 def mark_fronts(rows: list[Row]) -> None:
-    """Say of each row on which fronts it stands: of quality over sparsity, over work, and over time on its machine."""
+    """Say of each row on which fronts it stands: of quality over sparsity, over work, and over time on its machine.
+
+    A model of random weights has no quality, hence no front.
+    """
+    if rows[0].record["config"]["model"].get("weights") == "random":
+        return
     costs: dict[str, Callable[[Row], float | None]] = {
         "sparsity": lambda r: None if r.sparsity is None else -r.sparsity,
         "work": lambda r: r.scored_macs,

@@ -5,6 +5,8 @@ Times that the clock called noisy are drawn nowhere.
 
 from __future__ import annotations
 
+import itertools
+
 import altair as alt
 
 from sparsebench.report.rows import Row
@@ -12,6 +14,7 @@ from sparsebench.report.vega import Spec, finished, lines_over, palette, quoted,
 
 MOST_MAPS, MOST_LINES, MOST_BARS = 12, 24, 8  # heat maps, curves and pairs of bars of one chart: more can't be read
 NOBODY = "not attributed"
+ENGINE_COLOURS = {"dense": ("#9aa4b1", "#5f6b7a", "#c9d0d8"), "sparse": ("#9ecae1", "#1f77b4", "#08519c")}
 ROLE_COLOURS = (
     "#9ecae1",
     "#8c6bb1",
@@ -94,8 +97,13 @@ def engines(rows: list[Row], machine: str) -> Spec | None:
     ]  # fmt: skip
     if not cells:
         return None
-    base = alt.Chart(alt.InlineData(cells)).encode(y=alt.Y("series:N", title=None), yOffset="engine:N")
-    colour = alt.Color("engine:N", scale=alt.Scale(scheme="tableau10"))
+    base = alt.Chart(alt.InlineData(cells)).encode(
+        y=alt.Y("series:N", title=None, axis=alt.Axis(labelLimit=230)), yOffset="engine:N"
+    )
+    names = sorted({c["engine"] for c in cells})
+    shades = {side: itertools.cycle(colours) for side, colours in ENGINE_COLOURS.items()}
+    colours = [next(shades.get(name.partition("/")[0], shades["sparse"])) for name in names]
+    colour = alt.Color("engine:N", scale=alt.Scale(domain=names, range=colours))
     tips = [alt.Tooltip("series:N"), alt.Tooltip("engine:N"), alt.Tooltip("ms:Q", format=".3f")]
     bars = base.mark_bar().encode(x=alt.X("ms:Q", title="ms of a step, median"), color=colour, tooltip=tips)
     spread = base.mark_rule().encode(x="low:Q", x2="high:Q")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsebench.records import archive, terminal, wording
-from sparsebench.records.wording import rounded, scaled, uncertain
-from sparsebench.report.equal_terms import Point, Standing
-from sparsebench.report.groups import Group, differences, over_seeds
+from sparsebench.records.wording import duration, rounded, uncertain
+from sparsebench.report.equal_terms import Comparison, Point, Standing
+from sparsebench.report.groups import Group, differences, over_seeds, worded
 from sparsebench.report.rows import Row
 
 DASH = "–"
@@ -29,11 +29,32 @@ def number(value: float | None, form: str = ".4g", suffix: str = "") -> str:
     return DASH if value is None else f"{value:{form}}{suffix}"
 
 
+EXPLAINED = {  # column of a comparison -> what it says, in the note below
+    "front": "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or time on "
+             "its machine.",
+    "sparsity": "Sparsity is measured on test tokens and model-wide, asked is what was set.",
+    "change": "± is the standard error over the test set; that of the change is paired.",
+    "MACs": "MACs are counted and a share of the dense model's per decoded token.",
+    "executed": "Executed: MACs as the kernel ran.",
+    "bytes": "Bytes: of weights and cache read per decoded token, share of dense.",
+    "sparse ms": "Times are medians with p10 and p90 in brackets; dense is the fastest dense engine of the run on the untouched "
+                 "model, named before the kernel.",
+    "speed-up": "“simulated”: no kernel skipped work, so no speed-up is claimed; “noisy”: spread or load of the machine make "
+                "the times worthless.",
+    "roofline": "Roofline: the speed-up that the bytes promise.",
+    "of limit": "Of limit: how much of the bytes limit of its machine (bytes over read bandwidth, measured in the run) the dense "
+                "and the sparse step reached, above 100 % from a cache.",
+    "J sparse": "J: joules per token, idle power included.",
+    "critical": "Critical: the largest sparsity measured on dev at which the method keeps the demanded share of the dense metric, "
+                "with 95 %.",
+}  # fmt: skip
+
+
 def comparison(group: Group) -> Table:
-    """The rows of one group, by method and sparsity; those on a front are marked."""
+    """The rows of one group, by method and sparsity; those on a front are marked. Columns that no row fills are left out."""
     metric = group.protocol["metric"]
     head = ["run", "front", "asked", "sparsity", "dense", metric, "change", "MACs", "executed", "bytes", "dense ms",
-            "sparse ms", "per s", "speed-up", "roofline", "of limit", "J dense", "J sparse", "kernel", "fit s"]  # fmt: skip
+            "sparse ms", "per s", "speed-up", "roofline", "of limit", "J dense", "J sparse", "kernel", "fit s", "critical"]  # fmt: skip
     rows = [
         [
             row.label, ", ".join(row.fronts), number(row.requested, ".0%"), number(row.sparsity, ".1%"),
@@ -41,38 +62,25 @@ def comparison(group: Group) -> Table:
             number(row.executed, ".1%"), number(row.bytes, ".1%"), spread(row.decode, "dense"), spread(row.decode, "sparse"),
             number(row.per_second("sparse"), ".1f"), speedup(row), number(row.roofline, ".2f", "x"), of_limit(row),
             *joules(row), kernels(row.decode), number(row.fit_seconds, ".1f"),
+            terminal.critical(row.critical) if row.critical else DASH,
         ]
         for row in group.rows
     ]  # fmt: skip
-    if any(row.critical for row in group.rows):
-        head.append("critical")
-        for cells, row in zip(rows, group.rows, strict=True):
-            cells.append(terminal.critical(row.critical) if row.critical else DASH)
-    note = (
-        "front: no other row is better in both quality and measured sparsity, work (MACs over the scored tokens), or "
-        "time on its machine. Sparsity is measured on test tokens and model-wide, asked is what was set. ± is the "
-        "standard error over the test set; that of the change is paired. MACs and bytes are shares of the dense "
-        "model's per decoded token: MACs counted, executed as the kernel ran, bytes of weights and cache read. "
-        "Roofline: the speed-up that the bytes promise; of limit: how much of the bytes limit of its machine (bytes "
-        "over read bandwidth, measured in the run) the dense and the sparse step reached, above 100 % from a cache. "
-        "J: joules per token, idle power included. Times are medians with p10 and p90 in brackets; dense is the "
-        "fastest dense engine of the run on the untouched model, named before the kernel. “simulated” means that no "
-        "kernel skipped work, so no speed-up is claimed; “noisy” that spread or load of the machine make the times "
-        "worthless. Critical, where it was searched: the largest sparsity measured on dev at which the method keeps "
-        "the demanded share of the dense metric, with 95 %."
-    )
     marked = {i for i, row in enumerate(group.rows) if row.fronts}
-    table = Table(head, rows, {*range(2, 18), 19}, marked, note, list(group.rows))
-    return without_empty(table, {"of limit", "J dense", "J sparse"})
+    table = Table(head, rows, {*range(2, 18), 19}, marked, runs=list(group.rows))
+    table = without_empty(table, {"run", "sparsity", metric, "change"})
+    table.note = " ".join(text for name, text in EXPLAINED.items() if name in table.head)
+    return table
 
 
-def without_empty(table: Table, names: set[str]) -> Table:
-    """The table without those of the named columns that hold nothing in any row."""
-    empty = {i for i, name in enumerate(table.head) if name in names and all(row[i] == DASH for row in table.rows)}
-    kept = [i for i in range(len(table.head)) if i not in empty]
-    rows = [[row[i] for i in kept] for row in table.rows]
-    numeric = {place for place, i in enumerate(kept) if i in table.numeric}
-    return Table([table.head[i] for i in kept], rows, numeric, table.marked, table.note, table.runs)
+def without_empty(table: Table, kept: set[str]) -> Table:
+    """The table without the columns that hold nothing in any row, those named in `kept` excepted."""
+    there = [
+        i for i, name in enumerate(table.head) if name in kept or any(row[i] not in ("", DASH) for row in table.rows)
+    ]
+    rows = [[row[i] for i in there] for row in table.rows]
+    numeric = {place for place, i in enumerate(there) if i in table.numeric}
+    return Table([table.head[i] for i in there], rows, numeric, table.marked, table.note, table.runs)
 
 
 def of_limit(row: Row) -> str:
@@ -155,8 +163,8 @@ def seeds(group: Group) -> Table | None:
         [
             s["label"],
             str(s["seeds"]),
-            f"{s['sparsity']:.1%} ± {s['sparsity_sd']:.1%}",
-            f"{s['mean']:.4g} ± {s['sd']:.2g}",
+            uncertain(100 * s["sparsity"], 100 * s["sparsity_sd"], " %"),
+            uncertain(s["mean"], s["sd"]),
         ]
         for s in means
     ]
@@ -167,7 +175,7 @@ def seeds(group: Group) -> Table | None:
 def protocols(groups: list[Group]) -> Table | None:
     """What keeps the groups apart; None where there is one group."""
     values = differences(groups)
-    rows = [[k, *(shown(v) for v in each)] for k, each in values.items()]
+    rows = [[worded(k), *(shown(v) for v in each)] for k, each in values.items()]
     head = ["protocol", *(f"group {i + 1}" for i in range(len(groups)))]
     return Table(head, rows, set(), set()) if rows else None
 
@@ -199,48 +207,6 @@ def busy(group: Group) -> str | None:
     )
 
 
-def beside(lines: list) -> Table | None:
-    """Published figures about the very model of the row, one to a line."""
-    rows = [
-        [b.row.label, b.metric, b.ours, b.published, b.source, "; ".join(b.differs) or "nothing"]
-        for b in lines
-        if b.exact
-    ]
-    return (
-        Table(["run", "metric", "measured", "published", "source", "what differs"], rows, set(), set())
-        if rows
-        else None
-    )
-
-
-def beside_other_models(lines: list, same_setting: bool) -> Table | None:
-    """Published figures about other models, those of one run and metric together on a line.
-
-    same_setting: those at the very settings of the run, or those where more differs than the model and its data.
-    """
-    by_run: dict[tuple, list] = {}
-    others = [b for b in lines if not b.exact and bool(told(b)) != same_setting]
-    for each in sorted(others, key=lambda b: (b.metric, b.row.label, str(b.row.path))):
-        by_run.setdefault((each.metric, each.row.path), []).append(each)
-    rows = []
-    for same in by_run.values():
-        first = same[0]
-        figures = "; ".join(f"{b.model}: {b.published}{' (unverified)' * ('unverified' in b.source)}" for b in same)
-        data = dict.fromkeys(d for b in same for d in b.differs if d.startswith("data "))
-        differs = dict.fromkeys([*data, *(d for b in same for d in told(b))])
-        sources = dict.fromkeys(b.source.rpartition("; ")[0] for b in same)
-        rows.append(
-            [first.row.label, first.metric, first.ours, figures, "; ".join(sources), "; ".join(differs) or "nothing"]
-        )
-    head = ["run", "metric", "measured", "published, by model", "source", "what else differs"]
-    return Table(head, rows, set(), set()) if rows else None
-
-
-def told(beside) -> list[str]:
-    """In what a published figure's setting differs, apart from the model and the data that go with it."""
-    return [d for d in beside.differs if not d.startswith(("model ", "data "))]
-
-
 def failures(failed: list) -> Table:
     rows = [[r["name"], r["status"], (r.get("error") or {}).get("message") or DASH, str(path)] for path, r in failed]
     return Table(["run", "status", "reason", "record"], rows, set(), set())
@@ -248,7 +214,7 @@ def failures(failed: list) -> Table:
 
 def totals(rows: list[Row]) -> str:
     """How long the finished runs took together."""
-    return scaled(sum(r.record["seconds"] for r in rows), "s")
+    return duration(sum(r.record["seconds"] for r in rows))
 
 
 def every_run(groups: list[Group]) -> Table:
@@ -260,7 +226,7 @@ def every_run(groups: list[Group]) -> Table:
     runs = [(i + 1, row) for i, group in enumerate(groups) for row in group.rows]
     numeric = {0, *range(6, 21), *range(23, 27)}
     table = Table(head, [run_cells(i, row) for i, row in runs], numeric, set(), runs=[row for _, row in runs])
-    return without_empty(table, {"of limit", "J dense", "J sparse"})
+    return without_empty(table, {"protocol", "run", "model", "data", "method", "metric", "sparse", "sparsity", "hash"})
 
 
 def run_cells(number_of_group: int, row: Row) -> list[str]:
@@ -296,15 +262,7 @@ def answer(group: Group, standing: Standing) -> tuple[str, list[str], list[str]]
         share = metric == "accuracy"
         beside = f", dense {100 * standing.dense.value:.2f} %" if share else f", dense {standing.dense.value:.4g}"
     lead = f"At {terms} {best.series} has the best {metric}: {at_terms(standing, best)}{beside}. "
-    second = standing.comparisons[0]
-    lead += {
-        "a real difference": f"The next, {second.worse.series}, is worse by {second.amount}: a real difference.",
-        "not told apart": f"The next, {second.worse.series}, is not told apart from it ({second.amount}).",
-        "hangs on the interpolation": f"Whether it beats the next, {second.worse.series}, hangs on the interpolation.",
-    }.get(
-        second.verdict,
-        f"The next, {second.worse.series}, is worse by {second.amount}; whether that is real is {second.verdict}.",
-    )
+    lead += " ".join(against(standing.comparisons))
     lines = [f"{c.sentence} ({c.verdict}; {c.rests_on})" for c in standing.comparisons]
     reasons: dict[str, list[str]] = {}
     for point in standing.refused:
@@ -313,22 +271,49 @@ def answer(group: Group, standing: Standing) -> tuple[str, list[str], list[str]]
     return lead, lines, refused
 
 
+def against(comparisons: list[Comparison]) -> list[str]:
+    """How the others stand to the best: which are not told apart from it, and the first that is clearly worse."""
+    said, by_verdict = [], {c.verdict: [d for d in comparisons if d.verdict == c.verdict] for c in comparisons}
+    alike = by_verdict.pop("not told apart", [])
+    if alike:
+        said.append(f"Not told apart from it: {', '.join(f'{c.worse.series} ({c.amount})' for c in alike)}.")
+    worse = by_verdict.pop("a real difference", [])
+    for verdict, unsure in by_verdict.items():
+        first = unsure[0]
+        said.append(f"Whether it beats {first.worse.series} hangs on the interpolation." if verdict.startswith("hangs") else
+                    f"{first.worse.series} is worse by {first.amount}; whether that is real is {verdict}.")  # fmt: skip
+    if worse:
+        which = "The next" if worse[0] is comparisons[0] else "The first that is clearly worse"
+        said.append(f"{which}, {worse[0].worse.series}, is worse by {worse[0].amount}: a real difference.")
+    return said
+
+
 def equal_terms(standings: list[Standing]) -> Table:
-    """One axis: every curve at every term, the best of each term marked ◆; curves that can't be had there say why."""
+    """One axis: every curve at every term, the best of each marked ◆ and those not told apart from it ◇; curves that can't be
+    had there say why."""
     names = sorted({p.series for s in standings for p in [*s.ranked, *s.refused]})
     rows = []
     for name in names:
         cells, problems = [], {}
         for each in standings:
             point = next(p for p in [*each.ranked, *each.refused] if p.series == name)
-            best = each.ranked and point is each.ranked[0] and len(each.ranked) > 1
-            cells.append(DASH if point.problem else at_terms(each, point) + " ◆" * bool(best))
+            cells.append(DASH if point.problem else at_terms(each, point) + mark(each, point))
             if point.problem:
                 problems[point.problem] = None
         rows.append([name, *cells, "; ".join(problems)])
     head = ["curve", *(f"at {s.target:.0%}" for s in standings), "where there is none"]
-    note = "In brackets: the difference from the dense model, ± its paired standard error. ◆ best at these terms."
+    note = (
+        "In brackets: the difference from the dense model, ± its paired standard error. ◆ best at these terms, ◇ not told "
+        "apart from the best."
+    )
     return Table(head, rows, set(range(1, len(standings) + 1)), set(), note)
+
+
+def mark(standing: Standing, point: Point) -> str:
+    """◆ for the best of several, ◇ for those that are not told apart from it."""
+    if len(standing.ranked) > 1 and point is standing.ranked[0]:
+        return " ◆"
+    return " ◇" if any(c.worse is point and c.verdict == "not told apart" for c in standing.comparisons) else ""
 
 
 def at_terms(standing: Standing, point: Point) -> str:

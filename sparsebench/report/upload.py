@@ -45,7 +45,9 @@ def send_report(collection: Collection, folder: Path, settings: dict) -> None:
         return
     try:
         parts = groups(collection.finished)
-        content = {p.stem: wandb.Image(str(p)) for p in sorted(folder.glob("group-*.png"))}
+        content = {
+            p.stem: wandb.Image(str(p)) for p in sorted([*folder.glob("group-*.png"), *folder.glob("across-*.png")])
+        }
         every = export.lines(parts)
         if every:
             content["runs"] = wandb.Table(columns=list(every[0]), data=[list(line.values()) for line in every])
@@ -82,7 +84,7 @@ def comparisons(group: Group) -> dict[str, tables.Table]:
 
 def plots(group: Group) -> dict:
     """Quality over sparsity and over work as W&B's own plots, which its workspace can filter."""
-    rows = [r for r in group.rows if r.metric and r.sparse is not None]
+    rows = [r for r in group.rows if r.metric and r.sparse is not None and not group.random]
     data = [[r.series, r.sparsity, r.scored_macs, r.sparse] for r in rows if None not in (r.sparsity, r.scored_macs)]
     if not data:
         return {}

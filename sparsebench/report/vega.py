@@ -23,7 +23,8 @@ LOOK = {
              "titleFontSize": 11, "titleFontWeight": "normal", "labelColor": "#3c4653", "titleColor": "#3c4653",
              "labelOverlap": "greedy", "tickCount": 6},
     "title": {"anchor": "start", "fontSize": 13, "fontWeight": 600, "color": "#1c2430", "offset": 8},
-    "legend": {"orient": "bottom", "columns": 2, "labelLimit": 210, "labelFontSize": 10.5, "title": None, "symbolLimit": 0},
+    "legend": {"orient": "bottom", "columns": 2, "labelLimit": 210, "labelFontSize": 10.5, "title": None, "symbolLimit": 0,
+               "symbolOpacity": 1},
 }  # fmt: skip
 Spec = dict[str, Any]
 alt.data_transformers.enable(

@@ -60,7 +60,7 @@ def test_runs_are_the_same_on_another_machine_and_others_are_listed(tmp_path, mo
     main()
     last = json.loads(capsys.readouterr().out)
     assert (last["pairs"], last["only in first"], last["only in second"]) == (2, 1, 1)
-    assert last["changed"] == ["teal sparsity=0.65"]
+    assert last["changed"] == ["teal sparsity=0.65 float32"]
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "2 runs are in both sets; 1 of them changed beyond noise." in text and "-5.00 points ◆" in text
     assert "Only in the first set" in text and "H200, bfloat16" in text

@@ -160,6 +160,9 @@ def test_without_scripts_and_on_paper_everything_can_be_read(written, tmp_path):
         assert len(driver.find_elements("css selector", "#runs tbody tr")) == 12
         pictures = driver.find_elements("css selector", "figure[data-chart] img")
         assert len(pictures) == sum(len(group["charts"]) for group in made_page.charts.values())
+        assert driver.execute_script(
+            "return [...document.images].every(i => i.complete && i.naturalWidth)"
+        )  # unscrolled
         printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})
         paper = base64.b64decode(printed["data"])
         assert paper.startswith(b"%PDF") and len(paper) > 50_000

@@ -58,7 +58,7 @@ def test_rows_of_different_protocols_are_never_in_one_table(tmp_path):
         assert len({digest(grouping.protocol(r)) for r in group.rows}) == 1
     assert "Protocols differ" in html and "Protocols differ" in markdown
     titles = [g.title for g in groups]
-    assert len(set(titles)) == len(titles) and any("prompt_policy half" in t for t in titles)
+    assert len(set(titles)) == len(titles) and any("prompt policy half" in t for t in titles)
 
 
 def test_one_protocol_is_one_table_whatever_machine_and_times_are_flagged(tmp_path):
@@ -473,11 +473,20 @@ def test_published_figure_stands_beside_a_matching_setting_and_says_what_differs
 def test_same_setting_is_said_only_where_it_holds(tmp_path):
     (row,) = rows.collect([laid(tmp_path, made())]).finished
     row.label = "teal"
-    lines = published.beside([row])
-    same, other = (tables.beside_other_models(lines, same_setting=flag) for flag in (True, False))
+    same, other = (table for _, table in published.tables([row])[1:])
     settings = [line[-1] for line in (same.rows if same else [])]
     assert not any("instead of half" in text for text in settings)
     assert any("method.prompt=all instead of half" in line[-1] for line in other.rows)
+
+
+def test_published_figures_stand_beside_a_setting_once_whatever_its_seeds(tmp_path):
+    runs = rows.collect([laid(tmp_path, *(made(seed=i, perplexity=12 + i) for i in range(3)))]).finished
+    grouping.groups(runs)
+    lines = [line for _, table in published.tables(runs) if table for line in table.rows if line[2] == "perplexity"]
+    assert len({tuple(line[4:]) for line in lines}) == len(lines) and {line[0] for line in lines} == {
+        "teal sparsity=0.5"
+    }
+    assert {line[3] for line in lines} == {"10 → 12 (1.200x) to 10 → 14 (1.400x), 3 runs"}
 
 
 @pytest.mark.parametrize("changes", [{"method": "dense", "sparsity": 0.0}, {"sparsity": 0.55}])
