@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from llvmlite import binding as llvm
-from numba import types
+from numba import njit, types
 
 from sparsebench.engines._select_numba import compact_largest
 from sparsebench.kernels import _gather_numba
@@ -56,9 +56,10 @@ def test_the_kernels_run_on_a_machine_with_avx2_alone(tmp_path):
 
 
 def arm64(dispatcher, signature) -> str:
-    """ARM64 assembly of a compiled function, from the LLVM code that numba made of it."""
-    dispatcher.compile(signature)
-    code = dispatcher.inspect_llvm(dispatcher.signatures[-1])
+    """ARM64 assembly of a compiled function, from the LLVM code that numba makes of it anew (cached code has none)."""
+    fresh = njit(nogil=True)(dispatcher.py_func)
+    fresh.compile(signature)
+    code = fresh.inspect_llvm(fresh.signatures[-1])
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=2)
