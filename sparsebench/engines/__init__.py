@@ -68,13 +68,14 @@ def decoder(module: nn.Module, prompt: torch.Tensor, room: int, hardware: Any, e
 
 
 def channel_major(module: nn.Module) -> None:
-    """Store every block map with its input channels contiguous (the maps a method left dense, too), in place."""
+    """Store every block map with its input channels contiguous, in place; maps a method left dense take its kernel, too."""
+    kernel = next((sparse.kernel_name for _, sparse in measured_modules(module)), "masked_dense")
     for block in find_blocks(module):
         for site in block.sites.values():
             linear = module.get_submodule(site.path)
             by_neuron = site.role == "up" and gate_sparse_of(module, block) is not None
             if not isinstance(linear, InputSparseLinear) and not by_neuron:
-                replace(module, site.path, sparse_of(linear, site.name, -1.0))
+                replace(module, site.path, sparse_of(linear, site.name, -1.0, kernel=kernel))
     lay(module)
 
 

@@ -4,6 +4,7 @@ A file called `cpu_*` or `cuda_*` runs on that device only, any other runs every
     RANK                    larger is preferred when hardware.kernel=auto
     SKIPS                   whether work is really skipped (False = a simulation, so no speed-up may be claimed)
     prepare(threads)        set up thread pools and the like, once per process
+    SELECTS                 whether its input_sparse_linear chooses the largest k itself (`top_k`); absent: it does not
     unsupported(...)        the reason why a call can't be served, or None (unsupported_<function> for one function)
 and the functions `input_sparse_linear`, ... as far as it serves them.
 """

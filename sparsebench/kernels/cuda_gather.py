@@ -112,6 +112,7 @@ def last_bytes(experts: int, size: int, shares: int, tuning: Tuning) -> int:
 
 RANK = 20
 SKIPS = True
+SELECTS = True  # its input_sparse_linear takes top_k
 _workspaces: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -146,9 +147,12 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 @torch.library.custom_op("sparsebench::gather_linear", mutates_args=(), device_types="cuda")
 def gather_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: torch.Tensor, scale: torch.Tensor | None,
-    complement: bool, warps: int, loads: int, wide: int, per_sm: float,
+    complement: bool, top_k: int, warps: int, loads: int, wide: int, per_sm: float,
 ) -> torch.Tensor:  # fmt: skip
-    """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile; needs `reserve(.., m)`."""
+    """One product of a row x [n] with a weight [n, m], finished by the last CTA of each tile; needs `reserve(.., m)`.
+
+    top_k: the largest so many are kept, chosen by one launch more in front; -1: those above the threshold.
+    """
     m = weight.shape[1]
     y, (sums, arrived) = x.new_empty(m), _workspaces[x.device, m]
     arguments = Gather()
@@ -156,7 +160,15 @@ def gather_linear(
     arguments.result, arguments.arrived = y.data_ptr(), arrived.data_ptr()
     if bias is not None:
         arguments.bias = bias.data_ptr()
-    start("gather_half", arguments, weight, Tuning(warps, loads, wide, per_sm))
+    tuning, extra = Tuning(warps, loads, wide, per_sm), {}
+    if top_k >= 0:
+        word, extra = torch.empty(1, dtype=torch.int64, device=x.device), {"TOPK": 1}
+        arguments.choose(0, top_k, word)
+        shared = choose_bytes(len(x), tuning)
+        kernel = built("choose_half", weight, tuning, shared, **extra)
+        _nvrtc.launch(kernel, (1, 1), tuning.warps * 32, shared, [arguments], overlap=True)
+        arguments.top_k[0] = -1
+    start("gather_half", arguments, weight, tuning, **extra)
     return y
 
 
@@ -175,15 +187,15 @@ def defines_of(tuning: Tuning, dtype: torch.dtype) -> dict[str, int]:
     return sizes | ({"BF16": 1} if dtype == torch.bfloat16 else {})
 
 
-def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int):
+def built(name: str, weight: torch.Tensor, tuning: Tuning, shared: int, **extra: int):
     """A kernel for the weight's type and device, compiled the first time."""
-    return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines_of(tuning, weight.dtype))
+    return _nvrtc.function(SOURCE, name, weight.device.index, shared, **defines_of(tuning, weight.dtype), **extra)
 
 
-def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning) -> None:
+def start(name: str, arguments: Gather, weight: torch.Tensor, tuning: Tuning, **extra: int) -> None:
     """Start a gather of one part on the current stream."""
     shared, device = gather_bytes(tuning), weight.device.index
-    kernel = built(name, weight, tuning, shared)
+    kernel = built(name, weight, tuning, shared, **extra)
     tiles = -(-weight.shape[1] // (256 * tuning.wide))
     shares = max(1, round(processors(device) * tuning.per_sm / tiles))
     _nvrtc.launch(kernel, (tiles, shares), tuning.warps * 32, shared, [arguments], overlap=True)
@@ -195,12 +207,15 @@ def processors(device: int) -> int:
 
 
 @gather_linear.register_fake
-def _(x, weight, bias, threshold, scale, complement, warps, loads, wide, per_sm):
+def _(x, weight, bias, threshold, scale, complement, top_k, warps, loads, wide, per_sm):
     return x.new_empty(weight.shape[1])
 
 
-def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None, tuning=None):
-    """As masked_dense.input_sparse_linear, for one row. Raises ValueError for what `unsupported` names."""
+def input_sparse_linear(
+    x, weight, bias=None, *, threshold=None, scale=None, keep=None, low_rank=None, top_k=None, tuning=None
+):
+    """As masked_dense.input_sparse_linear, for one row; top_k: instead of a threshold >= 0. Raises ValueError for what
+    `unsupported` names."""
     problem = unsupported(x, weight)
     if problem is None and low_rank is not None and (low_rank[0].shape[1] % 8 or not low_rank[0].is_contiguous()):
         problem = f"cuda_gather needs A contiguous with a multiple of 8 ranks, got {low_rank[0].shape[1]}"
@@ -212,7 +227,7 @@ def input_sparse_linear(x, weight, bias=None, *, threshold=None, scale=None, kee
         row = torch.where(keep.reshape(-1), row, 0)
         threshold = torch.zeros((), device=x.device)
     t = tuning or Tuning()
-    shape = (t.warps, t.loads, t.wide, t.per_sm)
+    shape = (-1 if top_k is None else top_k, t.warps, t.loads, t.wide, t.per_sm)
     scale = None if scale is None else scale.float()
     y = gather_linear(row, weight.t(), bias, threshold, scale, False, *shape)
     if low_rank is not None:

@@ -103,14 +103,18 @@ class InputSparseLinear(SparseModule, LinearMap):
             return masked_dense.kept(x, self.threshold, self.scale)
         return (masked_dense.largest(x, self.top_k, self.scale) & (x != 0)) | (self.threshold < 0)
 
-    def rule(self, x: torch.Tensor) -> dict:
-        """What a kernel is told of the channels to keep: a threshold where that says all, else the mask of x [..., n]."""
-        return {"threshold": self.threshold, "scale": self.scale} if self.top_k is None else {"keep": self.keep(x)}
+    def rule(self, x: torch.Tensor, backend) -> dict:
+        """What a kernel is told of the channels to keep: its rule where the backend knows it, else the mask of x [..., n]."""
+        rule = {"threshold": self.threshold, "scale": self.scale}
+        if self.top_k is None:
+            return rule
+        return rule | {"top_k": self.top_k} if getattr(backend, "SELECTS", False) else {"keep": self.keep(x)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.counter is None and per_row(x) == 1:
-            return kernels.serving(self.kernel_name, x, self.weight).input_sparse_linear(
-                x, self.weight, self.bias, **self.rule(x), low_rank=self.low_rank
+            backend = kernels.serving(self.kernel_name, x, self.weight)
+            return backend.input_sparse_linear(
+                x, self.weight, self.bias, **self.rule(x, backend), low_rank=self.low_rank
             )
         if self.counter is None and self.top_k is None and self.low_rank is None and type(self) is InputSparseLinear:
             return F.linear(masked(x, self), self.weight, self.bias)

@@ -43,6 +43,20 @@ def test_of_equal_ones_exactly_k_are_kept_and_zeros_never():
     assert selected(torch.tensor([1e-45, 0.0, 3e38]), 2)[0] == [0, 2]
 
 
+def test_none_are_kept_where_k_is_0():
+    """Also in a step, where 0 must not be taken for a map without a k."""
+    assert selected(torch.tensor([1.0, -1.0, 1.0]), 0)[0] == []
+    model = tiny_model(layers=1)
+    (block,) = find_blocks(model)
+    for site in block.sites.values():
+        top_k = 0 if site.role == "down" else 40
+        replace(model, site.path, InputSparseLinear(model.get_submodule(site.path), site.name, 0.0, top_k=top_k))
+    fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
+    assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
+    model.get_submodule(block.sites["down"].path).top_k = 40
+    assert fused.parity(IDS[:, 20:21])["logits"] > 1e-3, "down adds nothing"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [False, True])
 def test_a_step_with_the_largest_k_is_the_models(dtype, scale):

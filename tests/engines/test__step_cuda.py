@@ -8,7 +8,7 @@ import torch
 
 from sparsebench import engines
 from sparsebench.engines import fused_cpu, fused_cuda
-from sparsebench.kernels import masked_dense
+from sparsebench.kernels import cuda_gather, masked_dense
 from sparsebench.kernels._packed import quantised
 from sparsebench.kernels.cuda_gather import Gather, Tuning, choose_bytes, gather_bytes
 from sparsebench.methods.rsparse.low_rank import factors
@@ -80,6 +80,33 @@ def test_what_is_not_among_the_largest_is_read_by_a_remainder(emulated):
     keep = masked_dense.largest(x, 50)
     torch.testing.assert_close(outs[0], torch.where(keep, x, 0) @ weight.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outs[1], torch.where(keep, 0, x) @ weight.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_alone_chooses_in_a_launch_before(emulated, monkeypatch, dtype):
+    """cuda_gather's operator through its own code: the input in 16 bits, where many scores are equal."""
+    library = emulated(**SIZES, **({"BF16": 1} if dtype == torch.bfloat16 else {}))
+    monkeypatch.setattr(cuda_gather, "built", lambda name, *_, **__: getattr(library, f"run_{name}"))
+    monkeypatch.setattr(cuda_gather, "processors", lambda _: 4)
+    monkeypatch.setattr(
+        cuda_gather._nvrtc, "launch",
+        lambda kernel, grid, threads, shared, arguments, overlap: kernel(*grid, shared, ctypes.byref(arguments[0])),
+    )  # fmt: skip
+    monkeypatch.setattr(cuda_gather, "gather_linear", cuda_gather.gather_linear._init_fn)
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (
+        torch.randn(1, 1, 300, generator=generator).to(dtype),
+        torch.randn(24, 300, generator=generator).to(dtype),
+    )
+    weight, scale, bias = weight.t().contiguous().t(), torch.rand(300, generator=generator), torch.ones(24).to(dtype)
+    low_rank = (torch.randn(300, 8, generator=generator).to(dtype), torch.randn(8, 24, generator=generator).to(dtype))
+    for given in ({}, {"scale": scale}, {"scale": scale, "low_rank": low_rank}, {"threshold": torch.full((), -1.0)}):
+        rule = {"threshold": torch.zeros(()), **given}
+        y = cuda_gather.input_sparse_linear(x, weight, bias, top_k=120, tuning=TUNING, **rule)
+        keep = (masked_dense.largest(x, 120, rule.get("scale")) & (x != 0)) | (rule["threshold"] < 0)
+        wide = tuple(f.float() for f in rule["low_rank"]) if "low_rank" in rule else None
+        expected = masked_dense.input_sparse_linear(x.float(), weight.float(), bias.float(), keep=keep, low_rank=wide)
+        assert float((y.float() - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def with_largest(dtype=torch.float16, scale="none", bits=None, rank=0, layers=2, **changes):

@@ -11,6 +11,7 @@ from sparsebench.engines import fused_cuda
 from sparsebench.measure import breakdown, clock, energy, latency
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
+from tests.helpers import special_model
 
 
 def llama(dtype, hidden=512, inner=1376, heads=4, groups=2, layers=2):
@@ -70,6 +71,40 @@ def test_cuda_decoder_keeps_the_largest(dtype, groups, share, choose, scaled, mo
         again = [fused.step(ids[:, i : i + 1]).clone() for i in range(36, 40)]
     for a, b in zip(first, again, strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-2  # sums by atomics come in another order
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rotated", "rotated by thresholds", "cats", "cats and rotated"])
+def test_cuda_decoder_rotates_and_chooses_neurons(dtype, kind):
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = special_model(kind, dtype, **sizes).to("cuda")
+    ids = torch.randint(0, 320, (1, 40), device="cuda")
+    for keep_all in (False, True):
+        fused = fused_cuda.Decoder(model, ids[:, :36], 4, keep_all)
+        for i in (36, 37):
+            assert max(fused.parity(ids[:, i : i + 1]).values()) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_alone_keeps_the_largest(dtype):
+    """The operator, and the operator captured in a graph: the word of the choice is the graph's own."""
+    linear = torch.nn.Linear(4096, 1024, device="cuda", dtype=dtype).requires_grad_(False)
+    sparse = InputSparseLinear(
+        linear, "0.q", 0.0, top_k=1500, scale=torch.rand(4096, device="cuda"), kernel="cuda_gather"
+    )
+    x = torch.randn(1, 1, 4096, device="cuda", dtype=dtype)
+    sparse(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse(x)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = torch.where(sparse.keep(x), x, 0).float() @ sparse.weight.float().t() + linear.bias.float()
+        assert float((y.float() - expected).norm() / expected.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 @pytest.mark.gpu

@@ -96,12 +96,13 @@ def test_prompt_policies(policy, data, tmp_path):
     assert actual.shape[1] > 12
 
 
-def test_one_token_runs_on_the_skipping_kernel(data, tmp_path):
+@pytest.mark.parametrize("engine", ["fused", "eager"])
+def test_one_token_runs_on_the_skipping_kernel(data, tmp_path, engine):
     worker = work(tmp_path)
-    worker.hardware.kernel_name = "cpu_numba"
+    worker.hardware.kernel_name, worker.hardware.engine = "cpu_numba", "auto" if engine == "fused" else "eager"
     rule = method(sparsity=0.7)
     model = rule.apply(tiny_model(), rule.fit(Loaded(tiny_model(), None, {}), data, worker), worker)
-    assert engines.choose(model, worker.hardware) == "eager"
+    assert engines.choose(model, worker.hardware) == engine
     settings = SimpleNamespace(warmup=3, samples=30, context=16, prompt=16, by_kernel=False, energy=False)
     actual = latency.latency(tiny_model(), model, data.test.rows[:4].flatten(), settings, worker.hardware).latency
     assert (
