@@ -137,18 +137,3 @@ def test_decoders_that_share_weights_each_read_them_their_own_way(target):
             torch.testing.assert_close(logits, expected.setdefault(name, logits))
     torch.testing.assert_close(expected["dense"], expected["dense fused"], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected["dense"], expected["sparse"], atol=1e-2)
-
-
-def test_swapping_holds_one_map_twice_at_most(monkeypatch, watch):
-    """Bytes of all living tensors while a model is made sparse: the model and one map."""
-    model, most = tiny_model(), [0]
-    size, maps = distinct_bytes(model.parameters()), max(p.numel() * 4 for p in model.parameters())
-    start, turn = living(), storage.turn
-
-    def watched(parameter, channels):
-        turn(parameter, channels)
-        most[0] = max(most[0], living() - start)
-
-    monkeypatch.setattr(storage, "turn", watched)
-    sparse_copy(model=model)
-    assert most[0] <= maps and most[0] < 0.15 * size
