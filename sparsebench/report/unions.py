@@ -41,7 +41,7 @@ def over_chunk(rows: list[Row], look: dict[str, tuple[str, str]]) -> Spec | None
                 not size(length) or "sparsity" not in figures or "tokens" not in figures
             ):  # of a record that is not whole
                 continue
-            values = {"measured": figures["sparsity"], "if independent": figures["tokens"] ** int(length)}
+            values = {"measured": figures["sparsity"], "were they independent": figures["tokens"] ** int(length)}
             cells += [
                 {
                     "series": row.series,
