@@ -30,7 +30,10 @@ def duration(seconds: float) -> str:
 
 
 def ratio(dense: float | None, sparse: float | None) -> str:
-    return f"{sparse / dense:.3f}x" if dense and sparse is not None else "-"
+    if not dense or sparse is None:
+        return "-"
+    times = sparse / dense
+    return f"{times:.3f}x" if abs(times) < LARGE else f"{times:.4g}x"
 
 
 def rounded(value: float, stderr: float | None) -> str:

@@ -27,6 +27,7 @@ from sparsebench.report.interpolation import monotone
 from sparsebench.report.rows import Row
 
 HIT = 1e-3  # a knot so near to the terms asked for is taken as measured there [choice]
+BEYOND = 1e100  # a figure whose square can't be had is none
 SURE = 2.0  # standard errors that a difference must have to be called one [choice]
 
 
@@ -189,7 +190,7 @@ def curve(series: str, rows: list[Row], axis: Axis) -> Curve:
     logarithmic = rows[0].metric == "perplexity"
     if rows[0].record["config"]["model"].get("weights") == "random":
         return Curve(series, [], logarithmic, "random weights have no quality")
-    scored = [r for r in rows if r.sparse is not None and (r.sparse > 0 or not logarithmic)]
+    scored = [r for r in rows if r.sparse is not None and abs(r.sparse) < BEYOND and (r.sparse > 0 or not logarithmic)]
     placed = [r for r in scored if axis.value(r) is not None]
     if not placed:
         return Curve(series, [], logarithmic, axis.absent if scored else "no quality was scored")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from sparsebench.records.wording import ratio
 from sparsebench.report.groups import dtype_of
 from sparsebench.report.rows import Row
 from sparsebench.report.tables import Table
@@ -105,7 +106,7 @@ def words(metric: str, dense: float | None, sparse: float) -> str:
         return f"{sparse:.2f}x"
     if dense is None:
         return f"{sparse:.4g}"
-    return f"{dense:.4g} → {sparse:.4g} ({sparse / dense:.3f}x)"
+    return f"{dense:.4g} → {sparse:.4g} ({ratio(dense, sparse)})"
 
 
 def differs(row: Row, entry: dict, settings: dict) -> list[str]:

@@ -75,6 +75,23 @@ def test_random_weights_have_no_quality_to_compare(tmp_path):
     assert not any(row.fronts for row in group.rows) and len(tables.comparison(group).rows) == 4
 
 
+@pytest.mark.parametrize("value", [1e299, 1e200, 1e25])
+def test_figures_of_any_size_stop_nothing(tmp_path, value):
+    """Before: squares of a perplexity beyond 1e154 ended the report."""
+    records = [
+        made(m, s, perplexity=value * (1 + seed), seed=seed)
+        for m in ("teal", "wina")
+        for s in (0.4, 0.6)
+        for seed in (0, 1)
+    ]
+    group = group_of(tmp_path, *records)
+    best = equal_terms.half_the_work(group)
+    assert (best is None) == (value > equal_terms.BEYOND)
+    assert "sparsity" in drawn(group)[0] and all(
+        len(cell) < 40 for row in tables.comparison(group).rows for cell in row
+    )
+
+
 @pytest.mark.parametrize("values", [[0.0, 5.0], [-1.0, 100.0]])
 def test_what_has_no_logarithm_is_drawn_without(values):
     assert "type" not in charts.quality_scale(values).to_dict()
