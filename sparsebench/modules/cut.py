@@ -91,7 +91,7 @@ class CutLinear(InputSparseLinear):
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         return self.selection(x) | (self.threshold < 0)
 
-    def rule(self, x: torch.Tensor) -> dict:
+    def rule(self, x: torch.Tensor, backend) -> dict:
         return {"keep": self.keep(x)}
 
     def costs(self, measured: dict[str, SiteSparsity]) -> dict[str, Cost]:
