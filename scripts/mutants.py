@@ -64,7 +64,8 @@ class Mutant:
         if "\n" in self.old + self.new or self.old == self.new:
             return "old and new must be two different parts of one line"
         try:
-            compile(text.replace(self.old, self.new), self.file, "exec")
+            if path.suffix == ".py":
+                compile(text.replace(self.old, self.new), self.file, "exec")
         except SyntaxError as error:
             return f"{self.file} would not compile: {error.msg}"
         return None
