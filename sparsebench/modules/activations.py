@@ -74,17 +74,25 @@ class ShiftedReLU(Activation):
         return (z - self.shift).relu()
 
 
-@torch.compiler.disable  # k may change from step to step: compiled anew each time otherwise
 def topk_mask(score: torch.Tensor, k: int, block: int | None = None) -> torch.Tensor:
     """bool, the shape of score [..., n]: the k largest of each group; exactly k, the lowest index wins a tie.
 
     A group is the last dimension, or each run of `block` entries of it. Raises ValueError where block does not divide n.
     """
+    return (anew if torch.is_grad_enabled() else by_groups)(score, k, block)
+
+
+def by_groups(score: torch.Tensor, k: int, block: int | None) -> torch.Tensor:
     size = block or score.shape[-1]
     if score.shape[-1] % size:
         raise ValueError(f"block must divide {score.shape[-1]}, got {block}")
     groups = score.unflatten(-1, (-1, size))
+    if k >= size:
+        return torch.ones_like(score, dtype=torch.bool)
     return masked_dense.k_largest(groups, k).flatten(-2)
+
+
+anew = torch.compiler.disable(by_groups)  # in training k may change from step to step: compiled anew each time otherwise
 
 
 def topk(z: torch.Tensor, mask: torch.Tensor, backward: str = "mask") -> torch.Tensor:

@@ -180,11 +180,15 @@ class ExpertFFN(SparseModule):
             scores = self.sums(x1) if self.rule == "topk" else self.norms(x1)
         return select(scores, self.rule, self.threshold, self.k)
 
-    @torch.compiler.disable  # it keeps what the pass showed: a compiled block stops for it
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mode == "hard" and self.counter is None and not torch.is_grad_enabled():
-            backend = kernels.serving(self.running, x, self.first, "expert_ffn", self.last)
-            return backend.expert_ffn(x, self.keep(x), self.first, self.last, self.activation, **self.maps)
+        if self.mode != "hard" or self.counter is not None or torch.is_grad_enabled():
+            return self.as_written(x)
+        backend = kernels.serving(self.running, x, self.first, "expert_ffn", self.last)
+        return backend.expert_ffn(x, self.keep(x), self.first, self.last, self.activation, **self.maps)
+
+    @torch.compiler.disable  # it keeps what the pass showed: a compiled block stops for it
+    def as_written(self, x: torch.Tensor) -> torch.Tensor:
+        """A pass in training, counted or soft: all of the products, masked."""
         z, a, x1 = self.hidden(x)
         if self.watch is not None:
             self.watch(self, x, z, a, x1)

@@ -559,3 +559,16 @@ def test_the_benchmark_times_what_it_says(tmp_path, monkeypatch):
         for row in part["rows"]:
             assert row["measured"] == pytest.approx(row["executed"], abs=0.01) and row["relative_error"] < 1e-4
     assert sum(line.startswith("| 50.0%") for line in output.expert_lines(actual)) == 2
+
+
+def test_one_token_is_one_graph():
+    """Compiled decode of hard experts has no break, though passes that keep figures have one."""
+    ffn = ExpertFFN(
+        tensors(d=16, f=24, n=16, gated=True), "silu", 6, site="0.ffn", dense_macs={"0.fc1": 1}, kernel="masked_dense"
+    )
+    ffn.router = routers.random_router(16, None, 6, torch.Generator().manual_seed(0))
+    routers.harden(model_of(ffn), "above", 0.5, kernel="masked_dense")
+    with torch.no_grad():
+        x = x_of(1, 1, d=16)
+        expected = ffn(x)
+        torch.testing.assert_close(torch.compile(ffn, fullgraph=True, backend="eager")(x), expected)
