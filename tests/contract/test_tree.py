@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, TESTS = ROOT / "sparsebench", ROOT / "tests"
 MOST_PLACES, MOST_LINES = 24, 400
-LONGER = {"sparsebench/kernels/decode.cu": 830}  # one translation unit: a whole decode step in CUDA
+LONGER = {"sparsebench/kernels/decode.cu": 650}  # one translation unit: a whole decode step in CUDA
 ENTRANCES = {"api", "cli", "runner"}  # what a user calls, and the one page that a run reads as
 # place -> places that it must not import; "*" is every place, but those with a minus
 MUST_NOT_IMPORT = {
