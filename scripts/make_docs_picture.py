@@ -43,6 +43,7 @@ def quality() -> dict[str, list[tuple[float, float]]]:
     for record in records("real_models"):
         method, perplexity = record["config"]["method"], record["quality"]["perplexity"]
         usual = method["prompt"] == "all" and method.get("null_space", "inputs") == "inputs"
+        usual = usual and method.get("allocation", "uniform") == "uniform"
         usual = usual and record["env"]["hardware"]["dtype"] == "float16"  # three seeds
         if record["model"]["name"] == MODEL and method["name"] in METHODS and usual:
             point = record["sparsity"]["model_wide"], perplexity["sparse"] / perplexity["dense"]
