@@ -86,7 +86,8 @@ def command() -> int:
     """The body of `sparsebench`. Returns the exit code."""
     given = sys.argv[1:]
     arguments = read("sparsebench", given)
-    ranks.check()
+    if problem := ranks.problem():
+        raise config.ConfigError([problem])
     sys.argv[1:] = given  # Hydra reads them again
     if arguments.info is None:  # which Hydra prints by logging
         set_up_logging()

@@ -32,16 +32,13 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
-def check() -> None:
-    """Raise ConfigError where the environment's RANK and WORLD_SIZE are not those of a launcher."""
-    from sparsebench.config.fields import ConfigError
-
-    given = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK")}
-    for name, value in given.items():
+def problem() -> str | None:
+    """The line about a RANK and WORLD_SIZE of the environment that are not those of a launcher, or None."""
+    for name in ("WORLD_SIZE", "RANK"):
+        value = os.environ.get(name)
         if value and not (value.isascii() and value.isdigit() and int(value) >= (name == "WORLD_SIZE")):
-            raise ConfigError([f"{name} of the environment must be a whole number, as torchrun sets it, got {value!r}"])
-    if rank() >= count():
-        raise ConfigError([f"RANK of the environment must be below WORLD_SIZE={count()}, got {rank()}"])
+            return f"{name} of the environment must be a whole number, as torchrun sets it, got {value!r}"
+    return None if rank() < count() else f"RANK of the environment must be below WORLD_SIZE={count()}, got {rank()}"
 
 
 def first() -> bool:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numba
 import pytest
 
-from sparsebench import cache
+from sparsebench import cache, config
 
 FUNCTION = "from numba import njit\n@njit(cache=True)\ndef twice(x):\n    return 2 * x\n"
 
@@ -183,3 +183,13 @@ def test_a_full_disk_is_as_good_as_none(tmp_path, monkeypatch):
     cache.writable.cache_clear()
     assert cache.folder().name.startswith("sparsebench-") and cache.folder().parent == tmp_path
     cache.writable.cache_clear()
+
+
+def test_torch_is_told_its_folder_before_it_is_imported(monkeypatch):
+    """Before: importing torch._dynamo made /tmp/torchinductor_<user> and told itself to compile there, unchecked."""
+    for variable in cache.COMPILERS:
+        monkeypatch.setenv(variable, "")  # so that it is put back as it was
+        monkeypatch.delenv(variable)
+    with pytest.raises(config.ConfigError):
+        config.build_settings({})
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache.folder() / "inductor")

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from sparsebench import cache
 from sparsebench.config.fields import ConfigError, build, setting
 
 
@@ -183,6 +184,7 @@ def build_settings(config: dict[str, Any]) -> Settings:
 
     Raises ConfigError with every problem found: in each node, and in how the nodes fit together.
     """
+    cache.provide_compilers()  # torch is about to be imported, and makes a folder of its own where it is told none
     problems: list[str] = []
     settings: Settings = build(config, "", problems, Settings)
     if settings is not None:
