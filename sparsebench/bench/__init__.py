@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsebench.config import setting
+from sparsebench.config import early, setting
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Bench:
     warmup: int = setting(ge=3)
     histograms: str | None
     histogram_layer: int = setting(ge=0)
-    output: str
+    output: str = setting(pattern=r"[^\x00-\x1f\x7f]+", pattern_text="a folder without control characters")
     seed: int = setting(ge=0)
     model: Any
     hardware: Any
@@ -42,9 +42,28 @@ class Bench:
             problems.append(f"model must be a language model, got {self.model.name} ({self.model.kind})")
         elif self.model.architecture is None:
             problems.append(f"model={self.model.name} has no architecture to time with random weights")
+        else:
+            problems += depth_problems(self.model)
+        problems += [
+            f"{key} must name something, got []"
+            for key in ("parts", "sparsities", "contexts")
+            if not getattr(self, key)
+        ]
+        problems += filter(None, [early.output_problem(self.output, "output")])
         if self.histograms is not None and not Path(self.histograms, "histograms").is_dir():
             problems.append(f"histograms must be a folder with histograms/layer-N/..., got {self.histograms!r}")
         return problems
+
+
+def depth_problems(model: Any) -> list[str]:
+    """Lines about an architecture that no such model has, or more blocks than it has."""
+    from sparsebench.models import structure
+
+    try:
+        problem = structure.depth_problem(model.name, structure.of_fields(model.architecture), model.num_layers)
+    except ValueError as error:
+        problem = str(error)
+    return [problem] if problem else []
 
 
 def run(settings: Bench, configuration: dict) -> Path:
@@ -100,7 +119,7 @@ def command() -> int:
 
     from sparsebench import config as checks
     from sparsebench.cli import complain
-    from sparsebench.config import arguments, compose, early
+    from sparsebench.config import arguments, compose
 
     words = sys.argv[1:]
     given = arguments.read("sparsebench-bench", words)

@@ -83,7 +83,7 @@ def wrong_in(prefix: str, node: dict[str, Any], target: str) -> Iterator[str]:
                     yield line
 
 
-def output_problem(output_dir: str) -> str | None:
+def output_problem(output_dir: str, key: str = "output_dir") -> str | None:
     """The line about a folder for results that can't be made or written, or None. Leaves nothing behind.
 
     Tried in its nearest existing folder: rights, a full or read-only disk and too long names all show there.
@@ -93,11 +93,11 @@ def output_problem(output_dir: str) -> str | None:
     try:
         trial = Path(tempfile.mkdtemp(prefix=".sparsebench-", dir=home))
     except OSError as error:
-        return f"output_dir must be a folder that can be written, got {shortened(output_dir)} ({home}: {reason(error)})"
+        return f"{key} must be a folder that can be written, got {shortened(output_dir)} ({home}: {reason(error)})"
     try:
         (trial / wanted.relative_to(home)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"output_dir must be a folder that can be made, got {shortened(output_dir)} ({reason(error)})"
+        return f"{key} must be a folder that can be made, got {shortened(output_dir)} ({reason(error)})"
     finally:
         with suppress(OSError):
             shutil.rmtree(trial)

@@ -30,6 +30,8 @@ def test_the_command_times_products_blocks_and_steps(forked, tmp_path):
         ("samples=3", "samples must be a whole number >= 30, got 3"),
         ("model=lenet5", "model must be a language model, got lenet5"),
         ("histograms=/nowhere", "histograms must be a folder"),
+        ("parts=[]", "parts must name something, got []"),
+        ("model.num_layers=1000", "model.num_layers must be at most 32 for llama2-7b, got 1000"),
     ],
 )
 def test_wrong_settings_end_it_at_once(override, message, forked, tmp_path):

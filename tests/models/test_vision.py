@@ -1,6 +1,7 @@
 """Image models and the traced form in which every ReLU is a module; top-k per channel map (docs/methods/spatial_topk.md)."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -304,12 +305,11 @@ def test_one_image_never_changes_anothers_mask():
 
 
 def test_topk_at_chosen_maps(tmp_path):
-    build = config.build_settings
-    given = ["model=lenet5", "method=spatial_topk", "method.keep=0.1"]
-    method = build(compose_all([*given, "method.sites=[relu]"])[0]).method
-    module = method.apply(tiny_cnn(), None, None)
+    (given,) = compose_all(["model=lenet5", "method=spatial_topk", "method.keep=0.1"])
+    method = config.build_settings(given).method
+    module = dataclasses.replace(method, sites=["relu"]).apply(tiny_cnn(), None, None)
     assert [m.keep for m in maps_of(module)] == [0.1, None, None]
-    method = build(compose_all([*given, "method.sites=[nothing]"])[0]).method
+    method = dataclasses.replace(method, sites=["nothing"])
     with pytest.raises(ValueError, match=r"method.sites must be among relu, relu.2, relu_2, got 'nothing'"):
         method.apply(tiny_cnn(), None, None)
 
