@@ -92,7 +92,9 @@ def by_groups(score: torch.Tensor, k: int, block: int | None) -> torch.Tensor:
     return masked_dense.k_largest(groups, k).flatten(-2)
 
 
-anew = torch.compiler.disable(by_groups)  # in training k may change from step to step: compiled anew each time otherwise
+anew = torch.compiler.disable(
+    by_groups
+)  # in training k may change from step to step: compiled anew each time otherwise
 
 
 def topk(z: torch.Tensor, mask: torch.Tensor, backward: str = "mask") -> torch.Tensor:
