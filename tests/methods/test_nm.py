@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sparsebench.calibration.sensitivity import planned, sensitivities
 from sparsebench.config import ConfigError, build_settings
 from sparsebench.config.compose import compose_all
+from sparsebench.engines.reference import cache_argument
 from sparsebench.measure import quality, sparsity
 from sparsebench.methods.nm import NM, amber_factors, metadata_bits
 from sparsebench.methods.wina import column_norms
@@ -144,7 +145,7 @@ def test_decode_after_a_sparse_prompt_is_dense_bit_for_bit(kind, data, tmp_path)
         other = copy.deepcopy(caches[0])
         following = rows[:, :1]
         steps = [
-            m(input_ids=following, past_key_values=c, use_cache=True).logits
+            m(input_ids=following, use_cache=True, **{cache_argument(m): c}).logits
             for m, c in ((sparse, caches[0]), (dense, other))
         ]
     assert torch.equal(*steps)
