@@ -26,7 +26,7 @@ import transformers
 
 from sparsebench import engines
 from sparsebench.bench.clock import threshold_for
-from sparsebench.bench.step import set_thresholds, thresholds
+from sparsebench.bench.step import contender, in_turn, set_thresholds, thresholds
 from sparsebench.engines import fused_cuda, tune_cuda
 from sparsebench.kernels import _nvrtc, cuda_gather, cuda_packed
 from sparsebench.kernels._packed import Packed, quantised
@@ -229,36 +229,6 @@ def gpt_fast(module: torch.nn.Module) -> None:
     for block in find_blocks(module):
         for path in [site.path for site in block.sites.values()]:
             replace(module, path, Fast8(module.get_submodule(path).packed))
-
-
-def contender(decoder, ids, prepare=lambda: None):
-    def call(i: int) -> None:
-        for b in range(8):
-            at = (8 * i + b) % ids.shape[1]
-            decoder.step(ids[:, at : at + 1])
-
-    def reset() -> None:
-        prepare()
-        decoder.rewind()
-
-    for _ in range(3):
-        reset()
-        call(0)
-    return reset, call
-
-
-def in_turn(contenders: dict, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of a step, 8 to a sample, all engines in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 2):
-        for name, (reset, call) in contenders.items():
-            reset()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call(i)
-            torch.cuda.synchronize()
-            samples[name].append(1e3 * (time.perf_counter() - start) / 8)
-    return {name: statistics.median(each[2:]) for name, each in samples.items()}
 
 
 def compile_all(bits: int, step_defines: Callable, tunings) -> None:

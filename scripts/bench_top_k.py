@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import transformers
 
 from sparsebench import engines
-from sparsebench.bench.step import set_thresholds, thresholds
+from sparsebench.bench.step import STEPS, contender, in_turn, set_thresholds, thresholds
 from sparsebench.engines import fused_cuda
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import Tuning
@@ -34,7 +33,7 @@ MODELS = {
     "llama3-8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                    "num_key_value_heads": 8, "vocab_size": 128256}, torch.bfloat16),
 }  # fmt: skip
-SPARSITIES, CONTEXT, STEPS = (0.5, 0.65), 128, 8
+SPARSITIES, CONTEXT = (0.5, 0.65), 128
 WAYS = {  # name -> (rule, what is tried)
     "threshold": ("threshold", {}), "merged": ("threshold", {"merges": True}), "top-k": ("top_k", {}),
     "no guess": ("top_k", {"ahead": 0}), "wide guess": ("top_k", {"ahead": 256}), "before": ("top_k", {"choose": "before"}),
@@ -92,36 +91,6 @@ def checked(decoder, ids: torch.Tensor) -> float:
         over = {name: error for name, error in errors.items() if not error < 1e-3}
         assert len(over) <= 3 and max(errors.values()) < 0.1, over
     return max(e for e in errors.values() if e < 1e-3)
-
-
-def contender(decoder, ids: torch.Tensor, prepare):
-    def call(i: int) -> None:
-        for b in range(STEPS):
-            at = (STEPS * i + b) % ids.shape[1]
-            decoder.step(ids[:, at : at + 1])
-
-    def reset() -> None:
-        prepare()
-        decoder.rewind()
-
-    for _ in range(3):
-        reset()
-        call(0)
-    return reset, call
-
-
-def in_turn(contenders: dict, rounds: int = 20) -> dict[str, float]:
-    """Median milliseconds of a step, all in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 2):
-        for name, (reset, call) in contenders.items():
-            reset()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call(i)
-            torch.cuda.synchronize()
-            samples[name].append(1e3 * (time.perf_counter() - start) / STEPS)
-    return {name: statistics.median(each[2:]) for name, each in samples.items()}
 
 
 def compile_all(module: torch.nn.Module, prompt: torch.Tensor) -> None:

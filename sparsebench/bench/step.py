@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +19,7 @@ from sparsebench.modules import storage
 from sparsebench.sites import find_blocks
 
 log = logging.getLogger(__name__)
+STEPS = 8  # to a sample of `in_turn`
 
 
 def random_model(settings) -> nn.Module:
@@ -114,3 +119,37 @@ def time_step(settings) -> list[dict]:
             log.info("step, context %d, sparsity %.2f: %.1f tokens/s, %.2fx", context, s,
                      rows[-1]["tokens_per_s"], rows[-1]["speedup"])  # fmt: skip
     return rows
+
+
+def contender(
+    decoder: Any, ids: torch.Tensor, prepare: Callable[[], object] = lambda: None
+) -> tuple[Callable, Callable]:
+    """(reset, call) of a decoder for `in_turn`, warmed up: call(i) takes STEPS steps over ids [1, T] from place STEPS i on."""
+
+    def call(i: int) -> None:
+        for b in range(STEPS):
+            at = (STEPS * i + b) % ids.shape[1]
+            decoder.step(ids[:, at : at + 1])
+
+    def reset() -> None:
+        prepare()
+        decoder.rewind()
+
+    for _ in range(3):
+        reset()
+        call(0)
+    return reset, call
+
+
+def in_turn(contenders: dict[str, tuple[Callable, Callable]], rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds of a step by name, a sample of each in every round; two rounds before do not count."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 2):
+        for name, (reset, call) in contenders.items():
+            reset()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(i)
+            torch.cuda.synchronize()
+            samples[name].append(1e3 * (time.perf_counter() - start) / STEPS)
+    return {name: statistics.median(each[2:]) for name, each in samples.items()}
