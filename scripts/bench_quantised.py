@@ -26,7 +26,7 @@ import transformers
 
 from sparsebench import engines
 from sparsebench.bench.clock import threshold_for
-from sparsebench.bench.step import contender, in_turn, set_thresholds, thresholds
+from sparsebench.bench.step import MODELS, contender, in_turn, set_thresholds, thresholds
 from sparsebench.engines import fused_cuda, tune_cuda
 from sparsebench.kernels import _nvrtc, cuda_gather, cuda_packed
 from sparsebench.kernels._packed import Packed, quantised
@@ -36,12 +36,6 @@ from sparsebench.modules.input_sparse import replace
 from sparsebench.modules.quant_sparse import QuantLinear, TorchQuantLinear, with_torch_products
 from sparsebench.sites import find_blocks
 
-MODELS = {
-    "llama2-7b": ({"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000}, torch.float16),
-    "llama3-8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "vocab_size": 128256}, torch.bfloat16),
-}  # fmt: skip
 SPARSITIES = (0.25, 0.5, 0.65)
 GROUP, LAYERS, CONTEXT, ROTATED = 128, 4, 128, 320e6
 START = time.perf_counter()

@@ -20,19 +20,13 @@ import torch
 import transformers
 
 from sparsebench import engines
-from sparsebench.bench.step import STEPS, contender, in_turn, set_thresholds, thresholds
+from sparsebench.bench.step import MODELS, STEPS, contender, in_turn, set_thresholds, thresholds
 from sparsebench.engines import fused_cuda
 from sparsebench.kernels import _nvrtc
 from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.measure.clock import read_bandwidth
 from sparsebench.sites import find_blocks
 
-MODELS = {
-    "llama2-7b": ({"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000}, torch.float16),
-    "llama3-8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "vocab_size": 128256}, torch.bfloat16),
-}  # fmt: skip
 SPARSITIES, CONTEXT = (0.5, 0.65), 128
 WAYS = {  # name -> (rule, what is tried)
     "threshold": ("threshold", {}), "merged": ("threshold", {"merges": True}), "top-k": ("top_k", {}),

@@ -549,3 +549,11 @@ def damage(content: dict, chance: random.Random, depth: int) -> str:
         if how == "renamed":
             node[chance.choice(EVIL_TEXT)] = value
     return f"{'.'.join(path)} {how} {str(node[key])[:30] if how == 'value' else ''}"
+
+
+def check_against_the_model(model: nn.Module, fused, ids: torch.Tensor, places: range, tolerance: float) -> None:
+    """Steps of a fused decoder over ids [1, T] at `places` give the logits of the model's own eager decode."""
+    reference = engines.Decoder(model, ids[:, : places.start], len(places), compiled=False)
+    for i in places:
+        expected, actual = reference.step(ids[:, i : i + 1]), fused.step(ids[:, i : i + 1])
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -20,6 +20,12 @@ from sparsebench.sites import find_blocks
 
 log = logging.getLogger(__name__)
 STEPS = 8  # to a sample of `in_turn`
+MODELS = {  # shape and dtype of what the scripts for one GPU time, with random weights
+    "llama2-7b": ({"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+                   "num_key_value_heads": 32, "vocab_size": 32000}, torch.float16),
+    "llama3-8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                   "num_key_value_heads": 8, "vocab_size": 128256}, torch.bfloat16),
+}  # fmt: skip
 
 
 def random_model(settings) -> nn.Module:

@@ -11,7 +11,7 @@ from sparsebench.kernels._packed import quantised
 from sparsebench.modules.input_sparse import InputSparseLinear, replace, sparse_of
 from sparsebench.modules.quant_sparse import QuantLinear
 from sparsebench.sites import find_blocks
-from tests.helpers import tiny_model
+from tests.helpers import check_against_the_model, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(0))
 
@@ -71,10 +71,7 @@ def test_a_step_with_the_largest_k_is_the_models(dtype, scale):
     fused = fused_cpu.Decoder(model, IDS[:, :20], 4)
     assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
     if dtype == torch.float32:
-        reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
-        for i in range(20, 24):
-            expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        check_against_the_model(model, fused, IDS, range(20, 24), 1e-4)
     sparse = fused.parity(IDS[:, 20:21])
     for module in model.modules():
         if isinstance(module, InputSparseLinear):

@@ -15,7 +15,7 @@ from sparsebench.kernels.cuda_gather import Tuning
 from sparsebench.methods.rsparse.low_rank import factors
 from sparsebench.modules.input_sparse import InputSparseLinear, replace
 from sparsebench.sites import find_blocks
-from tests.helpers import emulate, special_model, tiny_model
+from tests.helpers import check_against_the_model, emulate, special_model, tiny_model
 
 IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -117,10 +117,7 @@ def test_cpu_step_rotates_and_chooses_neurons(kind, dtype, threads):
     fused.threads = threads
     assert fused.parity(IDS[:, 20:21])["logits"] < 1e-5
     if dtype == torch.float32:
-        reference = engines.Decoder(model, IDS[:, :20], 4, compiled=False)
-        for i in range(20, 24):
-            expected, actual = reference.step(IDS[:, i : i + 1]), fused.step(IDS[:, i : i + 1])
-            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+        check_against_the_model(model, fused, IDS, range(20, 24), 1e-3)
     dense = fused_cpu.Decoder(model, IDS[:, :20], 4, keep_all=True)
     assert dense.parity(IDS[:, 20:21])["logits"] < 1e-5
     changed = float((dense.step(IDS[:, 20:21]) - fused_cpu.Decoder(model, IDS[:, :20], 4).step(IDS[:, 20:21])).norm())
